@@ -1,0 +1,53 @@
+"""The one error tree: what was found, what was wanted, what to do, and the exit code that goes with it.
+
+Design section 8 fixes the codes: 0 done, 2 usage, 3 environment, 4 artifact, 5 parity, 70 our bug, 130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class L2PError(Exception):
+    """A failure that a user can act on.
+
+    Args:
+        message: what was found and what was wanted; no full stop unless it has several sentences.
+        hint: what to do about it, as an instruction or a command; empty when nothing can be done.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(L2PError):
+    """The call itself is wrong: sizes, options, prompts, names."""
+
+    exit_code = 2
+
+
+class HostError(L2PError):
+    """The machine lacks something: a library, a GPU, disk, memory, permission."""
+
+    exit_code = 3
+
+
+class ArtifactError(L2PError):
+    """A checkpoint, graph, engine or bundle is damaged, foreign or not what it says."""
+
+    exit_code = 4
+
+
+class ParityError(L2PError):
+    """A stage is further from the one before it than its threshold allows."""
+
+    exit_code = 5
+
+
+class InternalError(L2PError):
+    """A state that only a bug in l2p-export can reach."""
+
+    exit_code = 70
