@@ -1,0 +1,1 @@
+"""Profiles that engines are built for."""

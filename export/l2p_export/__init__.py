@@ -1,0 +1,1 @@
+"""Checkpoint import, graph export and the command line of l2p-export."""

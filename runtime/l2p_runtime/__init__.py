@@ -1,0 +1,48 @@
+"""Lean runtime of l2p-export: opens a bundle and draws, without torch or onnx.
+
+    from l2p_runtime import Pipeline
+
+    with Pipeline.open("bundle") as pipe:
+        image = pipe.generate(prompt_embeds=embeds, height=1024, width=1024, seed=7)
+
+Importing this package loads nothing but the standard library; `Pipeline` loads NumPy when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from l2p_runtime.errors import (
+    ArtifactError,
+    CancelledError,
+    HostError,
+    InternalError,
+    L2PError,
+    ParityError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from l2p_runtime.pipeline import Pipeline as Pipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "CancelledError",
+    "HostError",
+    "InternalError",
+    "L2PError",
+    "ParityError",
+    "Pipeline",
+    "UsageError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":
+        from l2p_runtime.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

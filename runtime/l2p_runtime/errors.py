@@ -51,3 +51,9 @@ class InternalError(L2PError):
     """A state that only a bug in l2p-export can reach."""
 
     exit_code = 70
+
+
+class CancelledError(L2PError):
+    """The caller asked to stop."""
+
+    exit_code = 130

@@ -1,0 +1,98 @@
+"""Measures of how far an output is from what was expected, and the thresholds that gate a bundle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.errors import ParityError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+EQUAL_PSNR_DB = 999.0
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """The largest relative L2 error that passes, and why it is what it is."""
+
+    relative: float
+    reason: str
+
+
+THRESHOLDS: dict[str, Threshold] = {
+    "fp32": Threshold(1e-5, "float32 sums in another order; 6e-7 measured on the tiny checkpoints, 2e-6 at width 3840"),
+    "fp16": Threshold(2e-2, "float16 rounds at 5e-4 a step; 3e-3 measured on the tiny checkpoints"),
+}
+"""Plan name to its gate, against torch float32 on the same inputs."""
+
+
+def compare(
+    expected: NDArray[np.float32], found: NDArray[np.float32], *, stage: str, network: str, case: str, plan: str
+) -> LedgerEntry:
+    """Measure one output against the expected one and judge it by the plan's threshold.
+
+    Values that are not finite fail whatever the threshold.
+    """
+    import numpy as np
+
+    threshold = THRESHOLDS[plan]
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        bad = "another shape" if found.shape != expected.shape else f"{int((~np.isfinite(found)).sum())} NaN or Inf"
+        return LedgerEntry(stage, network, case, "failed", f"the output has {bad}", threshold.relative)
+    wanted, got = expected.astype(np.float64), found.astype(np.float64)
+    difference = got - wanted
+    norm = float(np.linalg.norm(wanted))
+    relative = float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference))
+    scale = norm * float(np.linalg.norm(got))
+    return LedgerEntry(
+        stage=stage,
+        network=network,
+        case=case,
+        status="passed" if relative <= threshold.relative else "failed",
+        reason=threshold.reason,
+        threshold=threshold.relative,
+        max_abs=float(np.abs(difference).max(initial=0.0)),
+        relative=relative,
+        cosine=float((wanted * got).sum()) / scale if scale else 1.0,
+        psnr_db=_psnr_db(difference, float(np.abs(wanted).max(initial=0.0))),
+    )
+
+
+def require_passed(entries: Iterable[LedgerEntry]) -> None:
+    """Gate: every comparison that was run has passed.
+
+    Raises:
+        ParityError: names each comparison that failed, with its figure.
+    """
+    failed = [entry for entry in entries if entry.status == "failed"]
+    if not failed:
+        return
+    lines = [
+        f"{entry.network} in {entry.stage} on {entry.case}: "
+        + (
+            f"relative error {entry.relative:.2e} over {entry.threshold:.0e}"
+            if entry.relative is not None
+            else entry.reason
+        )
+        for entry in failed
+    ]
+    raise ParityError(
+        f"{len(failed)} comparisons failed: {'; '.join(lines[:6])}",
+        hint="no bundle was written over what was there; try --precision fp32, and report the figures above",
+    )
+
+
+def _psnr_db(difference: NDArray[np.float64], peak: float) -> float:
+    import numpy as np
+
+    mean_square = float(np.square(difference).mean())
+    if mean_square == 0.0 or peak == 0.0:
+        return EQUAL_PSNR_DB
+    return 10.0 * math.log10(peak * peak / mean_square)

@@ -1,0 +1,70 @@
+"""Precision plans: the dtype of each layer and why, as data (design section 10)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from l2p_runtime.contract import PlanRef
+from l2p_runtime.contract.codec import to_json
+
+ComputeDType = Literal["float32", "float16"]
+
+OPSET_DECOMPOSED_ATTENTION = 20
+OPSET_WHOLE_ATTENTION = 23
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """The dtype of one layer, where it differs from the plan's default.
+
+    Attributes:
+        layer: published layer name, as `t_embedder` or `layers.12`; or `residual`, the stream between blocks.
+        reason: why, with the figure that was measured.
+    """
+
+    layer: str
+    dtype: ComputeDType
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionPlan:
+    """Which dtype each layer's weights are stored in, and so computes in."""
+
+    name: str
+    default: ComputeDType
+    rules: tuple[LayerRule, ...] = ()
+
+    def dtype(self, layer: str) -> ComputeDType:
+        """The dtype of a layer or of one of its tensors: the longest rule that names it, else the default."""
+        matching = [rule for rule in self.rules if layer == rule.layer or layer.startswith(rule.layer + ".")]
+        return max(matching, key=lambda rule: len(rule.layer)).dtype if matching else self.default
+
+    @property
+    def opset(self) -> int:
+        """ONNX operator set of the plan's graphs.
+
+        TensorRT for RTX refuses the float32 `Attention` operator of opset 23 and builds it decomposed at 20
+        (tensorrt.md 3); a float16 graph keeps it whole.
+        """
+        return OPSET_DECOMPOSED_ATTENTION if self.default == "float32" else OPSET_WHOLE_ATTENTION
+
+    @property
+    def ref(self) -> PlanRef:
+        """The plan's name and the digest of its content."""
+        text = json.dumps(to_json(self), sort_keys=True)
+        return PlanRef(self.name, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+PLANS: dict[str, PrecisionPlan] = {
+    "fp32": PrecisionPlan("fp32", "float32"),
+    "fp16": PrecisionPlan(
+        "fp16",
+        "float16",
+        (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),),
+    ),
+}
+"""The plain plans by name: no statistics behind them, no defence against float16 overflow."""

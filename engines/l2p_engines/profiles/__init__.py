@@ -1,0 +1,56 @@
+"""Built-in profiles, one TOML file each, and the reader for a user's own."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+from l2p_runtime.contract import Profile
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.errors import ArtifactError, UsageError
+
+PROFILE_BYTES_MAX = 1 << 20
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """Read a built-in profile by name, or a profile file by path.
+
+    Raises:
+        UsageError: no such profile, not TOML, or values that make no profile.
+    """
+    if name_or_path in profile_names():
+        text = resources.files(__name__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
+        return _parse(text, name_or_path)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(
+            f"there is no profile `{name_or_path}`",
+            hint=f"built-in profiles: {', '.join(profile_names())}; or give the path of a .toml file",
+        )
+    if path.stat().st_size > PROFILE_BYTES_MAX:
+        raise UsageError(f"`{path}` has {path.stat().st_size} bytes, which is no profile")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read profile `{path}`: {error}") from error
+    return _parse(text, str(path), default_name=path.stem)
+
+
+def profile_names() -> tuple[str, ...]:
+    """Names of the built-in profiles."""
+    files = resources.files(__name__).iterdir()
+    return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+
+
+def _parse(text: str, where: str, default_name: str = "") -> Profile:
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"profile `{where}` is not TOML: {error}") from error
+    if default_name:
+        data = {"name": default_name, **data}
+    try:
+        return from_json(Profile, data)
+    except ArtifactError as error:
+        raise UsageError(f"profile `{where}`: {error}", hint=error.hint) from error

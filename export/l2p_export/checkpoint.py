@@ -1,0 +1,178 @@
+"""Checkpoints as published or trained: opened, renamed to the published spelling, read in pieces.
+
+Nothing here holds a whole tensor: values are mapped from the file and converted chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_export.metadata import is_trained, licence
+from l2p_runtime.contract import CheckpointRecord
+from l2p_runtime.errors import ArtifactError
+from l2p_runtime.tensorfile import TensorFile, TensorInfo, open_tensorfile
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from l2p_export.families import LoadedModel
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+CHUNK_BYTES = 16 << 20
+
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One published tensor: a whole tensor of a file, or some of its rows when the file fuses several into one."""
+
+    file: TensorFile
+    info: TensorInfo
+    shape: tuple[int, ...]
+    first_row: int = 0
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
+        """The values as float32, flat and in order, in pieces of at most `chunk_bytes` as stored."""
+        stored = self.file.read(self.info.name)
+        flat = stored[self.first_row : self.first_row + self.shape[0]].reshape(-1) if self.shape else stored.reshape(-1)
+        step = max(1, chunk_bytes // max(flat.itemsize, 1))
+        for start in range(0, flat.size, step):
+            yield _as_float32(flat[start : start + step], self.info.dtype)
+
+    def read(self) -> NDArray[np.float32]:
+        """The whole tensor as float32."""
+        import numpy as np
+
+        values = np.empty(self.shape, np.float32)
+        flat, start = values.reshape(-1), 0
+        for chunk in self.chunks():
+            flat[start : start + chunk.size] = chunk
+            start += chunk.size
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a file names its tensors: key prefix, and whether q, k and v are one matrix."""
+
+    prefix: str
+    fused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint under published names."""
+
+    path: Path
+    spelling: Spelling
+    tensors: Mapping[str, TensorSource]
+    metadata: Mapping[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Published name to shape."""
+        return {name: source.shape for name, source in self.tensors.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def open_weights(path: Path) -> TensorFile:
+    """Open the one safetensors file that `path` names, or the only one in the folder that it names.
+
+    Raises:
+        ArtifactError: absent, a pickle, a folder without exactly one file, or a header that fails the checks.
+    """
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise ArtifactError(
+            f"`{path}` is a pickle by its name ({path.suffix}), which can run code when opened and is refused",
+            hint="convert it to .safetensors where you trust it: torch.load(..., weights_only=True), "
+            "then safetensors.torch.save_file",
+        )
+    if not path.exists():
+        raise ArtifactError(f"there is no checkpoint `{path}`", hint="give a .safetensors file")
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found[:4]) or "none"
+            raise ArtifactError(
+                f"the folder `{path}` holds {len(found)} .safetensors files ({names}), expected one",
+                hint="give the .safetensors file itself",
+            )
+        path = found[0]
+    return open_tensorfile(path)
+
+
+def require_float(file: TensorFile) -> None:
+    """Refuse integer and quantized weights.
+
+    Raises:
+        ArtifactError: names every tensor that is not a float.
+    """
+    wrong = [f"`{info.name}` ({info.dtype})" for info in file.tensors.values() if info.dtype not in FLOAT_DTYPES]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ArtifactError(
+            f"`{file.path}` stores weights that are not floats: {', '.join(wrong[:8])}{more}",
+            hint=f"expected {', '.join(FLOAT_DTYPES)}; quantized repacks are not read, fetch the original file",
+        )
+
+
+def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """MD5 over tensor names and shapes, which identifies a published architecture (l2p.md 2.3).
+
+    For every tensor the name and `name:d0_d1_...`; all sorted and joined by commas. Blind to values and dtypes.
+    """
+    texts = [text for name, shape in shapes.items() for text in (name, f"{name}:{'_'.join(map(str, shape))}")]
+    return hashlib.md5(",".join(sorted(texts)).encode(), usedforsecurity=False).hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) -> str:
+    """SHA-256 over tensors in sorted order, values rounded to BF16, so that F32 and BF16 copies agree.
+
+    Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16 (design section 5).
+    """
+    import ml_dtypes
+
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + b"\0")
+        for chunk in tensors[name].chunks():
+            digest.update(chunk.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
+    """Describe a checkpoint for the manifest; reads the trunk's values for their digest."""
+    checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
+    first, stop = loaded.model.spec.trunk_layers
+    trunk = tuple(f"layers.{index}." for index in range(first, stop))
+    return CheckpointRecord(
+        name=checkpoint.path.name,
+        fingerprint=mark,
+        known_as=loaded.family.known_as(mark),
+        tensors=len(checkpoint.tensors),
+        parameters=checkpoint.parameters,
+        trunk_sha256=weights_digest(
+            checkpoint.tensors, (name for name in checkpoint.tensors if name.startswith(trunk))
+        ),
+        trained=is_trained(checkpoint.metadata),
+        licence=licence(checkpoint.metadata),
+    )
+
+
+def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
+    import numpy as np
+
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)

@@ -1,0 +1,91 @@
+"""`l2p-export build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+
+if TYPE_CHECKING:
+    from l2p_export.build import BuildPlan
+    from l2p_runtime.bundle import Bundle
+
+
+@click.command("build")
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option("--profile", "profiles", multiple=True, required=True, help="Built-in name or .toml path; repeatable.")
+@click.option(
+    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True, help="fp32 or fp16; repeatable."
+)
+@click.option("--backend", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; named after the checkpoint by default.")
+@json_option
+@dry_run_option
+@quiet_option
+def command(
+    checkpoint: Path | None,
+    profiles: tuple[str, ...],
+    precisions: tuple[str, ...],
+    backend: str,
+    out: Path | None,
+    *,
+    as_json: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Turn CHECKPOINT into a verified bundle of ONNX graphs.
+
+    Without CHECKPOINT, a small seeded checkpoint is made for the profile. It is untrained and draws noise.
+    """
+    from l2p_export.build import build, plan_build
+
+    with plan_build(checkpoint, profiles, precisions, backend, out) as plan:
+        if dry_run:
+            _print_plan(plan, as_json=as_json)
+            return
+        bundle = build(plan, Console(quiet=quiet))
+    if as_json:
+        print_json(_result(bundle))
+    else:
+        click.echo(bundle.root)
+
+
+def _print_plan(plan: BuildPlan, *, as_json: bool) -> None:
+    sizes = {item.name: plan.weight_bytes(item) for item in plan.plans}
+    model = plan.loaded.model.spec
+    if as_json:
+        print_json(
+            {
+                "out": str(plan.out),
+                "variant": model.variant,
+                "parameters": plan.loaded.checkpoint.parameters,
+                "trained": plan.is_trained,
+                "weight_bytes": sizes,
+                "profiles": [profile.name for profile in plan.profiles],
+            }
+        )
+        return
+    trained = "" if plan.is_trained else ", untrained"
+    click.echo(f"would write {plan.out}")
+    click.echo(f"variant {model.variant}, {plan.loaded.checkpoint.parameters:,} parameters{trained}")
+    for name, size in sizes.items():
+        click.echo(f"{name}: {format_bytes(size)} of weights in {len(plan.loaded.model.networks)} graphs")
+
+
+def _result(bundle: Bundle) -> dict[str, object]:
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.root),
+        "digest": bundle.digest,
+        "variant": manifest.model.variant,
+        "trained": manifest.checkpoint.trained,
+        "plans": [plan.name for plan in manifest.plans],
+        "bytes": sum(record.size_bytes for record in manifest.files),
+        "ledger": {
+            status: sum(entry.status == status for entry in manifest.ledger)
+            for status in ("passed", "failed", "not run")
+        },
+    }

@@ -1,0 +1,104 @@
+"""What the commands share: progress on stderr, data on stdout, options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_REDRAW_SECONDS = 0.1
+_PLAIN_SECONDS = 5.0
+
+
+def json_option(command: Command) -> Command:
+    """`--json`: one JSON object on stdout instead of text."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def quiet_option(command: Command) -> Command:
+    """`--quiet`: no progress."""
+    return click.option("--quiet", "-q", is_flag=True, help="No progress on stderr; errors still show.")(command)
+
+
+def dry_run_option(command: Command) -> Command:
+    """`--dry-run`: say what would be done."""
+    return click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")(
+        command
+    )
+
+
+def print_json(data: object) -> None:
+    """Write one JSON object to stdout."""
+    click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+class Console:
+    """Implements `progress.Reporter` on stderr: a redrawn line on a terminal, plain flushed lines elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._redraws = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    @contextmanager
+    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+        """Show how far a stage has come, and how long it took."""
+        started = shown = first = time.monotonic()
+        done = 0
+
+        def advance(amount: int) -> None:
+            nonlocal done, shown, first
+            now = time.monotonic()
+            # What comes before the first piece, as tracing a graph, says nothing of the rate.
+            first = first if done else now
+            done += amount
+            if now - shown >= (_REDRAW_SECONDS if self._redraws else _PLAIN_SECONDS):
+                shown = now
+                self._write(_line(title, done, total, unit, now - first), final=False)
+
+        self._write(title if self._redraws else f"{title} ...", final=not self._redraws)
+        yield advance
+        done_text = f", {_amount(done, unit)}" if done else ""
+        self._write(f"{title}: done in {time.monotonic() - started:.1f} s{done_text}", final=True)
+
+    def note(self, text: str) -> None:
+        """One line that shows even when quiet: it is about the result, not about the work."""
+        click.echo(f"note: {text}", err=True)
+
+    def _write(self, text: str, *, final: bool) -> None:
+        if self._quiet:
+            return
+        if self._redraws:
+            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if final else ""))
+        else:
+            sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def _line(title: str, done: int, total: int, unit: str, seconds: float) -> str:
+    rate = done / seconds if seconds else 0.0
+    if not total:
+        return f"{title}: {_amount(done, unit)}"
+    left = f", {(total - done) / rate:.0f} s left" if rate and total > done else ""
+    return f"{title}: {_amount(done, unit)} of {_amount(total, unit)}, {min(done / total, 1.0):.0%}{left}"
+
+
+def _amount(value: int, unit: str) -> str:
+    if unit != "bytes":
+        return f"{value} {unit}"
+    return format_bytes(value)
+
+
+def format_bytes(value: int) -> str:
+    """Bytes for people: `1.5 GiB`."""
+    size, units = float(value), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

@@ -1,0 +1,83 @@
+"""`l2p-export doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l2p_export.cli.console import format_bytes, json_option, print_json
+from l2p_runtime import L2PError, __version__
+
+_LIBRARIES = {
+    "numpy": "runtime",
+    "onnxruntime": "backend onnx; extra [cpu]",
+    "torch": "build; extra [export]",
+    "onnx": "build; extra [export]",
+    "onnxscript": "build; extra [export]",
+    "safetensors": "train; extra [export]",
+}
+
+
+@click.command("doctor")
+@json_option
+def command(*, as_json: bool) -> None:
+    """Say what this machine can and cannot do. Exit code 3 when it cannot even draw."""
+    facts = _facts()
+    if as_json:
+        print_json(facts)
+    else:
+        for section, values in facts.items():
+            click.echo(f"{section}:")
+            for name, value in values.items():
+                click.echo(f"  {name}: {value}")
+    if facts["can"]["draw"] is not True:
+        from l2p_runtime import HostError
+
+        raise HostError("this machine cannot draw: no backend runs here", hint="pip install 'l2p-export[cpu]'")
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    from l2p_runtime.backends import open_backend
+    from l2p_runtime.memory import available_host_bytes
+    from l2p_runtime.native import native_status
+
+    libraries = {name: f"{_version(name) or 'missing'} ({use})" for name, use in _LIBRARIES.items()}
+    native = native_status()
+    try:
+        backend = open_backend("auto").name
+        can_draw: bool | str = True
+    except L2PError as error:
+        backend, can_draw = f"none: {error}", False
+    missing = [name for name in ("torch", "onnx", "onnxscript") if _version(name) is None]
+    return {
+        "l2p-export": {"version": __version__, "python": platform.python_version(), "system": platform.platform()},
+        "libraries": libraries,
+        "native kernels": {
+            "loaded": native.available,
+            "path": native.path or "none",
+            "note": native.reason or "the NumPy kernels give the same bits, slower" if not native.available else "ok",
+        },
+        "machine": {
+            "processors": os.cpu_count() or 0,
+            "memory_free": format_bytes(available_host_bytes()),
+            "disk_free_here": format_bytes(shutil.disk_usage(Path.cwd()).free),
+        },
+        "can": {
+            "draw": can_draw,
+            "backend": backend,
+            "build": True if not missing else f"no: {', '.join(missing)} missing, pip install 'l2p-export[export,cpu]'",
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

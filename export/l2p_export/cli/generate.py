@@ -1,0 +1,144 @@
+"""`l2p-export generate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from l2p_export.cli.console import Console, dry_run_option, json_option, print_json, quiet_option
+from l2p_runtime import UsageError, __version__
+
+if TYPE_CHECKING:
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.contract import Sampling
+
+
+@click.command("generate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Needs a bundle with a text encoder; beside --embeddings, a description.")
+@click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
+@click.option("--embeddings", type=click.Path(path_type=Path), help="Prompt embeddings [L, C], .npy or .safetensors.")
+@click.option("--negative-embeddings", type=click.Path(path_type=Path), help="The same for what to steer away from.")
+@click.option("--size", help="WIDTHxHEIGHT in pixels; the profile's preferred size by default.")
+@click.option("--steps", type=int, help="Denoising steps; the bundle's default otherwise.")
+@click.option("--guidance", type=float, help="1 is none; the bundle's default otherwise.")
+@click.option("--shift", type=float, help="Shift of the noise schedule; the bundle's default otherwise.")
+@click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
+@click.option("--rng", type=click.Choice(["philox", "torch-cpu"]), default="philox", show_default=True)
+@click.option("--positions", type=click.Choice(["native", "ntk", "yarn"]), help="The profile's policy otherwise.")
+@click.option("--plan", help="Precision plan; the bundle's first otherwise.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--memory-budget", help="As 6GiB: weights, buffers and activations together.")
+@click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits a channel.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG file to write.")
+@json_option
+@dry_run_option
+@quiet_option
+def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
+    """Draw one image from BUNDLE into a PNG file.
+
+    The file carries prompt, seed, sampling and the bundle's digest as text.
+    """
+    from l2p_export.embeddings import read_embeddings
+    from l2p_runtime.bundle import open_bundle
+    from l2p_runtime.requests import image_request
+
+    _check_out(out)
+    opened = open_bundle(bundle)
+    height, width = _size(options["size"], opened)
+    inputs = {
+        "negative_prompt": options["negative"],
+        "prompt_embeds": read_embeddings(options["embeddings"]),
+        "negative_embeds": read_embeddings(options["negative_embeddings"]),
+        "rng": options["rng"],
+        "dtype": f"uint{options['bits']}",
+    }
+    sampling = {name: options[name] for name in ("steps", "guidance", "shift")}
+    request = image_request(
+        opened.manifest, prompt=options["prompt"], height=height, width=width, sampling=sampling, **inputs
+    )
+    text = _text(opened, options, request.sampling)
+    if not dry_run:
+        _draw(bundle, out, (height, width), inputs | sampling, options, text, Console(quiet=quiet))
+    if as_json:
+        print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})
+    else:
+        click.echo(f"would draw {width}x{height} into {out}" if dry_run else out)
+
+
+def _draw(
+    bundle: Path,
+    out: Path,
+    size: tuple[int, int],
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    text: dict[str, str],
+    console: Console,
+) -> None:
+    from l2p_runtime import Pipeline
+    from l2p_runtime.png import write_png
+
+    height, width = size
+    budget, plan = options["memory_budget"], options["plan"]
+    with Pipeline.open(bundle, backend=options["backend"], plan=plan, memory_budget=budget) as pipe:
+        if not pipe.bundle.manifest.checkpoint.trained:
+            console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
+        steps = int(json.loads(text["parameters"])["steps"])
+        with console.stage(f"drawing {width}x{height}", steps, "steps") as advance:
+            pixels = pipe.generate(
+                options["prompt"],
+                height=height,
+                width=width,
+                seed=options["seed"],
+                positions=options["positions"],
+                progress=lambda done, total: advance(1),
+                **inputs,
+            )
+    write_png(out, pixels, text)
+
+
+def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling) -> dict[str, str]:
+    """What the picture says of itself."""
+    parameters = {
+        "seed": options["seed"],
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "shift": sampling.shift,
+        "rng": options["rng"],
+        "positions": options["positions"] or bundle.manifest.profiles[0].positions,
+        "plan": bundle.manifest.plan(options["plan"]).name,
+        "bundle": bundle.digest,
+        "trained": bundle.manifest.checkpoint.trained,
+    }
+    return {
+        "Software": f"l2p-export {__version__}",
+        "prompt": options["prompt"] or "",
+        "negative_prompt": options["negative"] or "",
+        "seed": str(options["seed"]),
+        "bundle": bundle.digest,
+        "parameters": json.dumps(parameters),
+    }
+
+
+def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
+    """Height and width in pixels."""
+    if text is None:
+        profile = bundle.manifest.profiles[0]
+        return profile.height_px.opt, profile.width_px.opt
+    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
+    if match is None:
+        raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
+    return int(match[2]), int(match[1])
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out is `{out}`, expected a name ending in .png")
+    if out.is_dir():
+        raise UsageError(f"--out `{out}` is a folder, expected a file name")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder `{out.parent}` does not exist", hint=f"mkdir -p {out.parent}")

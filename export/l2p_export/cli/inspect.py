@@ -1,0 +1,104 @@
+"""`l2p-export inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l2p_export.cli.console import format_bytes, json_option, print_json
+from l2p_runtime.contract import MANIFEST_NAME
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@json_option
+def command(path: Path, *, as_json: bool) -> None:
+    """Describe a checkpoint or a bundle, from its header alone."""
+    facts = _bundle_facts(path) if (path / MANIFEST_NAME).is_file() else _checkpoint_facts(path)
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}:")
+            for key, item in value.items():
+                click.echo(f"  {key}: {_text(key, item)}")
+        else:
+            click.echo(f"{name}: {_text(name, value)}")
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    from collections import Counter
+
+    from l2p_export.checkpoint import fingerprint
+    from l2p_export.families import load_model
+    from l2p_export.metadata import is_trained, licence
+    from l2p_runtime.contract.codec import to_json
+
+    loaded = load_model(path)
+    checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
+    dtypes = Counter(source.info.dtype for source in checkpoint.tensors.values())
+    return {
+        "checkpoint": str(checkpoint.path),
+        "family": loaded.family.name,
+        "variant": loaded.model.spec.variant,
+        "fingerprint": mark,
+        "known_as": loaded.family.known_as(mark) or "unknown",
+        "tensors": len(checkpoint.tensors),
+        "parameters": checkpoint.parameters,
+        "size_bytes": checkpoint.path.stat().st_size,
+        "dtypes": dict(dtypes),
+        "spelling": {"prefix": checkpoint.spelling.prefix or "none", "fused_qkv": checkpoint.spelling.fused},
+        "trained": is_trained(checkpoint.metadata),
+        "licence": licence(checkpoint.metadata) or "not stated",
+        "model": to_json(loaded.model.spec),
+    }
+
+
+def _bundle_facts(path: Path) -> dict[str, Any]:
+    from l2p_runtime.bundle import open_bundle
+    from l2p_runtime.contract.codec import to_json
+
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    return {
+        "bundle": str(path),
+        "digest": bundle.digest,
+        "producer": manifest.producer,
+        "variant": manifest.model.variant,
+        "checkpoint": to_json(manifest.checkpoint),
+        "plans": [plan.name for plan in manifest.plans],
+        "profiles": [profile.name for profile in manifest.profiles],
+        "sampling": to_json(manifest.sampling),
+        "size_bytes": sum(record.size_bytes for record in manifest.files),
+        "model": to_json(manifest.model),
+        "networks": {
+            spec.name: f"{_signature(spec.inputs)} -> {_signature(spec.outputs)}" for spec in manifest.networks
+        },
+        "ledger": {
+            f"{entry.stage}, {entry.network}, {entry.case}": entry.status
+            if entry.relative is None
+            else f"{entry.status}, relative error {entry.relative:.1e} of {entry.threshold:.0e}"
+            for entry in manifest.ledger
+        },
+    }
+
+
+def _signature(tensors: tuple[Any, ...]) -> str:
+    return ", ".join(f"{tensor.name} {tensor.describe()} {tensor.dtype}" for tensor in tensors)
+
+
+def _text(name: str, value: object) -> str:
+    if name == "size_bytes" and isinstance(value, int):
+        return f"{value:,} ({format_bytes(value)})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(key, item)}" for key, item in value.items())
+    return str(value)

@@ -1,0 +1,120 @@
+"""`l2p-export`: finds the command, runs it, and turns every failure into a message and an exit code.
+
+stdout carries data, stderr carries progress and messages. Exit codes: design section 8.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import click
+
+from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
+
+COMMANDS = {
+    "build": "Turn a checkpoint into a verified bundle.",
+    "doctor": "Say what this machine can and cannot do.",
+    "generate": "Draw an image from a bundle.",
+    "inspect": "Describe a checkpoint or a bundle.",
+    "verify": "Check a bundle's files and run its reference cases.",
+}
+"""Command to the line that `--help` shows; each lives in the module of its name."""
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Commands(click.Group):
+    """Lists commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"l2p_export.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="l2p-export")
+def main() -> None:
+    """Take pixel-space (L2P) text-to-image checkpoints to ONNX bundles, and draw with them."""
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived; unwinds like KeyboardInterrupt so that partial files are removed."""
+
+
+def run() -> None:
+    """Entry point: run a command and exit with its code."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        code = main.main(standalone_mode=False)
+    except BaseException as error:  # noqa: BLE001 - the one place where every failure ends
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _on_terminate(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise _TerminatedError
+
+
+def _report(error: BaseException) -> int:
+    """Say what happened on stderr; the exit code."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)):
+        _say("interrupted")
+        return INTERRUPTED
+    if isinstance(error, _TerminatedError):
+        _say("terminated")
+        return TERMINATED
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    known = error if isinstance(error, L2PError) else _as_l2p_error(error)
+    _say(f"error: {known}")
+    if known.hint:
+        _say(f"\nhint: {known.hint}")
+    if isinstance(known, InternalError) and os.environ.get("L2P_TRACEBACK"):
+        traceback.print_exception(error)
+    return known.exit_code
+
+
+def _as_l2p_error(error: BaseException) -> L2PError:
+    if isinstance(error, MemoryError):
+        return HostError(f"out of memory: {error}", hint="draw a smaller image, or set --memory-budget")
+    if isinstance(error, BrokenPipeError):
+        return HostError("the reader of the output went away")
+    if isinstance(error, OSError):
+        hint = "free some space, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        where = f" `{error.filename}`" if error.filename else ""
+        return HostError(f"{error.strerror or error}{where}", hint=hint)
+    return InternalError(
+        f"{type(error).__name__}: {error}",
+        hint="this is a bug in l2p-export; run again with L2P_TRACEBACK=1 and report what it prints",
+    )
+
+
+def _say(text: str) -> None:
+    # A closed stderr must not turn a failure into another one.
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        return

@@ -1,0 +1,58 @@
+"""`l2p-export verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from l2p_export.cli.console import Console, json_option, print_json, quiet_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from l2p_runtime.contract import LedgerEntry
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--plan", help="Only this precision plan.")
+@json_option
+@quiet_option
+def command(bundle: Path, backend: str, plan: str | None, *, as_json: bool, quiet: bool) -> None:
+    """Hash every file of BUNDLE and run its reference cases on this machine.
+
+    Exit code 4 when a file was changed, 5 when a result is further off than its threshold.
+    """
+    from l2p_calib.ledger import require_passed
+    from l2p_export.verification import verify_bundle
+    from l2p_runtime.bundle import open_bundle, verify_files
+
+    console = Console(quiet=quiet)
+    opened = open_bundle(bundle)
+    total = sum(record.size_bytes for record in opened.manifest.files)
+    with console.stage("hashing files", total) as advance:
+        verify_files(opened, advance)
+    ledger = verify_bundle(opened, backend, plan, console)
+    if as_json:
+        from l2p_runtime.contract.codec import to_json
+
+        print_json({"bundle": str(bundle), "digest": opened.digest, "ledger": to_json(ledger)})
+    else:
+        _print_table(ledger)
+    require_passed(ledger)
+
+
+def _print_table(ledger: Sequence[LedgerEntry]) -> None:
+    click.echo(
+        f"{'stage':<32} {'case':<12} {'network':<18} {'relative':>9} {'limit':>7} {'max abs':>9} {'PSNR':>7}  status"
+    )
+    for entry in ledger:
+        figures = " " * 35
+        if entry.relative is not None and entry.max_abs is not None and entry.psnr_db is not None:
+            limit = f"{entry.threshold:.0e}" if entry.threshold is not None else ""
+            figures = f"{entry.relative:>9.1e} {limit:>7} {entry.max_abs:>9.1e} {entry.psnr_db:>7.1f}"
+        reason = "" if entry.status == "passed" else f": {entry.reason}"
+        click.echo(f"{entry.stage:<32} {entry.case:<12} {entry.network:<18} {figures}  {entry.status}{reason}")

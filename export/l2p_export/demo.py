@@ -1,0 +1,78 @@
+"""A small seeded checkpoint in the published layout, for a first try and for tests. It is untrained: it draws noise."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_export.families.z_image_l2p.dimensions import (
+    VARIANTS,
+    Dimensions,
+    Stage,
+    expected_shapes,
+    published_dimensions,
+)
+from l2p_runtime.errors import UsageError
+from l2p_runtime.tensorfile import write_tensorfile
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+UNTRAINED = "the demo checkpoint is untrained: its pictures are noise, whatever the prompt"
+
+
+def write_demo_checkpoint(path: Path, patch_px: int) -> None:
+    """Write the demo checkpoint for a patch size: the same bytes on every machine.
+
+    Raises:
+        UsageError: no variant has that patch size.
+    """
+    if patch_px not in VARIANTS:
+        raise UsageError(
+            f"there is no demo checkpoint for {patch_px} px patches",
+            hint=f"the profile's patch_px must be one of {', '.join(map(str, VARIANTS))}; or give a CHECKPOINT",
+        )
+    shapes = expected_shapes(demo_dimensions(patch_px))
+    metadata = {"l2p.trained": "false", "l2p.steps": "4", "l2p.guidance": "1.0", "license": "Apache-2.0"}
+    write_tensorfile(path, {name: _values(name, shape) for name, shape in shapes.items()}, metadata)
+
+
+def demo_dimensions(patch_px: int) -> Dimensions:
+    """Dimensions of the demo: width 96, three heads of 32, six layers, a quarter of the published U-Net's channels."""
+    published = published_dimensions(VARIANTS[patch_px])
+    return replace(
+        published,
+        width=96,
+        head_width=32,
+        ffn_width=256,
+        caption_width=64,
+        time_width=64,
+        time_hidden=128,
+        layers=6,
+        noise_refiners=1,
+        context_refiners=1,
+        stages=tuple(Stage(s.name, _quarter(s.encoder), _quarter(s.up), _quarter(s.decoder)) for s in published.stages),
+        bottleneck=_quarter(published.bottleneck),
+    )
+
+
+def _quarter(channels: int) -> int:
+    return channels if channels == 3 else max(channels // 4, 8)
+
+
+def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """One tensor from the noise of its own name: gains near 1, small biases, weights that keep the variance."""
+    import numpy as np
+
+    from l2p_runtime.noise import normal_noise
+
+    count = int(np.prod(shape))
+    values = normal_noise(zlib.crc32(name.encode()), channels=1, rows=(0, 1), cols=(0, count)).reshape(shape)
+    if len(shape) == 1 and name.endswith("weight"):
+        return np.float32(1.0) + np.float32(0.1) * values
+    if name.endswith(("bias", "pad_token")):
+        return np.float32(0.1) * values
+    return values * np.float32(np.sqrt(1.5 / np.prod(shape[1:])))

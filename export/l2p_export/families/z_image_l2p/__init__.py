@@ -1,0 +1,100 @@
+"""The family `z_image_l2p`: Z-Image moved to pixel space, in the variants 1k, 4k, 8k and 10k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2p_export.families.z_image_l2p import spelling
+from l2p_export.families.z_image_l2p.dimensions import (
+    Dimensions,
+    dimensions_from_shapes,
+    expected_shapes,
+    network_blocks,
+    shape_faults,
+)
+from l2p_export.families.z_image_l2p.specs import FAMILY, model_spec, network_specs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from l2p_export.checkpoint import Checkpoint
+    from l2p_export.families.base import Shapes
+    from l2p_runtime.contract import ModelSpec, NetworkSpec
+    from l2p_runtime.tensorfile import TensorFile
+
+PUBLISHED: Mapping[str, str] = {
+    "577b2d3e0acea1fb784ca600f966805e": "L2P 1K",
+    "69e8fd5b562ea858b9f864508c1263b3": "L2P 4K",
+    "df0e4e865d39501e2fe96c7ea8aa40f6": "L2P 8K",
+    "e6094ba663b7c10011eb47db072ead0b": "L2P 10K",
+    "fc3a8a1247fe185ce116ccbe0e426c28": "Z-Image (latent)",
+    "0f050f62a88876fea6eae0a18dac5a2e": "Qwen3-4B text encoder",
+}
+"""Fingerprint of a published checkpoint to its name (l2p.md 2.3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZImageModel:
+    """One `z_image_l2p` architecture; implements `families.base.Model`."""
+
+    dimensions: Dimensions
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the runtime must know of it."""
+        return model_spec(self.dimensions)
+
+    @property
+    def networks(self) -> tuple[NetworkSpec, ...]:
+        """Its networks in the order the data takes."""
+        return network_specs(self.dimensions)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Published name and shape of every tensor it has."""
+        return expected_shapes(self.dimensions)
+
+    def faults(self, shapes: Shapes) -> list[str]:
+        """What is missing, unknown or misshapen in `shapes`, one line each."""
+        return shape_faults(shapes, self.shapes)
+
+    def module(
+        self, network: str, dtype_of: Callable[[str], torch.dtype], blocks: Iterable[str] | None = None
+    ) -> nn.Module:
+        """Build one network on the current device, with uninitialised weights under published names."""
+        from l2p_export.families.z_image_l2p.networks import network_module
+
+        return network_module(network, self.dimensions, dtype_of, self.blocks(network) if blocks is None else blocks)
+
+    def blocks(self, network: str) -> tuple[str, ...]:
+        """Names of its transformer blocks, as `layers.5`."""
+        return network_blocks(network, self.dimensions)
+
+
+@dataclass(frozen=True, slots=True)
+class ZImageL2P:
+    """Implements `families.base.Family`."""
+
+    name: str = FAMILY
+
+    def claims(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these names can only be this family's."""
+        return spelling.claims(names)
+
+    def read(self, file: TensorFile) -> Checkpoint:
+        """Put a file's tensors under their published names."""
+        return spelling.read_checkpoint(file)
+
+    def model(self, shapes: Shapes) -> ZImageModel:
+        """Read the dimensions from shapes."""
+        return ZImageModel(dimensions_from_shapes(shapes))
+
+    def known_as(self, fingerprint: str) -> str:
+        """The published checkpoint with this fingerprint; empty when unknown."""
+        return PUBLISHED.get(fingerprint, "")
+
+
+Z_IMAGE_L2P = ZImageL2P()

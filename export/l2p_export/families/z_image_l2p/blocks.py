@@ -1,0 +1,141 @@
+"""Transformer blocks of Z-Image, written for export: real arithmetic, static heads, no data-dependent branch.
+
+A layer computes in the dtype of its own weight, so a precision plan is nothing but the dtypes of the parameters;
+norms keep the dtype of what they read, the rotation runs in float32 (l2p.md 1.1).
+Parameter names are the published ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2p_export.families.z_image_l2p.dimensions import SINUSOID_WIDTH, Dimensions
+
+NORM_EPSILON = 1e-5
+TIME_SCALE = 1000.0
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in the dtype of its input."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPSILON)
+
+
+class Attention(nn.Module):
+    """Self-attention over the whole sequence: norm over each head of q and k, rotation, no mask."""
+
+    def __init__(self, d: Dimensions, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = d.heads
+        self.to_q = Linear(d.width, d.width, bias=False, dtype=dtype)
+        self.to_k = Linear(d.width, d.width, bias=False, dtype=dtype)
+        self.to_v = Linear(d.width, d.width, bias=False, dtype=dtype)
+        self.to_out = nn.ModuleList([Linear(d.width, d.width, bias=False, dtype=dtype)])
+        self.norm_q = RMSNorm(d.head_width, dtype)
+        self.norm_k = RMSNorm(d.head_width, dtype)
+
+    def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+        """X [B,S,D], tables [S,R] float32, to [B,S,D]."""
+        q, k, v = (torch.unflatten(layer(x), -1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
+        q = rotate(self.norm_q(q), rope_cos, rope_sin).transpose(1, 2)
+        k = rotate(self.norm_k(k), rope_cos, rope_sin).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        out: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, d: Dimensions, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w1 = Linear(d.width, d.ffn_width, bias=False, dtype=dtype)
+        self.w2 = Linear(d.ffn_width, d.width, bias=False, dtype=dtype)
+        self.w3 = Linear(d.width, d.ffn_width, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,S,D] to the same."""
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a norm before and after; modulated by time unless a caption block.
+
+    The adaLN chunks are scale_msa, gate_msa, scale_mlp, gate_mlp: scales enter as 1 + s, gates as tanh(g), no shift.
+    """
+
+    def __init__(self, d: Dimensions, dtype: torch.dtype, *, modulated: bool) -> None:
+        super().__init__()
+        self.attention = Attention(d, dtype)
+        self.feed_forward = FeedForward(d, dtype)
+        self.attention_norm1 = RMSNorm(d.width, dtype)
+        self.attention_norm2 = RMSNorm(d.width, dtype)
+        self.ffn_norm1 = RMSNorm(d.width, dtype)
+        self.ffn_norm2 = RMSNorm(d.width, dtype)
+        self.adaLN_modulation = (
+            nn.ModuleList([Linear(d.time_width, 4 * d.width, dtype=dtype)]) if modulated else nn.ModuleList()
+        )
+
+    def forward(self, x: Tensor, modulation: Tensor | None, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+        """X [B,S,D], modulation [B,A], tables [S,R], to [B,S,D] in the dtype of x."""
+        if modulation is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope_cos, rope_sin)).to(x.dtype)
+            out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x))).to(x.dtype)
+            return out
+        chunks = torch.unflatten(self.adaLN_modulation[0](modulation), -1, (4, -1)).to(x.dtype)
+        # Slices, each [B,1,D]: `chunk` would export as a sequence, which TensorRT does not take.
+        scale_msa, gate_msa, scale_mlp, gate_mlp = (chunks[:, i : i + 1] for i in range(4))
+        attended = self.attention(self.attention_norm1(x) * (1 + scale_msa), rope_cos, rope_sin)
+        x = x + torch.tanh(gate_msa) * self.attention_norm2(attended).to(x.dtype)
+        fed = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
+        out = x + torch.tanh(gate_mlp) * self.ffn_norm2(fed).to(x.dtype)
+        return out
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0,1] to the vector that modulates every block: sinusoid of 1000 t, two linear layers."""
+
+    def __init__(self, d: Dimensions, dtype: torch.dtype) -> None:
+        super().__init__()
+        first = Linear(SINUSOID_WIDTH, d.time_hidden, dtype=dtype)
+        second = Linear(d.time_hidden, d.time_width, dtype=dtype)
+        self.mlp = nn.ModuleList([first, nn.SiLU(), second])
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Time [B] float32 to [B,A] float32."""
+        half = SINUSOID_WIDTH // 2
+        # Float64, so that torch and the folded graph round to the same float32: at 1000 rad one ulp shows at 6e-5.
+        steps = torch.arange(half, dtype=torch.float64, device=time.device)
+        frequencies = torch.exp(steps * (-math.log(10000.0) / half)).to(torch.float32)
+        angles = (time * TIME_SCALE).unsqueeze(-1) * frequencies
+        x = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        for layer in self.mlp:
+            x = layer(x)
+        return x.to(torch.float32)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (2k, 2k+1) of x [B,S,heads,2R] by the tables [S,R], in float32."""
+    pairs = torch.unflatten(x.to(torch.float32), -1, (-1, 2))
+    even, odd = pairs[..., :1], pairs[..., 1:]
+    cos, sin = cos[:, None, :, None], sin[:, None, :, None]
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

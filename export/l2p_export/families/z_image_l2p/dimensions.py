@@ -1,0 +1,297 @@
+"""Every dimension of an L2P checkpoint, read from its tensor shapes, and the shape table they imply.
+
+Source: l2p.md 1.1, 1.2, 2.1, 6.2. Names are the published ones: split q/k/v, no prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from l2p_runtime.errors import ArtifactError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+VARIANTS: Mapping[int, str] = {16: "1k", 64: "4k", 128: "8k", 160: "10k"}
+"""Patch size in pixels to variant."""
+
+STAGES: Mapping[int, tuple[str, ...]] = {
+    16: ("1", "2", "3", "4"),
+    64: ("0", "0b", "1", "2", "3", "4"),
+    128: ("_8k", "0", "0b", "1", "2", "3", "4"),
+    160: ("_10k_a", "0", "0b", "1", "2", "3"),
+}
+"""U-Net stages of each patch size, full resolution first: `enc{stage}`, `up{stage}`, `dec{stage}`."""
+
+SINUSOID_WIDTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One resolution of the U-Net: channels out of its encoder, upsampling and decoder convolutions."""
+
+    name: str
+    encoder: int
+    up: int
+    decoder: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """Sizes of one model; the published ones in brackets.
+
+    Attributes:
+        patch_px: p [16, 64, 128, 160].
+        width: D [3840].
+        head_width: channels of an attention head [128].
+        ffn_width: inner width of the SwiGLU [10240].
+        caption_width: C [2560].
+        time_width: A, width of the time embedding [256].
+        time_hidden: inner width of the time embedding [1024].
+        layers: main layers [30].
+        noise_refiners: refiner layers on image tokens [2].
+        context_refiners: refiner layers on caption tokens [2].
+        stages: U-Net stages, full resolution first.
+        bottleneck: channels of the U-Net's bottleneck [512].
+    """
+
+    patch_px: int
+    width: int
+    head_width: int
+    ffn_width: int
+    caption_width: int
+    time_width: int
+    time_hidden: int
+    layers: int
+    noise_refiners: int
+    context_refiners: int
+    stages: tuple[Stage, ...]
+    bottleneck: int
+
+    @property
+    def heads(self) -> int:
+        """Attention heads [30]."""
+        return self.width // self.head_width
+
+    @property
+    def trunk(self) -> range:
+        """The frozen layers: a sixth of the layers stays outside at each end [5 to 24 of 30]."""
+        outside = min(max(1, self.layers // 6), (self.layers - 1) // 2)
+        return range(outside, self.layers - outside)
+
+
+def dimensions_from_shapes(shapes: Shapes) -> Dimensions:
+    """Read the dimensions; where tensors disagree, the majority decides and `shape_faults` names the others.
+
+    Raises:
+        ArtifactError: a latent checkpoint, no L2P checkpoint at all, an unknown patch size, or sizes that do not fit
+            each other.
+    """
+    patch_px = _patch_px(shapes)
+    stages = STAGES[patch_px]
+
+    def size(pattern: str, axis: int) -> int:
+        return _majority(shapes, pattern, axis)
+
+    block = r"(?:layers|noise_refiner|context_refiner)\.\d+\."
+    dimensions = Dimensions(
+        patch_px=patch_px,
+        width=size(block + r"(?:attention_norm[12]|ffn_norm[12])\.weight", 0),
+        head_width=size(block + r"attention\.norm_[qk]\.weight", 0),
+        ffn_width=size(block + r"feed_forward\.w[13]\.weight", 0),
+        caption_width=size(r"cap_embedder\.0\.weight|cap_embedder\.1\.weight", -1),
+        time_width=size(r"(?:layers|noise_refiner)\.\d+\.adaLN_modulation\.0\.weight", 1),
+        time_hidden=size(r"t_embedder\.mlp\.0\.(?:weight|bias)", 0),
+        layers=_count(shapes, "layers"),
+        noise_refiners=_count(shapes, "noise_refiner"),
+        context_refiners=_count(shapes, "context_refiner"),
+        stages=tuple(
+            Stage(
+                name,
+                encoder=size(rf"local_decoder\.enc{name}\.0\.(?:weight|bias)", 0),
+                up=size(rf"local_decoder\.up{name}\.1\.(?:weight|bias)", 0),
+                decoder=size(rf"local_decoder\.dec{name}\.0\.(?:weight|bias)", 0),
+            )
+            for name in stages
+        ),
+        bottleneck=size(r"local_decoder\.bottleneck\.0\.(?:weight|bias)", 0),
+    )
+    _check(dimensions)
+    return dimensions
+
+
+def expected_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
+    """Published name to shape of every tensor that a model of these dimensions has."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"all_x_embedder.{d.patch_px}-1.weight": (d.width, 3 * d.patch_px**2),
+        f"all_x_embedder.{d.patch_px}-1.bias": (d.width,),
+        "t_embedder.mlp.0.weight": (d.time_hidden, SINUSOID_WIDTH),
+        "t_embedder.mlp.0.bias": (d.time_hidden,),
+        "t_embedder.mlp.2.weight": (d.time_width, d.time_hidden),
+        "t_embedder.mlp.2.bias": (d.time_width,),
+        "cap_embedder.0.weight": (d.caption_width,),
+        "cap_embedder.1.weight": (d.width, d.caption_width),
+        "cap_embedder.1.bias": (d.width,),
+        "x_pad_token": (1, d.width),
+        "cap_pad_token": (1, d.width),
+    }
+    groups = (("layers", d.layers, True), ("noise_refiner", d.noise_refiners, True))
+    for group, count, modulated in (*groups, ("context_refiner", d.context_refiners, False)):
+        for index in range(count):
+            shapes |= _block_shapes(f"{group}.{index}", d, modulated=modulated)
+    return shapes | _head_shapes(d)
+
+
+def shape_faults(shapes: Shapes, expected: Shapes) -> list[str]:
+    """What is missing, unknown or misshapen, one line each; a block that is missing whole takes one line."""
+    missing = expected.keys() - shapes.keys()
+    faults = []
+    for block, names in _by_block(missing).items():
+        whole = {name for name in expected if name.startswith(block + ".")}
+        if block and names == whole:
+            faults.append(f"missing `{block}`, all {len(names)} tensors")
+        else:
+            faults += [f"missing `{name}`" for name in sorted(names)]
+    faults += [f"unknown `{name}`" for name in sorted(shapes.keys() - expected.keys())]
+    faults += [
+        f"`{name}` has shape {list(shapes[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & shapes.keys())
+        if tuple(shapes[name]) != expected[name]
+    ]
+    return faults
+
+
+def network_blocks(name: str, d: Dimensions) -> tuple[str, ...]:
+    """The transformer blocks of one network, in the order they run."""
+    blocks = {
+        "caption": [f"context_refiner.{index}" for index in range(d.context_refiners)],
+        "stem": [f"noise_refiner.{index}" for index in range(d.noise_refiners)]
+        + [f"layers.{index}" for index in range(d.trunk.start)],
+        "trunk": [f"layers.{index}" for index in d.trunk],
+        "tail": [f"layers.{index}" for index in range(d.trunk.stop, d.layers)],
+        "head": [],
+    }
+    return tuple(blocks[name])
+
+
+def published_dimensions(variant: str) -> Dimensions:
+    """Dimensions of the published 1k, 4k, 8k and 10k checkpoints (l2p.md 1.1, 1.2, 6.2)."""
+    patch_px = next(patch for patch, name in VARIANTS.items() if name == variant)
+    narrow = {"_8k": Stage("_8k", 3, 16, 16), "_10k_a": Stage("_10k_a", 3, 16, 16), "0": Stage("0", 16, 16, 16)}
+    narrow |= {"0b": Stage("0b", 32, 32, 16), "1": Stage("1", 64, 64, 32), "2": Stage("2", 128, 128, 64)}
+    narrow |= {"3": Stage("3", 256, 256, 128), "4": Stage("4", 512, 512, 256)}
+    if variant == "1k":
+        narrow["1"] = Stage("1", 64, 64, 64)
+    if variant == "10k":
+        narrow["3"] = Stage("3", 256, 256, 128)
+    return Dimensions(
+        patch_px=patch_px,
+        width=3840,
+        head_width=128,
+        ffn_width=10240,
+        caption_width=2560,
+        time_width=256,
+        time_hidden=1024,
+        layers=30,
+        noise_refiners=2,
+        context_refiners=2,
+        stages=tuple(narrow[name] for name in STAGES[patch_px]),
+        bottleneck=512,
+    )
+
+
+def _block_shapes(name: str, d: Dimensions, *, modulated: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+        shapes[f"{name}.attention.{projection}.weight"] = (d.width, d.width)
+    for norm in ("norm_q", "norm_k"):
+        shapes[f"{name}.attention.{norm}.weight"] = (d.head_width,)
+    for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+        shapes[f"{name}.{norm}.weight"] = (d.width,)
+    shapes[f"{name}.feed_forward.w1.weight"] = (d.ffn_width, d.width)
+    shapes[f"{name}.feed_forward.w2.weight"] = (d.width, d.ffn_width)
+    shapes[f"{name}.feed_forward.w3.weight"] = (d.ffn_width, d.width)
+    if modulated:
+        shapes[f"{name}.adaLN_modulation.0.weight"] = (4 * d.width, d.time_width)
+        shapes[f"{name}.adaLN_modulation.0.bias"] = (4 * d.width,)
+    return shapes
+
+
+def _head_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
+    """The U-Net `local_decoder`: a decoder stage reads [up, skip], the bottleneck [image, tokens]."""
+    convs: list[tuple[str, int, int, int]] = []
+    channels = 3
+    for stage in d.stages:
+        convs.append((f"enc{stage.name}.0", stage.encoder, channels, 3))
+        channels = stage.encoder
+    convs.append(("bottleneck.0", d.bottleneck, channels + d.width, 1))
+    channels = d.bottleneck
+    for stage in reversed(d.stages):
+        convs.append((f"up{stage.name}.1", stage.up, channels, 3))
+        convs.append((f"dec{stage.name}.0", stage.decoder, stage.up + stage.encoder, 3))
+        channels = stage.decoder
+    convs.append(("out_conv", 3, channels, 1))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, out_channels, in_channels, kernel in convs:
+        shapes[f"local_decoder.{name}.weight"] = (out_channels, in_channels, kernel, kernel)
+        shapes[f"local_decoder.{name}.bias"] = (out_channels,)
+    return shapes
+
+
+def _patch_px(shapes: Shapes) -> int:
+    names = [name for name in shapes if re.fullmatch(r"all_x_embedder\.\d+-1\.(?:weight|bias)", name)]
+    if any(name.startswith(("all_final_layer.", "all_x_embedder.2-1.")) for name in shapes):
+        raise ArtifactError(
+            "this is a latent Z-Image checkpoint (it has a final layer or 2 px latent patches), not an L2P checkpoint",
+            hint="an L2P checkpoint has `all_x_embedder.16-1`, `.64-1`, `.128-1` or `.160-1` and a `local_decoder`",
+        )
+    if not names or not any(name.startswith("local_decoder.") for name in shapes):
+        raise ArtifactError(
+            "this is not an L2P checkpoint: it has no `all_x_embedder.P-1` or no `local_decoder`",
+            hint=f"its first tensors are {', '.join(sorted(shapes)[:3])}",
+        )
+    patches = sorted({int(re.findall(r"\d+", name)[0]) for name in names})
+    unknown = [str(patch) for patch in patches if patch not in VARIANTS]
+    if unknown or len(patches) > 1:
+        raise ArtifactError(
+            f"the checkpoint has patches of {', '.join(map(str, patches))} px, expected exactly one of "
+            f"{', '.join(map(str, VARIANTS))}"
+        )
+    return patches[0]
+
+
+def _majority(shapes: Shapes, pattern: str, axis: int) -> int:
+    matcher = re.compile(pattern)
+    found = [shape[axis] for name, shape in shapes.items() if shape and matcher.fullmatch(name) and len(shape) > axis]
+    if not found:
+        name = (
+            re.sub(r"\(\?:([^)|]*)[^)]*\)", r"\1", pattern).replace("\\d+", "N").replace("\\", "").replace("[12]", "1")
+        )
+        raise ArtifactError(f"the checkpoint has no tensor `{name}`", hint="it is incomplete; download it again")
+    return Counter(found).most_common(1)[0][0]
+
+
+def _count(shapes: Shapes, group: str) -> int:
+    indices = [int(match[1]) for match in (re.match(rf"{group}\.(\d{{1,4}})\.", name) for name in shapes) if match]
+    # A stray `layers.9999` must not make a table of ten thousand missing layers.
+    return min(max(indices, default=-1) + 1, len(set(indices)) + 64)
+
+
+def _by_block(names: Iterable[str]) -> dict[str, set[str]]:
+    blocks: dict[str, set[str]] = {}
+    for name in sorted(names):
+        match = re.match(r"(?:layers|noise_refiner|context_refiner)\.\d+", name)
+        blocks.setdefault(match[0] if match else "", set()).add(name)
+    return blocks
+
+
+def _check(d: Dimensions) -> None:
+    if d.layers < 1:
+        raise ArtifactError("the checkpoint has no main layers (`layers.0` and on)")
+    if d.head_width == 0 or d.width == 0 or d.width % d.head_width:
+        raise ArtifactError(f"the width {d.width} is no multiple of the head width {d.head_width}")
+    # Rotary axes take 1/4, 3/8 and 3/8 of a head, each an even number of channels.
+    if d.head_width % 16:
+        raise ArtifactError(f"the head width is {d.head_width}, expected a multiple of 16 (rotary axes 1/4, 3/8, 3/8)")

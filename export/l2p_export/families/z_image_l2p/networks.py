@@ -1,0 +1,148 @@
+"""The five networks of one denoising call, cut from one L2P transformer (design section 5).
+
+    network   inputs                                              outputs
+    caption   prompt_embeds [B,T,C] caption_mask [B,T] rope [T,R]  caption [B,T,D]
+    stem      image [B,3,H,W] time [B] caption rope [S,R]          tokens [B,S,D] modulation [B,A]
+    trunk     tokens modulation rope                               tokens_out [B,S,D]
+    tail      tokens modulation rope                               tokens_out [B,S,D]
+    head      image [B,3,Hs,W] tokens [B,hs,w,D]                   prediction [B,3,Hs,W]
+
+Sequence order is image tokens, image pads, caption. Every tensor at a border is float32; a network casts inside to
+the dtype of its own weights. Parameters carry their published names, so a state dict is a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from l2p_export.families.z_image_l2p.blocks import Block, Linear, RMSNorm, TimeEmbedding
+from l2p_export.families.z_image_l2p.dimensions import Dimensions
+from l2p_export.families.z_image_l2p.head import PixelHead
+
+DTypeOf: TypeAlias = Callable[[str], torch.dtype]
+"""Layer name to the dtype of its weights, and `residual` to that of the stream between blocks: a precision plan, as a
+module sees it."""
+
+
+class CaptionNetwork(nn.Module):
+    """Prompt embeddings to caption tokens: embed, put the learned pad where the mask is false, refine."""
+
+    def __init__(self, d: Dimensions, dtype_of: DTypeOf, context_refiners: Iterable[int]) -> None:
+        super().__init__()
+        self.residual = dtype_of("residual")
+        embedder = dtype_of("cap_embedder")
+        linear = Linear(d.caption_width, d.width, dtype=embedder)
+        self.cap_embedder = nn.ModuleList([RMSNorm(d.caption_width, embedder), linear])
+        self.cap_pad_token = nn.Parameter(torch.empty(1, d.width, dtype=embedder))
+        self.context_refiner = _blocks("context_refiner", context_refiners, d, dtype_of, modulated=False)
+
+    def forward(self, prompt_embeds: Tensor, caption_mask: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+        """See the module docstring."""
+        x = prompt_embeds
+        for layer in self.cap_embedder:
+            x = layer(x)
+        x = torch.where(caption_mask.unsqueeze(-1), x, self.cap_pad_token).to(self.residual)
+        for block in self.context_refiner.values():
+            x = block(x, None, rope_cos, rope_sin)
+        return x.to(torch.float32)
+
+
+class StemNetwork(nn.Module):
+    """Noisy pixels and time to tokens: patch embedding, pads, noise refiner, then the layers before the trunk."""
+
+    def __init__(self, d: Dimensions, dtype_of: DTypeOf, noise_refiners: Iterable[int], layers: Iterable[int]) -> None:
+        super().__init__()
+        self.patch_px = d.patch_px
+        self.residual = dtype_of("residual")
+        embedder = dtype_of("all_x_embedder")
+        linear = Linear(3 * d.patch_px**2, d.width, dtype=embedder)
+        self.all_x_embedder = nn.ModuleDict({f"{d.patch_px}-1": linear})
+        self.x_pad_token = nn.Parameter(torch.empty(1, d.width, dtype=embedder))
+        self.t_embedder = TimeEmbedding(d, dtype_of("t_embedder"))
+        self.noise_refiner = _blocks("noise_refiner", noise_refiners, d, dtype_of, modulated=True)
+        self.layers = _blocks("layers", layers, d, dtype_of, modulated=True)
+
+    def forward(
+        self, image: Tensor, time: Tensor, caption: Tensor, rope_cos: Tensor, rope_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See the module docstring."""
+        modulation = self.t_embedder(time)
+        x = self.all_x_embedder[f"{self.patch_px}-1"](patches(image, self.patch_px))
+        # One pad row behind the image tokens, then rows 0..S-T-1 with everything past the last pointing at it: this
+        # pads to any S, none included, without a size that export would have to compare with zero.
+        pad = self.x_pad_token.unsqueeze(0).expand(x.shape[0], 1, -1)
+        rows = torch.arange(rope_cos.shape[0] - caption.shape[1], device=x.device).clamp(max=x.shape[1])
+        x = torch.cat([x, pad], dim=1).index_select(1, rows).to(self.residual)
+        image_cos, image_sin = rope_cos[: -caption.shape[1]], rope_sin[: -caption.shape[1]]
+        for block in self.noise_refiner.values():
+            x = block(x, modulation, image_cos, image_sin)
+        x = torch.cat([x, caption.to(x.dtype)], dim=1)
+        for block in self.layers.values():
+            x = block(x, modulation, rope_cos, rope_sin)
+        return x.to(torch.float32), modulation
+
+
+class LayersNetwork(nn.Module):
+    """A run of main layers: the trunk, or the tail."""
+
+    def __init__(self, d: Dimensions, dtype_of: DTypeOf, layers: Iterable[int]) -> None:
+        super().__init__()
+        self.residual = dtype_of("residual")
+        self.layers = _blocks("layers", layers, d, dtype_of, modulated=True)
+
+    def forward(self, tokens: Tensor, modulation: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+        """See the module docstring."""
+        x = tokens.to(self.residual)
+        for block in self.layers.values():
+            x = block(x, modulation, rope_cos, rope_sin)
+        return x.to(torch.float32)
+
+
+class HeadNetwork(nn.Module):
+    """The pixel head, under its published name."""
+
+    def __init__(self, d: Dimensions, dtype_of: DTypeOf) -> None:
+        super().__init__()
+        self.local_decoder = PixelHead(d, dtype_of("local_decoder"))
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """See the module docstring."""
+        prediction: Tensor = self.local_decoder(image, tokens)
+        return prediction.to(torch.float32)
+
+
+def network_module(name: str, d: Dimensions, dtype_of: DTypeOf, blocks: Iterable[str]) -> nn.Module:
+    """Build one network on the current device; its weights are uninitialised.
+
+    Args:
+        name: `caption`, `stem`, `trunk`, `tail` or `head`.
+        d: dimensions of the model.
+        dtype_of: weight dtype of each layer, by published layer name.
+        blocks: the transformer blocks to build, as `layers.5`.
+    """
+    groups: dict[str, list[int]] = {"context_refiner": [], "noise_refiner": [], "layers": []}
+    for block in blocks:
+        group, _, index = block.partition(".")
+        groups[group].append(int(index))
+    builders: Mapping[str, Callable[[], nn.Module]] = {
+        "caption": lambda: CaptionNetwork(d, dtype_of, groups["context_refiner"]),
+        "stem": lambda: StemNetwork(d, dtype_of, groups["noise_refiner"], groups["layers"]),
+        "trunk": lambda: LayersNetwork(d, dtype_of, groups["layers"]),
+        "tail": lambda: LayersNetwork(d, dtype_of, groups["layers"]),
+        "head": lambda: HeadNetwork(d, dtype_of),
+    }
+    return builders[name]().eval().requires_grad_(requires_grad=False)
+
+
+def patches(image: Tensor, patch_px: int) -> Tensor:
+    """Cut image [B,3,H,W] into rows [B, H/p * W/p, p*p*3]: row, column, channel within a patch, channel fastest."""
+    x = torch.unflatten(torch.unflatten(image, 3, (-1, patch_px)), 2, (-1, patch_px))
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _blocks(group: str, indices: Iterable[int], d: Dimensions, dtype_of: DTypeOf, *, modulated: bool) -> nn.ModuleDict:
+    return nn.ModuleDict({str(index): Block(d, dtype_of(f"{group}.{index}"), modulated=modulated) for index in indices})

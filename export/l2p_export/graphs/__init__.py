@@ -1,0 +1,1 @@
+"""Networks to ONNX: trace, weights, graph files."""

@@ -1,0 +1,122 @@
+"""A network becomes an ONNX graph that knows the names of its weights and nothing of their values."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from l2p_export.graphs.unroll import unroll
+from l2p_runtime.contract import NetworkSpec, TensorSpec, split_dim
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+
+# Sizes of the traced example. None is 0 or 1, which torch.export would bake in, and no two agree by accident.
+_EXAMPLE_SIZES = {"B": 2, "h": 3, "w": 5, "r": 7, "t": 2}
+_EXAMPLE_PADS = 17
+
+
+def trace_network(
+    build: Callable[[], nn.Module], spec: NetworkSpec, opset: int, repeats: Mapping[str, Sequence[str]]
+) -> ir.Model:
+    """Trace one network with every size of its spec dynamic.
+
+    Args:
+        build: makes the network; called on the meta device, so that no weight is ever allocated.
+        spec: the network's inputs and outputs.
+        opset: ONNX operator set. FP32 engines need 20, where attention is decomposed; 23 keeps `Attention` whole.
+        repeats: for each traced block the blocks of equal structure that follow it.
+
+    Returns:
+        A graph whose initializers carry published names, dtype and shape, and no value.
+    """
+    import torch
+    from onnxscript import optimizer
+
+    with torch.device("meta"), _quiet():
+        model = _export(build(), spec, opset)
+        for value in model.graph.initializers.values():
+            value.const_value = None
+        unroll(model, repeats)
+        weights = set(model.graph.initializers)
+        # Folding a weight would copy it into the graph under another name; what has no weight in it may fold.
+        optimizer.optimize_ir(model, should_fold=lambda node: None if weights.isdisjoint(_names(node)) else False)
+    _strip(model, spec)
+    return model
+
+
+def _export(module: nn.Module, spec: NetworkSpec, opset: int) -> ir.Model:
+    import torch
+
+    sizes = _EXAMPLE_SIZES | {"s": _EXAMPLE_SIZES["h"] * _EXAMPLE_SIZES["w"] + _EXAMPLE_PADS + 32 * _EXAMPLE_SIZES["t"]}
+    dims = {symbol: torch.export.Dim(symbol) for symbol in spec.symbols()}
+    program = torch.onnx.export(
+        module,
+        args=(),
+        kwargs={tensor.name: _example(tensor, sizes) for tensor in spec.inputs},
+        dynamo=True,
+        dynamic_shapes={tensor.name: _dynamic_axes(tensor, dims) for tensor in spec.inputs},
+        input_names=[tensor.name for tensor in spec.inputs],
+        output_names=[tensor.name for tensor in spec.outputs],
+        opset_version=opset,
+        external_data=True,
+        optimize=False,
+        verify=False,
+        verbose=False,
+    )
+    assert program is not None  # noqa: S101 - `dynamo=True` without a file returns a program
+    return program.model
+
+
+def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> Any:
+    import torch
+
+    return torch.empty(tensor.resolve(sizes), dtype=getattr(torch, tensor.dtype), device="meta")
+
+
+def _dynamic_axes(tensor: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
+    axes = {}
+    for axis, dim in enumerate(tensor.shape):
+        factor, symbol = split_dim(dim)
+        if symbol:
+            axes[axis] = factor * dims[symbol] if factor > 1 else dims[symbol]
+    return axes
+
+
+def _names(node: ir.Node) -> set[str]:
+    return {value.name for value in node.inputs if value is not None and value.name}
+
+
+def _strip(model: ir.Model, spec: NetworkSpec) -> None:
+    """Drop what depends on this machine: the exporter writes stack traces with paths into every node."""
+    model.graph.name = spec.name
+    model.producer_name, model.producer_version, model.doc_string = "l2p-export", None, None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's and optimizer's chatter off stderr; their errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

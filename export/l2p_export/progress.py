@@ -1,0 +1,31 @@
+"""How long work tells where it stands; the command line draws it, tests and libraries may ignore it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Receives the stages of a long piece of work."""
+
+    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> AbstractContextManager[Callable[[int], None]]:
+        """Enter a stage; the function it gives is told how much was done since the last call."""
+
+    def note(self, text: str) -> None:
+        """Say one line that the user should read."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    @contextmanager
+    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+        """Do nothing."""
+        del title, total, unit
+        yield lambda amount: None
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+        del text

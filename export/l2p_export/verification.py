@@ -1,0 +1,189 @@
+"""Graphs against the reference: the same small denoising calls, network by network and end to end. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from l2p_calib.ledger import compare
+from l2p_runtime.backends import Engine, open_backend
+from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, NetworkSpec, Profile, ReferenceCase
+from l2p_runtime.positions import caption_tables, rope_tables
+from l2p_runtime.tensorfile import open_tensorfile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from l2p_export.progress import Reporter
+    from l2p_runtime.bundle import Bundle
+
+    Tensors = Mapping[str, NDArray[Any]]
+
+CORNER_PIXELS_MAX = 1_500_000
+"""Corners of a profile up to this many pixels are run while building; larger ones are listed as not run."""
+
+END_TO_END = "end-to-end"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One denoising call: token grid and unpadded caption length; `stored` ones travel in the bundle."""
+
+    name: str
+    rows: int
+    columns: int
+    caption_tokens: int
+    stored: bool
+
+
+def small_cases(model: ModelSpec) -> tuple[Case, ...]:
+    """The stored cases: a grid with pad tokens and a short caption, and one without pads and a caption over 32."""
+    step = model.head.row_multiple
+    return Case("padded", 2 * step, 3 * step, 7, stored=True), Case("full", 8, 4, 33, stored=True)
+
+
+def corner_cases(model: ModelSpec, profile: Profile) -> tuple[Case, ...]:
+    """The corners of a profile, non-square ones included."""
+    height, width = profile.height_px, profile.width_px
+    sizes = ((height.min, width.min), (height.min, width.max), (height.max, width.min), (height.max, width.max))
+    caption = profile.caption_tokens.opt
+    return tuple(
+        Case(f"{w}x{h}", h // model.patch_px, w // model.patch_px, caption, stored=False)
+        for h, w in dict.fromkeys(sizes)
+    )
+
+
+def case_inputs(model: ModelSpec, case: Case, seed: int) -> dict[str, NDArray[Any]]:
+    """The inputs of one case from seeded noise: image, time, padded embeddings and mask, rotary tables, token grid."""
+    import numpy as np
+
+    from l2p_runtime.noise import normal_noise
+
+    padded = model.padded(case.caption_tokens)
+    rows, columns = (0, case.rows * model.patch_px), (0, case.columns * model.patch_px)
+    embeds = np.zeros((1, padded, model.caption_width), np.float32)
+    embeds[:, : case.caption_tokens] = normal_noise(
+        seed, image_index=1, channels=1, rows=(0, case.caption_tokens), cols=(0, model.caption_width)
+    )
+    cosine, sine = rope_tables(model, case.rows, case.columns, padded)
+    return {
+        "image": normal_noise(seed, rows=rows, cols=columns)[np.newaxis],
+        "time": np.asarray([0.3 + 0.4 * (seed % 2)], np.float32),
+        "prompt_embeds": embeds,
+        "caption_mask": np.arange(padded)[np.newaxis] < case.caption_tokens,
+        "rope_cos": cosine,
+        "rope_sin": sine,
+        "grid": np.asarray([case.rows, case.columns], np.int64),
+    }
+
+
+def network_inputs(network: str, case: Tensors, made: Tensors) -> dict[str, NDArray[Any]]:
+    """The inputs of one network, from a case's inputs and what the networks before it made (`network.output`)."""
+    import numpy as np
+
+    rope = {"rope_cos": case["rope_cos"], "rope_sin": case["rope_sin"]}
+    if network == "caption":
+        cosine, sine = caption_tables((rope["rope_cos"], rope["rope_sin"]), case["caption_mask"].shape[1])
+        prompt = {"prompt_embeds": case["prompt_embeds"], "caption_mask": case["caption_mask"]}
+        return {**prompt, "rope_cos": np.ascontiguousarray(cosine), "rope_sin": np.ascontiguousarray(sine)}
+    if network == "stem":
+        return {"image": case["image"], "time": case["time"], "caption": made["caption.caption"], **rope}
+    if network == "head":
+        rows, columns = (int(size) for size in case["grid"])
+        tokens = made["tail.tokens_out"][:, : rows * columns]
+        return {"image": case["image"], "tokens": tokens.reshape(len(tokens), rows, columns, -1)}
+    before = "stem.tokens" if network == "trunk" else "trunk.tokens_out"
+    return {"tokens": made[before], "modulation": made["stem.modulation"], **rope}
+
+
+def compare_graphs(
+    plan: str,
+    networks: Mapping[str, NetworkSpec],
+    references: Mapping[str, Tensors],
+    load: Callable[[str], Engine],
+    advance: Callable[[int], None],
+) -> list[LedgerEntry]:
+    """Run every case through a plan's graphs and measure each network alone and all of them in a row.
+
+    A network alone gets the reference's tensors; in a row, it gets what the plan's own graphs made.
+
+    Args:
+        plan: name of the plan, which names the threshold too.
+        networks: inputs and outputs of each network.
+        references: case name to its inputs and torch float32 outputs.
+        load: opens the plan's graph of a network; one is open at a time.
+        advance: told 1 after each network and case.
+    """
+    stage = f"torch float32 -> {plan} graph"
+    made: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in references}
+    entries = []
+    for network in NETWORKS:
+        engine = load(network)
+        for name, reference in references.items():
+            alone = run_engine(engine, network_inputs(network, reference, reference))
+            chained = run_engine(engine, network_inputs(network, reference, made[name]))
+            made[name] |= {f"{network}.{output}": value for output, value in chained.items()}
+            for output in (spec.name for spec in networks[network].outputs):
+                expected = reference[f"{network}.{output}"]
+                label = network if output == networks[network].outputs[0].name else f"{network}.{output}"
+                entries.append(compare(expected, alone[output], stage=stage, network=label, case=name, plan=plan))
+            advance(1)
+        engine.close()
+    for name, reference in references.items():
+        expected, found = reference["head.prediction"], made[name]["head.prediction"]
+        entries.append(compare(expected, found, stage=stage, network=END_TO_END, case=name, plan=plan))
+    return entries
+
+
+def not_run(plan: str, cases: Sequence[Case], reason: str) -> list[LedgerEntry]:
+    """Ledger entries for cases that this machine did not run; never counted as passed."""
+    stage = f"torch float32 -> {plan} graph"
+    return [LedgerEntry(stage, END_TO_END, case.name, "not run", reason) for case in cases]
+
+
+def run_engine(engine: Engine, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    """Run one engine on host arrays."""
+    import numpy as np
+
+    sizes = engine.spec.sizes({name: value.shape for name, value in inputs.items()})
+    outputs = {spec.name: np.empty(spec.resolve(sizes), spec.dtype) for spec in engine.spec.outputs}
+    engine.run({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
+    return outputs
+
+
+def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Reporter) -> list[LedgerEntry]:
+    """Run a bundle's stored cases on this machine; what only the build could run is listed as not run.
+
+    Raises:
+        ArtifactError: no such plan, or a damaged reference file.
+        HostError: the backend cannot run here.
+    """
+    manifest = bundle.manifest
+    opened = open_backend(backend)
+    networks = {spec.name: spec for spec in manifest.networks}
+    references = {case.name: _read_case(bundle, case) for case in manifest.references}
+    plans = [manifest.plan(plan)] if plan else manifest.plans
+    ledger: list[LedgerEntry] = []
+    for ref in plans:
+
+        def load(network: str, name: str = ref.name) -> Engine:
+            record = manifest.graph(network, name)
+            return opened.load(bundle.path(record.graph), bundle.path(record.weights), networks[network])
+
+        with reporter.stage(f"ledger {ref.name}", len(references) * len(networks), "calls") as advance:
+            ledger += compare_graphs(ref.name, networks, references, load, advance)
+    cases = {case.name for case in manifest.references}
+    chosen = {f"torch float32 -> {ref.name} graph" for ref in plans}
+    left = dict.fromkeys(
+        (e.stage, e.case, e.status) for e in manifest.ledger if e.case not in cases and e.stage in chosen
+    )
+    return ledger + [
+        LedgerEntry(stage, END_TO_END, case, "not run", f"no stored reference; `{status}` when the bundle was built")
+        for stage, case, status in left
+    ]
+
+
+def _read_case(bundle: Bundle, case: ReferenceCase) -> dict[str, NDArray[Any]]:
+    file = open_tensorfile(bundle.path(case.file))
+    return {name: file.read(name) for name in file.tensors}

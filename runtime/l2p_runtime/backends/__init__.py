@@ -1,0 +1,127 @@
+"""What pixels are computed on. One file a backend; nothing else in the runtime names one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from l2p_runtime.errors import HostError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from l2p_runtime.contract import NetworkSpec
+
+
+class Array(Protocol):
+    """Memory of a device seen as an array; NumPy's own arrays on the host."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the values take."""
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """A view by slices; no copy."""
+
+    def reshape(self, shape: tuple[int, ...], /) -> Any:
+        """The same values under another shape."""
+
+
+class Device(Protocol):
+    """Memory, copies and the few kernels that run between networks, on one stream."""
+
+    name: str
+
+    def alloc(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Uninitialised memory."""
+
+    def upload(self, values: NDArray[Any]) -> Array:
+        """A contiguous copy of host values on the device; may be the host array itself."""
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """The values on the host; may be the array itself."""
+
+    def contiguous(self, view: Array) -> Array:
+        """The view itself when its values lie one behind the other, else a copy."""
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy values between equally shaped views."""
+
+    def launch(self, kernel: str, *arguments: Any) -> None:
+        """Run a kernel of `l2p_runtime.backends.host.KERNELS`, or its equal on this device."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def available_bytes(self) -> int:
+        """Memory that could be allocated now."""
+
+
+class Engine(Protocol):
+    """One network, loaded and ready to run."""
+
+    spec: NetworkSpec
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Run on contiguous inputs and write into contiguous outputs of the right shape."""
+
+    def memory_bytes(self) -> int:
+        """Bytes the loaded weights take."""
+
+    def close(self) -> None:
+        """Give the memory back; the engine cannot run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A device and how it loads a network.
+
+    Attributes:
+        load: (graph file, weights file, the network's inputs and outputs) to a ready engine.
+    """
+
+    name: str
+    device: Device
+    load: Callable[[Path, Path, NetworkSpec], Engine]
+
+
+def open_backend(name: str, device: int = 0) -> Backend:
+    """Open a backend by name; `auto` takes the first that this machine can run, fastest first.
+
+    A backend is a module of this package with `PRIORITY` and `open_device(index) -> Backend`.
+
+    Raises:
+        UsageError: no backend of that name.
+        HostError: the backend's library or device is missing.
+    """
+    available = _backends()
+    if name != "auto":
+        if name not in available:
+            raise UsageError(f"there is no backend `{name}`", hint=f"backends: auto, {', '.join(available)}")
+        return _module(name).open_device(device)  # type: ignore[no-any-return]
+    reasons = []
+    for candidate in available:
+        try:
+            return _module(candidate).open_device(device)  # type: ignore[no-any-return]
+        except HostError as error:
+            reasons.append(f"{candidate}: {error}")
+    raise HostError(f"no backend can run here: {'; '.join(reasons)}", hint="pip install 'l2p-export[cpu]'")
+
+
+def _backends() -> list[str]:
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    modules = [(name, _module(name)) for name in names]
+    found = [(module.PRIORITY, name) for name, module in modules if hasattr(module, "PRIORITY")]
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")

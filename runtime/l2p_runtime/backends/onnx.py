@@ -1,0 +1,89 @@
+"""ONNX Runtime on the CPU: runs every graph of a bundle as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_runtime.backends import Array, Backend
+from l2p_runtime.backends.host import HostDevice
+from l2p_runtime.errors import ArtifactError, HostError, InternalError
+
+if TYPE_CHECKING:
+    from l2p_runtime.contract import NetworkSpec
+
+PRIORITY = 0
+_PROVIDER = "CPUExecutionProvider"
+
+
+def open_device(device: int) -> Backend:
+    """Open the CPU; the device number has no meaning here.
+
+    Raises:
+        HostError: ONNX Runtime is not installed.
+    """
+    del device
+    try:
+        import onnxruntime  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise HostError(f"ONNX Runtime cannot be imported: {error}", hint="pip install 'l2p-export[cpu]'") from error
+    return Backend("onnx", HostDevice(), OnnxEngine)
+
+
+class OnnxEngine:
+    """One graph in one ONNX Runtime session; implements `Engine`."""
+
+    def __init__(self, graph: Path, weights: Path, spec: NetworkSpec) -> None:
+        """Load a graph and the weights that it points into.
+
+        Raises:
+            ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not the spec's.
+            HostError: ONNX Runtime would run it elsewhere than on the CPU.
+        """
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # ONNX Runtime's own rewriting of Q/DQ pairs breaks float8 graphs; others have none.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=[_PROVIDER])
+        except Exception as error:
+            raise ArtifactError(
+                f"ONNX Runtime refuses `{graph.name}`: {error}", hint="build the bundle again"
+            ) from error
+        if self._session.get_providers() != [_PROVIDER]:
+            raise HostError(f"ONNX Runtime chose {self._session.get_providers()}, expected {_PROVIDER}")
+        for found, wanted in (
+            ({value.name for value in self._session.get_inputs()}, {value.name for value in spec.inputs}),
+            ({value.name for value in self._session.get_outputs()}, {value.name for value in spec.outputs}),
+        ):
+            if found != wanted:
+                raise ArtifactError(f"`{graph.name}` has {sorted(found)}, the manifest says {sorted(wanted)}")
+        self.spec = spec
+        self._weight_bytes = weights.stat().st_size
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Run on contiguous host arrays, writing straight into `outputs`."""
+        binding = self._session.io_binding()
+        for tensor in self.spec.inputs:
+            binding.bind_input(tensor.name, *_place(inputs[tensor.name]))
+        for tensor in self.spec.outputs:
+            binding.bind_output(tensor.name, *_place(outputs[tensor.name]))
+        self._session.run_with_iobinding(binding)
+
+    def memory_bytes(self) -> int:
+        """Bytes of the weights file; ONNX Runtime keeps them in memory, and packed copies of some."""
+        return self._weight_bytes
+
+    def close(self) -> None:
+        """Drop the session."""
+        self._session = None
+
+
+def _place(array: Any) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """What ONNX Runtime wants to know of a buffer: device, index, dtype, shape, address."""
+    if not array.flags.c_contiguous:
+        raise InternalError(f"a buffer of shape {array.shape} is not contiguous")
+    return "cpu", 0, array.dtype, array.shape, array.ctypes.data

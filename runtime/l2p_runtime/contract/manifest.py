@@ -1,0 +1,211 @@
+"""`bundle.json`: everything a bundle says about itself (design section 6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.contract.model import ModelSpec
+from l2p_runtime.contract.profile import Profile, Sampling
+from l2p_runtime.contract.tensors import NetworkSpec
+from l2p_runtime.errors import ArtifactError
+
+SCHEMA = 1
+MANIFEST_NAME = "bundle.json"
+NETWORKS = ("caption", "stem", "trunk", "tail", "head")
+"""The networks of one denoising call, in the order the data takes."""
+
+# One folder of the bundle and one plain name: nothing that climbs, hides or names a drive.
+_BUNDLE_PATH = re.compile(r"(?:graphs|reference)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of the bundle: plain path inside it, size, digest and the short digest checked on open.
+
+    Attributes:
+        stamp: SHA-256 over the first and the last 64 KiB.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+    stamp: str
+
+    def __post_init__(self) -> None:
+        if not _BUNDLE_PATH.fullmatch(self.path) or ".." in self.path:
+            raise ArtifactError(
+                f"path {self.path!r} is refused: files of a bundle lie in `graphs/` or `reference/` under a plain name",
+                hint="the manifest was edited or comes from somebody careless; build the bundle again",
+            )
+        if self.size_bytes < 0:
+            raise ArtifactError(f"`{self.path}`: size_bytes is {self.size_bytes}")
+        for digest in (self.sha256, self.stamp):
+            if not _SHA256.fullmatch(digest):
+                raise ArtifactError(f"`{self.path}`: {digest[:80]!r} is no SHA-256 digest")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRef:
+    """A precision plan by name, with the digest of its content."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRecord:
+    """One network as ONNX under one plan: paths of the graph and of its weights."""
+
+    network: str
+    plan: str
+    opset: int
+    graph: str
+    weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """Where the weights come from.
+
+    Attributes:
+        fingerprint: MD5 over tensor names and shapes, published spelling (l2p.md 2.3).
+        known_as: the published model with that fingerprint; empty when unknown.
+        trained: False for the seeded demo weights, which draw noise.
+        licence: as stated in the checkpoint; empty when it states none.
+    """
+
+    name: str
+    fingerprint: str
+    known_as: str
+    tensors: int
+    parameters: int
+    trunk_sha256: str
+    trained: bool
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCase:
+    """Inputs and expected outputs of one small denoising call, computed in torch float32."""
+
+    name: str
+    file: str
+    height_px: int
+    width_px: int
+    caption_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """How far one stage is from the one before it on one case.
+
+    Attributes:
+        stage: the two stages compared, as in `torch float32 -> fp16 graph`.
+        network: one of `NETWORKS`, or `end-to-end`.
+        relative: L2 norm of the difference over that of the expected values.
+        psnr_db: peak signal to noise, the peak being the largest expected magnitude; 999 when equal.
+        threshold: the largest `relative` that passes.
+        reason: why the threshold is what it is, or why the comparison was not run.
+    """
+
+    stage: str
+    network: str
+    case: str
+    status: Literal["passed", "failed", "not run"]
+    reason: str
+    threshold: float | None = None
+    max_abs: float | None = None
+    relative: float | None = None
+    cosine: float | None = None
+    psnr_db: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of `bundle.json`."""
+
+    schema: int
+    producer: str
+    model: ModelSpec
+    checkpoint: CheckpointRecord
+    sampling: Sampling
+    networks: tuple[NetworkSpec, ...]
+    profiles: tuple[Profile, ...]
+    plans: tuple[PlanRef, ...]
+    graphs: tuple[GraphRecord, ...]
+    references: tuple[ReferenceCase, ...]
+    files: tuple[FileRecord, ...]
+    ledger: tuple[LedgerEntry, ...]
+
+    def __post_init__(self) -> None:
+        if not self.profiles or not self.plans:
+            raise ArtifactError("the bundle has no profile or no precision plan")
+        wanted = {(network, plan.name) for network in NETWORKS for plan in self.plans}
+        missing = sorted(wanted - {(record.network, record.plan) for record in self.graphs})
+        if missing:
+            raise ArtifactError(f"the bundle has no graph for {', '.join(f'{n} in {p}' for n, p in missing)}")
+        if {spec.name for spec in self.networks} != set(NETWORKS):
+            raise ArtifactError(f"the bundle describes other networks than {', '.join(NETWORKS)}")
+        paths = {record.path for record in self.files}
+        used = {path for graph in self.graphs for path in (graph.graph, graph.weights)}
+        used |= {case.file for case in self.references}
+        if used != paths or len(paths) != len(self.files):
+            wrong = sorted(used ^ paths) or ["a path that stands twice"]
+            raise ArtifactError(f"the file list does not match what the bundle uses: {', '.join(wrong)}")
+
+    def plan(self, name: str | None) -> PlanRef:
+        """The plan called `name`; the first one when None.
+
+        Raises:
+            ArtifactError: no such plan.
+        """
+        if name is None:
+            return self.plans[0]
+        found = next((plan for plan in self.plans if plan.name == name), None)
+        if found is None:
+            have = ", ".join(plan.name for plan in self.plans)
+            raise ArtifactError(f"the bundle has no plan `{name}`; it has {have}")
+        return found
+
+    def graph(self, network: str, plan: str) -> GraphRecord:
+        """The graph of one network under one plan."""
+        return next(record for record in self.graphs if record.network == network and record.plan == plan)
+
+    def network(self, name: str) -> NetworkSpec:
+        """Inputs and outputs of one network."""
+        return next(spec for spec in self.networks if spec.name == name)
+
+
+def manifest_to_bytes(manifest: Manifest) -> bytes:
+    """The manifest as UTF-8 JSON: the same manifest gives the same bytes."""
+    return (json.dumps(to_json(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def manifest_from_bytes(data: bytes) -> Manifest:
+    """Parse and check `bundle.json`.
+
+    Raises:
+        ArtifactError: not JSON, another schema version, or content that does not hold together.
+    """
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"`{MANIFEST_NAME}` is not JSON: {error}", hint="build the bundle again") from error
+    schema = parsed.get("schema") if isinstance(parsed, dict) else None
+    if schema != SCHEMA:
+        raise ArtifactError(
+            f"`{MANIFEST_NAME}` has schema version {schema!r}, this version reads {SCHEMA}",
+            hint="open it with the version of l2p-export that built it, or build it again",
+        )
+    return from_json(Manifest, parsed)
+
+
+def bundle_digest(manifest_bytes: bytes) -> str:
+    """The name of a bundle's exact content: SHA-256 of its manifest, which holds the digest of every file."""
+    return hashlib.sha256(manifest_bytes).hexdigest()

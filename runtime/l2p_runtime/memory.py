@@ -1,0 +1,86 @@
+"""How much memory there is, and how much one denoising call takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from l2p_runtime.contract import ModelSpec
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CallMemory:
+    """Bytes of one denoising call, besides the weights.
+
+    Attributes:
+        buffers_bytes: pixels and tokens that live from the first network to the last.
+        tokens_bytes: the largest activations inside the transformer: attention scores and the feed-forward.
+        head_row_bytes: activations inside the pixel head, per token row.
+    """
+
+    buffers_bytes: int
+    tokens_bytes: int
+    head_row_bytes: int
+
+
+def call_memory(model: ModelSpec, batch: int, rows: int, columns: int, caption_tokens: int) -> CallMemory:
+    """Forecast one denoising call in float32, attention scores held whole."""
+    sequence = model.padded(rows * columns) + caption_tokens
+    row_px = model.patch_px * columns * model.patch_px
+    pixel_values = 3 * row_px * rows
+    token_values = sequence * model.width
+    # Noisy image, prediction, second prediction for guidance; two token buffers.
+    buffers = 3 * pixel_values + 2 * token_values
+    scores = 2 * model.heads * sequence * sequence
+    inner = sequence * (3 * model.ffn_width + 4 * model.width)
+    return CallMemory(
+        buffers_bytes=_FLOAT_BYTES * batch * buffers,
+        tokens_bytes=_FLOAT_BYTES * batch * max(scores, inner),
+        head_row_bytes=int(_FLOAT_BYTES * batch * model.head.peak_values_per_px * row_px),
+    )
+
+
+def available_host_bytes() -> int:
+    """Memory the system could give now: the smaller of the kernel's estimate and what the control group leaves."""
+    available = _meminfo_available()
+    limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
+    return min(available, limit - used) if limit and used else available
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `6GiB`, `500MB` or `1073741824`.
+
+    Raises:
+        UsageError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise UsageError(f"{text!r} is no size in bytes", hint="write it as 6GiB, 500MB or 1073741824")
+    return size
+
+
+def _meminfo_available() -> int:
+    try:
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        match = None
+    return int(match[1]) * 1024 if match else 2**62
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        text = Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,125 @@
+"""Finds and loads the native kernels: one C-ABI library, called through ctypes.
+
+The library is optional. Each kernel has a NumPy twin that gives the same bits, so a missing or foreign library costs
+time only; `native_status` says which one is in use, and why. `L2P_NATIVE=0` turns the library off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ABI_VERSION = 1
+SWITCH = "L2P_NATIVE"
+_NAMES = ("libl2p_native.so", "libl2p_native.dylib")
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The loaded library.
+
+    Attributes:
+        path: the file that was loaded.
+        normal_noise: `l2p_normal_noise` of `csrc/noise.cpp`; releases the GIL, returns 0 or an error code.
+    """
+
+    path: str
+    normal_noise: Callable[..., int]
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Whether the native kernels are in use.
+
+    Attributes:
+        available: true when calls go to the library.
+        path: the library's file, empty when there is none.
+        reason: why it is not in use, empty when it is.
+    """
+
+    available: bool
+    path: str
+    reason: str
+
+
+def load_native() -> NativeLibrary | None:
+    """Return the library, loaded on the first call, or None where NumPy has to do its work."""
+    return None if _is_disabled() else _probe()[0]
+
+
+def native_status() -> NativeStatus:
+    """Say whether the library is in use, from where, and if not why."""
+    return NativeStatus(False, "", f"{SWITCH}=0 is set") if _is_disabled() else _probe()[1]
+
+
+def _is_disabled() -> bool:
+    return os.environ.get(SWITCH) == "0"
+
+
+@functools.cache
+def _probe() -> tuple[NativeLibrary | None, NativeStatus]:
+    """Load the first library that opens and has our ABI; a file passed over keeps its reason."""
+    reasons: list[str] = []
+    found = ""
+    folders = _folders()
+    for path in (folder / name for folder in folders for name in _NAMES):
+        if not path.is_file():
+            continue
+        found = found or str(path)
+        try:
+            library = _load(path)
+        except (OSError, AttributeError) as error:
+            reasons.append(f"{path}: {error}")
+            continue
+        if isinstance(library, str):
+            reasons.append(f"{path}: {library}")
+            continue
+        return library, NativeStatus(True, library.path, "")
+    if not reasons:
+        reasons.append(f"no {_NAMES[0]} in {' or '.join(map(str, folders))}")
+    return None, NativeStatus(False, found, "; ".join(reasons))
+
+
+def _folders() -> tuple[Path, ...]:
+    # An editable install leaves the sources where they are and puts what CMake built into site-packages.
+    own = Path(__file__).resolve().parent / "lib"
+    installed = Path(sysconfig.get_path("platlib")) / "l2p_runtime" / "lib"
+    return tuple(dict.fromkeys((own, installed)))
+
+
+def _load(path: Path) -> NativeLibrary | str:
+    """Load one file.
+
+    Returns:
+        The library, or what is wrong with it.
+
+    Raises:
+        OSError: the file is not a library of this machine.
+        AttributeError: a function is missing.
+    """
+    # CDLL, not PyDLL: it lets go of the GIL while a kernel runs.
+    library = ctypes.CDLL(str(path))
+    library.l2p_abi_version.argtypes = []
+    library.l2p_abi_version.restype = ctypes.c_int
+    version = library.l2p_abi_version()
+    if version != ABI_VERSION:
+        return f"ABI version {version}, wanted {ABI_VERSION}: reinstall l2p-export"
+    normal_noise = library.l2p_normal_noise
+    normal_noise.argtypes = [
+        ctypes.c_uint64,  # seed
+        *[ctypes.c_uint32] * 7,  # image index; first and count of channels, rows and columns
+        ctypes.c_void_p,  # table
+        ctypes.c_void_p,  # out
+        *[ctypes.c_int64] * 2,  # strides of channel and row, in floats
+        ctypes.c_int,  # threads
+    ]
+    normal_noise.restype = ctypes.c_int
+    return NativeLibrary(str(path), normal_noise)

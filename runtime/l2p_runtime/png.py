@@ -1,0 +1,83 @@
+"""PNG files of 8 or 16 bits a channel with text in them (PNG third edition, W3C 2025).
+
+The common imaging libraries write no 16-bit RGB, and the runtime depends on NumPy alone.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from l2p_runtime.errors import HostError, InternalError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_RGB = 2
+_FILTER_UP = 2
+_ROWS = 256
+_LEVEL = 6
+
+
+def write_png(path: Path, pixels: NDArray[Any], text: Mapping[str, str]) -> None:
+    """Write an image; the file appears whole or not at all.
+
+    Args:
+        path: where to; a file that is there is replaced.
+        pixels: [H,W,3] uint8 or uint16.
+        text: keyword (Latin-1, up to 79 characters) to UTF-8 text, written as iTXt chunks.
+
+    Raises:
+        HostError: the file cannot be written.
+    """
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or str(pixels.dtype) not in ("uint8", "uint16"):
+        raise InternalError(f"PNG takes [H,W,3] uint8 or uint16, was given {list(pixels.shape)} {pixels.dtype}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            _write(file, pixels, text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise HostError(f"cannot write `{path}`: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, pixels: NDArray[Any], text: Mapping[str, str]) -> None:
+    height, width, _ = pixels.shape
+    file.write(_SIGNATURE)
+    _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * pixels.dtype.itemsize, _RGB, 0, 0, 0))
+    for keyword, value in text.items():
+        _chunk(file, b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode())
+    packer = zlib.compressobj(_LEVEL)
+    for rows in _filtered_rows(pixels):
+        if data := packer.compress(rows.tobytes()):
+            _chunk(file, b"IDAT", data)
+    _chunk(file, b"IDAT", packer.flush())
+    _chunk(file, b"IEND", b"")
+
+
+def _filtered_rows(pixels: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
+    """Rows of bytes, each less the row above it, behind the number of that filter."""
+    import numpy as np
+
+    above = np.zeros((1, pixels.shape[1] * 3 * pixels.dtype.itemsize), np.uint8)
+    for start in range(0, len(pixels), _ROWS):
+        rows = np.ascontiguousarray(pixels[start : start + _ROWS].astype(pixels.dtype.newbyteorder(">")))
+        flat = rows.view(np.uint8).reshape(len(rows), -1)
+        out = np.full((len(rows), flat.shape[1] + 1), _FILTER_UP, np.uint8)
+        out[:, 1:] = flat - np.concatenate([above, flat[:-1]])
+        above = flat[-1:]
+        yield out
+
+
+def _chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
+    file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))

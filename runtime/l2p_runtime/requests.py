@@ -1,0 +1,204 @@
+"""What callers hand to the pipeline, checked once at the edge: sizes, embeddings, pixels, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from l2p_runtime.contract import Manifest, Sampling
+from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.memory import call_memory
+from l2p_runtime.stripes import Stripe, plan_stripes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from l2p_runtime.contract import ModelSpec
+
+PixelDType = Literal["uint8", "uint16", "float16"]
+Rng = Literal["philox", "torch-cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """One image, checked: token grid, captions (the prompt's, then the negative one's) and sampling."""
+
+    grid: tuple[int, int]
+    captions: tuple[NDArray[np.float32], ...]
+    sampling: Sampling
+
+
+def image_request(
+    manifest: Manifest,
+    *,
+    prompt: str | None,
+    negative_prompt: str | None,
+    prompt_embeds: object,
+    negative_embeds: object,
+    height: int,
+    width: int,
+    sampling: Mapping[str, float | None],
+    rng: str,
+    dtype: str,
+) -> ImageRequest:
+    """Check everything a caller asks of one image, before anything is loaded or allocated.
+
+    Embeddings win over text; a prompt beside them is only a description.
+
+    Raises:
+        UsageError: a value out of range, a size that does not divide, or text for a bundle without a text encoder.
+    """
+    model = manifest.model
+    grid = check_size(model, height, width)
+    if rng not in ("philox", "torch-cpu"):
+        raise UsageError(f"rng is {rng!r}, expected philox or torch-cpu")
+    if dtype not in ("uint8", "uint16", "float16"):
+        raise UsageError(f"dtype is {dtype!r}, expected uint8, uint16 or float16")
+    chosen = Sampling(**asdict(manifest.sampling) | {name: v for name, v in sampling.items() if v is not None})
+    captions = [_caption(model, "prompt", prompt, prompt_embeds)]
+    if chosen.guidance != 1.0:
+        if negative_embeds is None and negative_prompt is None:
+            raise UsageError(
+                f"guidance {chosen.guidance} needs the embeddings of a negative prompt",
+                hint="pass --negative-embeddings FILE (negative_embeds= in Python), or guidance 1",
+            )
+        captions.append(_caption(model, "negative prompt", negative_prompt, negative_embeds))
+    return ImageRequest(grid, tuple(captions), chosen)
+
+
+def check_size(model: ModelSpec, height: int, width: int) -> tuple[int, int]:
+    """Token rows and columns of an image of this size in pixels.
+
+    Raises:
+        UsageError: not positive, does not divide by the patch, or larger than the model's positions reach.
+    """
+    multiple, longest = model.size_multiple_px, model.rotary.axis_lengths[1] * model.patch_px
+    for name, size in (("height", height), ("width", width)):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise UsageError(f"{name} is {size!r}, expected a whole number of pixels")
+        if size < 1 or size > longest:
+            raise UsageError(f"{name} is {size} px, expected {multiple} to {longest} px for variant {model.variant}")
+    if height % multiple or width % multiple:
+        near = [f"{a}x{b}" for a in _nearest(width, multiple, longest) for b in _nearest(height, multiple, longest)]
+        raise UsageError(
+            f"size {width}x{height} does not divide by {multiple} px, which variant {model.variant} needs",
+            hint=f"the nearest sizes that do (width x height): {', '.join(near)}",
+        )
+    return height // model.patch_px, width // model.patch_px
+
+
+def check_embeds(model: ModelSpec, embeds: object, batch: int | None = None) -> list[NDArray[np.float32]]:
+    """One [L,C] float32 array an image, from [L,C], [B,L,C] or a sequence of [L,C].
+
+    Raises:
+        UsageError: another rank or width, no tokens or too many, not finite, another batch size, or captions whose
+            padded lengths differ.
+    """
+    import numpy as np
+
+    if isinstance(embeds, np.ndarray) and embeds.ndim == 2:
+        embeds = embeds[np.newaxis]
+    if not isinstance(embeds, (np.ndarray, Sequence)) or isinstance(embeds, str):
+        raise UsageError(f"prompt embeddings are a {type(embeds).__name__}, expected an array [B,L,C]")
+    captions = [_check_caption(model, np.asarray(caption)) for caption in embeds]
+    if not captions or (batch is not None and len(captions) != batch):
+        raise UsageError(f"there are {len(captions)} captions for {batch or 1} images")
+    lengths = {model.padded(len(caption)) for caption in captions}
+    if len(lengths) > 1:
+        raise UsageError(
+            f"captions of one batch are padded to {sorted(lengths)} tokens, expected one length",
+            hint="run them in separate calls",
+        )
+    return captions
+
+
+def check_image(image: object) -> NDArray[np.float32]:
+    """Noisy pixels [B,3,H,W] as contiguous float32.
+
+    Raises:
+        UsageError: another rank, other channels, not finite, or no numbers.
+    """
+    import numpy as np
+
+    array = _floats("image", image)
+    if array.ndim != 4 or array.shape[1] != 3 or array.shape[0] < 1:
+        raise UsageError(f"image has shape {list(array.shape)}, expected [B, 3, H, W]")
+    return np.ascontiguousarray(array)
+
+
+def check_time(time: object, batch: int) -> NDArray[np.float32]:
+    """Times [B] in [0,1] as float32; a single number serves the whole batch.
+
+    Raises:
+        UsageError: another shape, or outside [0,1].
+    """
+    import numpy as np
+
+    array = _floats("time", time)
+    if array.ndim == 0:
+        array = np.full(batch, array, np.float32)
+    if array.shape != (batch,) or not ((array >= 0) & (array <= 1)).all():
+        raise UsageError(f"time is {np.array2string(array, threshold=8)}, expected {batch} values from 0 to 1")
+    return array
+
+
+def plan_call(
+    model: ModelSpec, batch: int, grid: tuple[int, int], caption_tokens: int, limit_bytes: int
+) -> tuple[Stripe, ...]:
+    """Cut the head so that one denoising call fits the limit, or refuse before anything is allocated.
+
+    Raises:
+        HostError: the buffers, the attention or the smallest stripe do not fit.
+    """
+    rows, columns = grid
+    need = call_memory(model, batch, rows, columns, caption_tokens)
+    left = limit_bytes - need.buffers_bytes
+    if need.tokens_bytes > left:
+        raise HostError(
+            f"{columns * model.patch_px}x{rows * model.patch_px} needs {need.buffers_bytes:,} bytes of buffers and "
+            f"{need.tokens_bytes:,} bytes for attention, {max(limit_bytes, 0):,} bytes are there",
+            hint="raise the memory budget, or draw a smaller image",
+        )
+    return plan_stripes(model.head, rows, need.head_row_bytes, left)
+
+
+def _caption(model: ModelSpec, what: str, text: str | None, embeds: object) -> NDArray[np.float32]:
+    if embeds is None:
+        prefix = "negative-" if what.startswith("negative") else ""
+        found = f"cannot read the {what}: it has no text encoder" if text is not None else f"was given no {what}"
+        raise UsageError(
+            f"the bundle {found}",
+            hint=f"pass embeddings [L, {model.caption_width}] made elsewhere: --{prefix}embeddings FILE.npy, "
+            f"or {'negative' if prefix else 'prompt'}_embeds= in Python",
+        )
+    return check_embeds(model, embeds, 1)[0]
+
+
+def _check_caption(model: ModelSpec, caption: NDArray[Any]) -> NDArray[np.float32]:
+    array = _floats("prompt embeddings", caption)
+    if array.ndim != 2 or array.shape[1] != model.caption_width:
+        raise UsageError(f"prompt embeddings have shape {list(array.shape)}, expected [L, {model.caption_width}]")
+    if not 1 <= len(array) <= model.caption_tokens_max:
+        raise UsageError(f"the caption has {len(array)} tokens, expected 1 to {model.caption_tokens_max}")
+    return array
+
+
+def _floats(name: str, values: object) -> NDArray[np.float32]:
+    import numpy as np
+
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read as float32: {error}") from error
+    if not np.isfinite(array).all():
+        raise UsageError(f"{name} holds NaN or Inf")
+    return array
+
+
+def _nearest(size: int, multiple: int, longest: int) -> list[int]:
+    lower = size // multiple * multiple
+    return [
+        near for near in dict.fromkeys((lower, lower + (multiple if size % multiple else 0))) if 0 < near <= longest
+    ]

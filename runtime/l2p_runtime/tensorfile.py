@@ -1,0 +1,227 @@
+"""Safetensors files, read with suspicion: the header is checked in full before anything is allocated.
+
+Layout (safetensors README, "Format"): 8 bytes little-endian header length, JSON header, tensor data.
+The `safetensors` library checks too, but answers with its own wording and cannot map BF16 for NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_runtime.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+HEADER_BYTES_MAX = 100_000_000
+"""The format's own limit; the published 4K header takes 61 KB."""
+
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+_NUMPY_NAMES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+    "BOOL": "?",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: dtype as the format spells it, shape, and where its bytes lie in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A safetensors file whose header was checked."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Map one tensor, without copying it.
+
+        Returns:
+            A read-only array of the stored shape; BF16 and FP8 come as their bits (uint16, uint8).
+        """
+        import numpy as np
+
+        info = self.tensors[name]
+        dtype = np.dtype(_NUMPY_NAMES[info.dtype])
+        if info.size_bytes == 0:
+            return np.zeros(info.shape, dtype)
+        return np.memmap(self.path, dtype, mode="r", offset=info.offset, shape=info.shape)
+
+
+def open_tensorfile(path: Path) -> TensorFile:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is absent, not a safetensors file, truncated, or its header contradicts itself.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header, data_start = _read_header(file.read(8), file.read, size_bytes, path)
+    except OSError as error:
+        raise ArtifactError(f"cannot read `{path}`: {error.strerror or error}") from error
+    metadata = _metadata(header.pop("__metadata__", {}), path)
+    tensors = [_tensor_info(name, entry, data_start, size_bytes, path) for name, entry in header.items()]
+    _check_layout(tensors, data_start, size_bytes, path)
+    return TensorFile(path, {info.name: info for info in tensors}, metadata)
+
+
+def header_bytes(
+    tensors: Iterator[tuple[str, str, tuple[int, ...]]] | list[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    align_bytes: int = 4096,
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lay out a new file: tensors one after the other, in the order given.
+
+    Args:
+        tensors: name, dtype and shape of each.
+        metadata: text to store beside them.
+        align_bytes: the data starts at a multiple of this; a page, so that mapping is cheap.
+
+    Returns:
+        The bytes up to the first tensor, and where each tensor lies in the file.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    places = []
+    begin = 0
+    for name, dtype, shape in tensors:
+        count = 1
+        for size in shape:
+            count *= size
+        end = begin + count * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        places.append((name, dtype, shape, begin, end))
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % align_bytes)
+    start = 8 + len(text)
+    infos = {name: TensorInfo(name, dtype, shape, start + b, e - b) for name, dtype, shape, b, e in places}
+    return struct.pack("<Q", len(text)) + text, infos
+
+
+def write_tensorfile(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write small float32, int64 or bool arrays; large weights are streamed by the export instead."""
+    names = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
+    header, _ = header_bytes([(name, names[str(a.dtype)], a.shape) for name, a in tensors.items()], metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for array in tensors.values():
+            file.write(array.tobytes())
+
+
+def _read_header(
+    prefix: bytes,
+    read: Any,
+    size_bytes: int,
+    path: Path,
+) -> tuple[dict[str, Any], int]:
+    if len(prefix) < 8:
+        what = "is empty" if not prefix else f"has {size_bytes} bytes"
+        raise _bad(path, f"{what}, too short for a safetensors header")
+    if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
+        raise _pickle(path)
+    length = struct.unpack("<Q", prefix)[0]
+    if length > HEADER_BYTES_MAX:
+        raise _bad(path, f"claims a header of {length} bytes, more than the limit of {HEADER_BYTES_MAX}")
+    if 8 + length > size_bytes:
+        raise _bad(path, f"claims a header of {length} bytes, but the file has {size_bytes} bytes")
+    try:
+        header = json.loads(read(length).decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"has a header that is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _bad(path, f"has a header that is a {type(header).__name__}, expected an object of tensors")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"names `{next(name for name in names if names.count(name) > 1)}` twice")
+    return entries
+
+
+def _metadata(entry: object, path: Path) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise _bad(path, "has `__metadata__` that is not an object of strings")
+    return dict(entry)
+
+
+def _tensor_info(name: str, entry: object, data_start: int, size_bytes: int, path: Path) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _bad(path, f"tensor `{name}` lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _bad(path, f"tensor `{name}` has unknown dtype {dtype!r}")
+    if not _is_sizes(shape) or len(shape) > 8:
+        raise _bad(path, f"tensor `{name}` has shape {shape!r}, expected up to 8 sizes of 0 or more")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _bad(path, f"tensor `{name}` has data_offsets {offsets!r}, expected [begin, end] with 0 <= begin <= end")
+    begin, end = offsets
+    if data_start + end > size_bytes:
+        raise _bad(
+            path,
+            f"tensor `{name}` ends at byte {data_start + end}, but the file has {size_bytes} bytes",
+            hint="the file is truncated; download it again",
+        )
+    wanted = ITEM_BYTES[dtype]
+    for size in shape:
+        wanted *= size
+    if wanted != end - begin:
+        raise _bad(path, f"tensor `{name}` {dtype} {shape} needs {wanted} bytes, its data_offsets hold {end - begin}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _is_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_layout(tensors: list[TensorInfo], data_start: int, size_bytes: int, path: Path) -> None:
+    """Tensors lie one behind the other, with no byte shared and none left over."""
+    if not tensors:
+        raise _bad(path, "holds no tensors")
+    end, previous = data_start, ""
+    for info in sorted(tensors, key=lambda item: (item.offset, item.offset + item.size_bytes)):
+        if info.offset < end:
+            raise _bad(path, f"tensors `{previous}` and `{info.name}` overlap")
+        if info.offset > end:
+            raise _bad(path, f"has {info.offset - end} bytes before tensor `{info.name}` that belong to no tensor")
+        end, previous = info.offset + info.size_bytes, info.name
+    if end != size_bytes:
+        raise _bad(path, f"has {size_bytes - end} bytes after the last tensor", hint="download the file again")
+
+
+def _bad(path: Path, what: str, hint: str = "") -> ArtifactError:
+    return ArtifactError(f"`{path}` {what}", hint=hint or "expected a complete .safetensors file")
+
+
+def _pickle(path: Path) -> ArtifactError:
+    return ArtifactError(
+        f"`{path}` is a pickle (a PyTorch .pt or .ckpt file), which can run code when opened and is refused",
+        hint="convert it where you trust it: "
+        'python -c "import sys, torch; from safetensors.torch import save_file; '
+        'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" IN.pt OUT.safetensors',
+    )
