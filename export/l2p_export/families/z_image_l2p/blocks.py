@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(d.head_width, dtype)
 
     def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
-        """X [B,S,D], tables [S,R] float32, to [B,S,D]."""
+        """x [B,S,D], tables [S,R] float32, to [B,S,D]."""
         q, k, v = (torch.unflatten(layer(x), -1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
         q = rotate(self.norm_q(q), rope_cos, rope_sin).transpose(1, 2)
         k = rotate(self.norm_k(k), rope_cos, rope_sin).transpose(1, 2)
@@ -96,19 +96,19 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, modulation: Tensor | None, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
-        """X [B,S,D], modulation [B,A], tables [S,R], to [B,S,D] in the dtype of x."""
+        """x [B,S,D], modulation [B,A], tables [S,R], to [B,S,D] in the dtype of x."""
         if modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope_cos, rope_sin)).to(x.dtype)
-            out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x))).to(x.dtype)
-            return out
+            attended = self.attention(self.attention_norm1(x), rope_cos, rope_sin)
+            x = x + self.attention_norm2(attended).to(x.dtype)
+            fed: Tensor = self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            return x + fed.to(x.dtype)
         chunks = torch.unflatten(self.adaLN_modulation[0](modulation), -1, (4, -1)).to(x.dtype)
         # Slices, each [B,1,D]: `chunk` would export as a sequence, which TensorRT does not take.
         scale_msa, gate_msa, scale_mlp, gate_mlp = (chunks[:, i : i + 1] for i in range(4))
         attended = self.attention(self.attention_norm1(x) * (1 + scale_msa), rope_cos, rope_sin)
         x = x + torch.tanh(gate_msa) * self.attention_norm2(attended).to(x.dtype)
-        fed = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
-        out = x + torch.tanh(gate_mlp) * self.ffn_norm2(fed).to(x.dtype)
-        return out
+        fed = self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp)))
+        return x + torch.tanh(gate_mlp) * fed.to(x.dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -121,7 +121,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.ModuleList([first, nn.SiLU(), second])
 
     def forward(self, time: Tensor) -> Tensor:
-        """Time [B] float32 to [B,A] float32."""
+        """time [B] float32 to [B,A] float32."""
         half = SINUSOID_WIDTH // 2
         # Float64, so that torch and the folded graph round to the same float32: at 1000 rad one ulp shows at 6e-5.
         steps = torch.arange(half, dtype=torch.float64, device=time.device)

@@ -46,7 +46,7 @@ class PixelHead(nn.Module):
         self.out_conv = Conv2d(channels, 3, 1, dtype)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """Image [B,3,Hs,W], tokens [B,hs,w,D], to x0 - noise [B,3,Hs,W]."""
+        """image [B,3,Hs,W], tokens [B,hs,w,D], to x0 - noise [B,3,Hs,W]."""
         skips = []
         x = image
         for stage in self.stages:

@@ -1,0 +1,101 @@
+"""Checkpoints and bundles that many tests share.
+
+A bundle takes about half a minute to build, most of it tracing, so the whole session builds each kind once, through
+the command line as a user would, two at a time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from golden import tiny_checkpoint
+from safetensors.numpy import save_file
+
+PROFILE = """\
+patch_px = {patch}
+height_px = {{ min = {min}, opt = {opt}, max = {max} }}
+width_px = {{ min = {min}, opt = {opt}, max = {max} }}
+sampling = {{ steps = 2, guidance = 1.0, shift = 3.0 }}
+"""
+
+KINDS = {
+    "tiny-16": (16, False, ("fp32", "fp16")),
+    "tiny-16-fused": (16, True, ("fp32",)),
+    "tiny-64": (64, False, ("fp32",)),
+    "tiny-128": (128, False, ("fp32",)),
+    "demo-160": (160, None, ("fp32",)),
+}
+"""Kind of bundle to patch, fused spelling (None: the demo checkpoint) and precisions."""
+
+
+@dataclass
+class Bundles:
+    """Builds each kind of bundle once, on first use; later kinds build while earlier ones are tested."""
+
+    root: Path
+    logs: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
+    _done: dict[str, threading.Event] = field(default_factory=lambda: {kind: threading.Event() for kind in KINDS})
+    _slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))
+
+    def path(self, kind: str) -> Path:
+        """The finished bundle of a kind."""
+        assert self._done[kind].wait(timeout=550)
+        result = self.logs[kind]
+        assert result.returncode == 0, result.stderr
+        return self.root / kind
+
+    def start(self) -> None:
+        for kind in KINDS:
+            threading.Thread(target=self._build, args=(kind,), daemon=True).start()
+
+    def _build(self, kind: str) -> None:
+        patch, fused, precisions = KINDS[kind]
+        with self._slots:
+            profile = write_profile(self.root / f"{kind}.toml", patch)
+            command = [sys.executable, "-m", "l2p_export", "build", "--profile", str(profile), "--backend", "onnx"]
+            if fused is not None:
+                command.append(str(write_tiny_checkpoint(self.root / f"{kind}.safetensors", patch, fused=fused)))
+            for precision in precisions:
+                command += ["--precision", precision]
+            command += ["--out", str(self.root / kind)]
+            self.logs[kind] = subprocess.run(command, capture_output=True, text=True, check=False)
+        self._done[kind].set()
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """Bundles of every kind, built once a session."""
+    built = Bundles(tmp_path_factory.mktemp("bundles"))
+    built.start()
+    return built
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny 16 px checkpoint in the published spelling."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.safetensors", 16)
+
+
+def write_tiny_checkpoint(path: Path, patch: int, *, fused: bool = False) -> Path:
+    """Write the golden generator's checkpoint."""
+    state = tiny_checkpoint.checkpoint(patch)
+    save_file(tiny_checkpoint.fused(state) if fused else state, path)
+    return path
+
+
+def write_profile(path: Path, patch: int) -> Path:
+    """Write a small profile for a patch size."""
+    multiple = 2 * patch if patch == 160 else patch
+    path.write_text(PROFILE.format(patch=patch, min=multiple, opt=2 * multiple, max=8 * multiple))
+    return path
+
+
+def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `l2p-export` as a user does."""
+    command = [sys.executable, "-m", "l2p_export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
