@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from golden import tiny_checkpoint
 from safetensors.numpy import save_file
+
+from golden import tiny_checkpoint
+from l2p_export.demo import write_demo_checkpoint
 
 PROFILE = """\
 patch_px = {patch}
@@ -48,6 +50,14 @@ class Bundles:
         result = self.logs[kind]
         assert result.returncode == 0, result.stderr
         return self.root / kind
+
+    def checkpoint(self, kind: str) -> Path:
+        """The checkpoint that a kind was built from; the demo one is written anew."""
+        path = self.root / f"{kind}.safetensors"
+        if KINDS[kind][1] is None and not path.exists():
+            write_demo_checkpoint(path, KINDS[kind][0])
+        self.path(kind)
+        return path
 
     def start(self) -> None:
         for kind in KINDS:

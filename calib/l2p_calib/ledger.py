@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l2p_runtime.contract import LedgerEntry
-from l2p_runtime.errors import ParityError
+from l2p_runtime.errors import ArtifactError, ParityError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +42,7 @@ def compare(
     """
     import numpy as np
 
-    threshold = THRESHOLDS[plan]
+    threshold = _threshold(plan)
     if found.shape != expected.shape or not np.isfinite(found).all():
         bad = "another shape" if found.shape != expected.shape else f"{int((~np.isfinite(found)).sum())} NaN or Inf"
         return LedgerEntry(stage, network, case, "failed", f"the output has {bad}", threshold.relative)
@@ -87,6 +87,12 @@ def require_passed(entries: Iterable[LedgerEntry]) -> None:
         f"{len(failed)} comparisons failed: {'; '.join(lines[:6])}",
         hint="no bundle was written over what was there; try --precision fp32, and report the figures above",
     )
+
+
+def _threshold(plan: str) -> Threshold:
+    if plan not in THRESHOLDS:
+        raise ArtifactError(f"there is no threshold for plan `{plan}`", hint=f"known plans: {', '.join(THRESHOLDS)}")
+    return THRESHOLDS[plan]
 
 
 def _psnr_db(difference: NDArray[np.float64], peak: float) -> float:

@@ -23,12 +23,12 @@ from l2p_export.checkpoint import checkpoint_record
 from l2p_export.demo import UNTRAINED, write_demo_checkpoint
 from l2p_export.families import LoadedModel, load_model
 from l2p_export.metadata import is_trained, sampling_defaults
-from l2p_export.output import OutputFolder, open_output, require_disk
+from l2p_export.output import OutputFolder, open_output, require_bundle_or_nothing, require_disk
 from l2p_export.proof import prove
 from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
 from l2p_runtime.bundle import Bundle, file_record
-from l2p_runtime.contract import SCHEMA, FileRecord, GraphRecord, Manifest, Profile
+from l2p_runtime.contract import SCHEMA, FileRecord, GraphRecord, Manifest, Profile, Sampling
 from l2p_runtime.errors import HostError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class BuildPlan:
     loaded: LoadedModel
     profiles: tuple[Profile, ...]
     plans: tuple[PrecisionPlan, ...]
+    sampling: Sampling
     backend: str
     out: Path
 
@@ -74,7 +75,7 @@ def plan_build(
         out: folder to write; named after checkpoint and profiles when None.
 
     Raises:
-        UsageError: profiles that do not fit the checkpoint, an unknown precision.
+        UsageError: profiles that do not fit the checkpoint, an unknown precision, an output that is something else.
         ArtifactError: the checkpoint is damaged, incomplete or of no known family.
     """
     read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
@@ -91,7 +92,9 @@ def plan_build(
             profile.check_model(loaded.model.spec)
         stem = loaded.checkpoint.path.stem
         name = f"{stem}-{'-'.join(profile.name for profile in read)}.bundle"
-        yield BuildPlan(loaded, read, plans, backend, out or Path(name))
+        sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
+        require_bundle_or_nothing(out or Path(name))
+        yield BuildPlan(loaded, read, plans, sampling, backend, out or Path(name))
 
 
 def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
@@ -117,7 +120,7 @@ def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
             producer=f"l2p-export {__version__}",
             model=plan.loaded.model.spec,
             checkpoint=checkpoint,
-            sampling=sampling_defaults(plan.loaded.checkpoint.metadata, plan.profiles[0].sampling),
+            sampling=plan.sampling,
             networks=plan.loaded.model.networks,
             profiles=plan.profiles,
             plans=tuple(item.ref for item in plan.plans),

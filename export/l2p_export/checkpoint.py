@@ -98,7 +98,7 @@ def open_weights(path: Path) -> TensorFile:
             hint="convert it to .safetensors where you trust it: torch.load(..., weights_only=True), "
             "then safetensors.torch.save_file",
         )
-    if not path.exists():
+    if not _exists(path):
         raise ArtifactError(f"there is no checkpoint `{path}`", hint="give a .safetensors file")
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
@@ -157,7 +157,8 @@ def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
     first, stop = loaded.model.spec.trunk_layers
     trunk = tuple(f"layers.{index}." for index in range(first, stop))
     return CheckpointRecord(
-        name=checkpoint.path.name,
+        # A file name is bytes; what is no UTF-8 in it cannot be written into the manifest.
+        name=checkpoint.path.name.encode(errors="replace").decode(),
         fingerprint=mark,
         known_as=loaded.family.known_as(mark),
         tensors=len(checkpoint.tensors),
@@ -175,4 +176,13 @@ def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
 
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+    # What float32 cannot hold becomes Inf, which is refused by name where weights are written.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float32)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_runtime.errors import ArtifactError, UsageError
-from l2p_runtime.tensorfile import open_tensorfile
+from l2p_runtime.tensorfile import TensorFile, open_tensorfile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EMBEDDINGS_BYTES_MAX = 256 << 20
+
+_HINT = "numpy.save an array [tokens, width] of float32"
 
 
 def read_embeddings(path: Path | None) -> NDArray[Any] | None:
@@ -42,25 +44,42 @@ def _read_npy(path: Path) -> NDArray[Any]:
 
     try:
         # Mapping checks the size that the header claims against the file before anything is allocated.
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ArtifactError(f"`{path}` is no .npy array: {error}") from error
-    return _without_batch(values)
+        with np.errstate(over="raise"):
+            values = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header fails in a dozen ways, from SyntaxError to OverflowError
+        raise ArtifactError(f"`{path}` is no .npy array: {error}", hint=_HINT) from error
+    return _floats(values, path)
 
 
 def _read_safetensors(path: Path) -> NDArray[Any]:
     file = open_tensorfile(path)
-    name = "prompt_embeds" if "prompt_embeds" in file.tensors else next(iter(file.tensors))
-    if name != "prompt_embeds" and len(file.tensors) > 1:
+    names = [name for name in file.tensors if name != "caption_mask"]
+    name = "prompt_embeds" if "prompt_embeds" in names or not names else names[0]
+    if name not in file.tensors or (name != "prompt_embeds" and len(names) > 1):
         raise ArtifactError(f"`{path}` holds {len(file.tensors)} tensors, none called `prompt_embeds`")
     if file.tensors[name].dtype not in ("F32", "F16", "F64"):
         raise ArtifactError(f"`{path}`: `{name}` is {file.tensors[name].dtype}, expected F32, F16 or F64")
-    values = _without_batch(file.read(name))
+    values = _floats(file.read(name), path)
     if "caption_mask" in file.tensors:
-        mask = file.read("caption_mask").reshape(-1)
-        values = values[: int(mask.sum())]
+        values = values[: _caption_tokens(file, values.shape[0])]
     return values
 
 
-def _without_batch(values: NDArray[Any]) -> NDArray[Any]:
+def _caption_tokens(file: TensorFile, rows: int) -> int:
+    """How many rows a mask keeps; it must keep the first ones."""
+    info = file.tensors["caption_mask"]
+    mask = file.read("caption_mask").reshape(-1)
+    kept = int(mask.sum()) if info.dtype == "BOOL" else -1
+    if kept < 0 or mask.size != rows or not mask[:kept].all():
+        raise ArtifactError(
+            f"`{file.path}`: `caption_mask` is {info.dtype} {list(info.shape)}, "
+            f"expected {rows} BOOL with the true ones first"
+        )
+    return kept
+
+
+def _floats(values: NDArray[Any], path: Path) -> NDArray[Any]:
+    """Drop a batch of one; other numbers than floats are some other file."""
+    if values.dtype.kind != "f" or values.ndim not in (2, 3):
+        raise ArtifactError(f"`{path}` holds {values.dtype} {list(values.shape)}, expected floats [L, C]", hint=_HINT)
     return values[0] if values.ndim == 3 and values.shape[0] == 1 else values

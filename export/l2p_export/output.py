@@ -53,31 +53,39 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
         UsageError: the path is a file, or a folder that holds something else than a bundle.
         HostError: another build holds it, or it cannot be written.
     """
-    created = not root.exists()
-    _require_bundle_or_nothing(root)
+    require_bundle_or_nothing(root)
+    created = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = _lock(root)
     except OSError as error:
+        _remove_empty(created)
         raise HostError(f"cannot write `{root}`: {error.strerror or error}", hint="choose another --out") from error
     try:
-        try:
-            # The kernel drops the lock with the process, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            created = False
-            raise HostError(
-                f"another build is writing `{root}`", hint="wait for it, or choose another --out"
-            ) from error
-        try:
-            yield OutputFolder(root)
-        finally:
-            _sweep(root)
-            (root / _LOCK).unlink(missing_ok=True)
+        yield OutputFolder(root)
     finally:
+        _sweep(root)
+        (root / _LOCK).unlink(missing_ok=True)
         os.close(lock)
-        if created and not any(root.iterdir()):
-            root.rmdir()
+        _remove_empty(created)
+
+
+def require_bundle_or_nothing(root: Path) -> None:
+    """Refuse to write where something else lies.
+
+    Raises:
+        UsageError: a file, a link, or a folder that holds other things than a bundle.
+    """
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        raise UsageError(f"`{root}` is not a folder", hint="choose another --out")
+    if root.is_dir():
+        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in (*_FOLDERS, MANIFEST_NAME))
+        foreign = [name for name in foreign if name not in (_LOCK, f".{MANIFEST_NAME}.partial")]
+        if foreign:
+            raise UsageError(
+                f"`{root}` holds other files ({', '.join(foreign[:3])}), expected a bundle or nothing",
+                hint="choose another --out",
+            )
 
 
 def require_disk(folder: Path, weight_bytes: int) -> None:
@@ -94,17 +102,35 @@ def require_disk(folder: Path, weight_bytes: int) -> None:
         )
 
 
-def _require_bundle_or_nothing(root: Path) -> None:
-    if root.is_symlink() or (root.exists() and not root.is_dir()):
-        raise UsageError(f"`{root}` is not a folder", hint="choose another --out")
-    if root.is_dir():
-        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in (*_FOLDERS, MANIFEST_NAME))
-        foreign = [name for name in foreign if name not in (_LOCK, f".{MANIFEST_NAME}.partial")]
-        if foreign:
-            raise UsageError(
-                f"`{root}` holds other files ({', '.join(foreign[:3])}), expected a bundle or nothing",
-                hint="choose another --out",
-            )
+def _lock(root: Path) -> int:
+    """Take the folder's lock; the kernel drops it with the process, however that ends.
+
+    Raises:
+        HostError: another build holds it.
+    """
+    while True:
+        lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A build that ended in between has unlinked the file that was opened here; then the lock locks nothing.
+            if os.path.samestat(os.fstat(lock), (root / _LOCK).stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(lock)
+            raise HostError(
+                f"another build is writing `{root}`", hint="wait for it, or choose another --out"
+            ) from error
+        os.close(lock)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that this build made and left empty, innermost first."""
+    for folder in folders:
+        if not folder.is_dir() or any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def _sweep(root: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from l2p_calib.ledger import compare
 from l2p_runtime.backends import Engine, open_backend
 from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, NetworkSpec, Profile, ReferenceCase
+from l2p_runtime.errors import ArtifactError
 from l2p_runtime.positions import caption_tables, rope_tables
 from l2p_runtime.tensorfile import open_tensorfile
 
@@ -185,5 +186,18 @@ def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Repo
 
 
 def _read_case(bundle: Bundle, case: ReferenceCase) -> dict[str, NDArray[Any]]:
+    """Read one stored case; its tensors must be the ones that the case and the networks call for."""
     file = open_tensorfile(bundle.path(case.file))
+    model = bundle.manifest.model
+    rows, columns = case.height_px // model.patch_px, case.width_px // model.patch_px
+    inputs = case_inputs(model, Case(case.name, rows, columns, case.caption_tokens, stored=True), seed=0)
+    wanted = {name: value.shape for name, value in inputs.items()}
+    sizes = {"B": 1, "s": len(inputs["rope_cos"]), "t": model.padded(case.caption_tokens) // model.sequence_multiple}
+    sizes |= {"h": rows // model.head.row_multiple, "w": columns // model.head.row_multiple}
+    sizes["r"] = sizes["h"]
+    wanted |= {f"{net.name}.{out.name}": out.resolve(sizes) for net in bundle.manifest.networks for out in net.outputs}
+    found = {name: info.shape for name, info in file.tensors.items()}
+    if found != wanted:
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ArtifactError(f"reference `{case.file}` does not hold case `{case.name}`: {', '.join(wrong[:6])}")
     return {name: file.read(name) for name in file.tensors}

@@ -139,7 +139,7 @@ def torch_cpu_noise(seed: int, count: int) -> NDArray[np.float32]:
     Raises:
         UsageError: the seed or the count is out of range.
     """
-    seed, count = _checked_seed(seed), _integer("count", count)
+    seed, count = checked_seed(seed), _integer("count", count)
     if count < 0:
         raise UsageError(f"count is {count}, wanted 0 or more", hint="give the number of values of the noise")
     # The legacy seeding is the one that PyTorch has, and NumPy has frozen its stream.
@@ -277,7 +277,7 @@ def _checked(
     seed: int, rows: _Range, cols: _Range, *, image_index: int, channels: int, out: NDArray[np.float32] | None
 ) -> _Window:
     """Check the arguments of a call, and make the array to fill where none was given."""
-    seed, image, channels = _checked_seed(seed), _integer("image_index", image_index), _integer("channels", channels)
+    seed, image, channels = checked_seed(seed), _integer("image_index", image_index), _integer("channels", channels)
     if not 0 <= image <= _WORD:
         raise UsageError(f"image_index is {image}, wanted 0 to 2^32 - 1", hint="count the images from 0")
     if not 0 <= channels <= _WORD:
@@ -305,7 +305,12 @@ def _checked_range(name: str, values: _Range) -> _Range:
     return start, stop
 
 
-def _checked_seed(seed: int) -> int:
+def checked_seed(seed: int) -> int:
+    """The seed as a Python int.
+
+    Raises:
+        UsageError: no whole number, or outside 0 to 2^64 - 1.
+    """
     seed = _integer("seed", seed)
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"seed is {seed}, wanted 0 <= seed < 2^64", hint="choose another seed, such as 7")

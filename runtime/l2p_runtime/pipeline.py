@@ -189,6 +189,7 @@ class Pipeline:
             negative_embeds=negative_embeds,
             height=height,
             width=width,
+            seed=seed,
             sampling={"steps": steps, "guidance": guidance, "shift": shift},
             rng=rng,
             dtype=dtype,

@@ -39,6 +39,7 @@ def image_request(
     negative_embeds: object,
     height: int,
     width: int,
+    seed: int,
     sampling: Mapping[str, float | None],
     rng: str,
     dtype: str,
@@ -50,8 +51,11 @@ def image_request(
     Raises:
         UsageError: a value out of range, a size that does not divide, or text for a bundle without a text encoder.
     """
+    from l2p_runtime.noise import checked_seed
+
     model = manifest.model
     grid = check_size(model, height, width)
+    checked_seed(seed)
     if rng not in ("philox", "torch-cpu"):
         raise UsageError(f"rng is {rng!r}, expected philox or torch-cpu")
     if dtype not in ("uint8", "uint16", "float16"):
@@ -189,7 +193,8 @@ def _floats(name: str, values: object) -> NDArray[np.float32]:
     import numpy as np
 
     try:
-        array = np.asarray(values, np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(values, np.float32)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be read as float32: {error}") from error
     if not np.isfinite(array).all():

@@ -7,6 +7,8 @@ The `safetensors` library checks too, but answers with its own wording and canno
 from __future__ import annotations
 
 import json
+import math
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 HEADER_BYTES_MAX = 100_000_000
 """The format's own limit; the published 4K header takes 61 KB."""
+
+NAME_CHARACTERS_MAX = 512
+"""Published names take up to 60 characters."""
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -74,7 +79,11 @@ def open_tensorfile(path: Path) -> TensorFile:
         ArtifactError: the file is absent, not a safetensors file, truncated, or its header contradicts itself.
     """
     try:
-        size_bytes = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            # Opening a pipe would wait for a writer for ever; a device has no end.
+            raise _bad(path, "is not a regular file")
+        size_bytes = status.st_size
         with path.open("rb") as file:
             header, data_start = _read_header(file.read(8), file.read, size_bytes, path)
     except OSError as error:
@@ -157,29 +166,39 @@ def _read_header(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"names `{next(name for name in names if names.count(name) > 1)}` twice")
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise ValueError(f"names {_short(name)} twice")
+        entries[name] = value
     return entries
 
 
 def _metadata(entry: object, path: Path) -> dict[str, str]:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise _bad(path, "has `__metadata__` that is not an object of strings")
+    # A lone surrogate is legal JSON and cannot be written again.
+    wrong = [key for key, value in entry.items() if not (_is_text(key) and _is_text(value))]
+    if wrong:
+        raise _bad(path, f"has `__metadata__` that is not text: {_short(wrong[0])}")
     return dict(entry)
 
 
 def _tensor_info(name: str, entry: object, data_start: int, size_bytes: int, path: Path) -> TensorInfo:
+    if not name.isprintable() or len(name) > NAME_CHARACTERS_MAX:
+        raise _bad(
+            path, f"names a tensor {_short(name)}, expected up to {NAME_CHARACTERS_MAX} characters that can be printed"
+        )
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _bad(path, f"tensor `{name}` lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _bad(path, f"tensor `{name}` has unknown dtype {dtype!r}")
+        raise _bad(path, f"tensor `{name}` has unknown dtype {_short(dtype)}")
     if not _is_sizes(shape) or len(shape) > 8:
-        raise _bad(path, f"tensor `{name}` has shape {shape!r}, expected up to 8 sizes of 0 or more")
+        raise _bad(path, f"tensor `{name}` has shape {_short(shape)}, expected up to 8 sizes of 0 or more")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad(path, f"tensor `{name}` has data_offsets {offsets!r}, expected [begin, end] with 0 <= begin <= end")
+        found = _short(offsets)
+        raise _bad(path, f"tensor `{name}` has data_offsets {found}, expected [begin, end] with 0 <= begin <= end")
     begin, end = offsets
     if data_start + end > size_bytes:
         raise _bad(
@@ -187,11 +206,12 @@ def _tensor_info(name: str, entry: object, data_start: int, size_bytes: int, pat
             f"tensor `{name}` ends at byte {data_start + end}, but the file has {size_bytes} bytes",
             hint="the file is truncated; download it again",
         )
-    wanted = ITEM_BYTES[dtype]
-    for size in shape:
-        wanted *= size
+    wanted = math.prod(shape) * ITEM_BYTES[dtype]
     if wanted != end - begin:
         raise _bad(path, f"tensor `{name}` {dtype} {shape} needs {wanted} bytes, its data_offsets hold {end - begin}")
+    # An axis of 0 must not hide one that no array can have.
+    if math.prod(size or 1 for size in shape) * ITEM_BYTES[dtype] >= 2**63:
+        raise _bad(path, f"tensor `{name}` has shape {shape}, which no machine can hold")
     return TensorInfo(name, dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -212,6 +232,20 @@ def _check_layout(tensors: list[TensorInfo], data_start: int, size_bytes: int, p
         end, previous = info.offset + info.size_bytes, info.name
     if end != size_bytes:
         raise _bad(path, f"has {size_bytes - end} bytes after the last tensor", hint="download the file again")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: object) -> str:
+    """A value from a hostile header, fit for a message: escaped, and cut."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _bad(path: Path, what: str, hint: str = "") -> ArtifactError:

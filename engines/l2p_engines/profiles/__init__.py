@@ -8,7 +8,7 @@ from pathlib import Path
 
 from l2p_runtime.contract import Profile
 from l2p_runtime.contract.codec import from_json
-from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.errors import L2PError, UsageError
 
 PROFILE_BYTES_MAX = 1 << 20
 
@@ -23,7 +23,7 @@ def load_profile(name_or_path: str) -> Profile:
         text = resources.files(__name__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
         return _parse(text, name_or_path)
     path = Path(name_or_path)
-    if not path.is_file():
+    if not _is_file(path):
         raise UsageError(
             f"there is no profile `{name_or_path}`",
             hint=f"built-in profiles: {', '.join(profile_names())}; or give the path of a .toml file",
@@ -43,14 +43,21 @@ def profile_names() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
 def _parse(text: str, where: str, default_name: str = "") -> Profile:
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets 1000 deep
         raise UsageError(f"profile `{where}` is not TOML: {error}") from error
     if default_name:
         data = {"name": default_name, **data}
     try:
         return from_json(Profile, data)
-    except ArtifactError as error:
+    except L2PError as error:
         raise UsageError(f"profile `{where}`: {error}", hint=error.hint) from error

@@ -59,10 +59,18 @@ def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: boo
     }
     sampling = {name: options[name] for name in ("steps", "guidance", "shift")}
     request = image_request(
-        opened.manifest, prompt=options["prompt"], height=height, width=width, sampling=sampling, **inputs
+        opened.manifest,
+        prompt=options["prompt"],
+        height=height,
+        width=width,
+        seed=options["seed"],
+        sampling=sampling,
+        **inputs,
     )
     text = _text(opened, options, request.sampling)
-    if not dry_run:
+    if dry_run:
+        _check_machine(options)
+    else:
         _draw(bundle, out, (height, width), inputs | sampling, options, text, Console(quiet=quiet))
     if as_json:
         print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})
@@ -133,6 +141,16 @@ def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
     if match is None:
         raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
     return int(match[2]), int(match[1])
+
+
+def _check_machine(options: dict[str, Any]) -> None:
+    """What drawing would refuse before it loads anything."""
+    from l2p_runtime.backends import open_backend
+    from l2p_runtime.memory import parse_bytes
+
+    open_backend(options["backend"])
+    if options["memory_budget"] is not None:
+        parse_bytes(options["memory_budget"])
 
 
 def _check_out(out: Path) -> None:

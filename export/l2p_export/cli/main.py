@@ -79,6 +79,9 @@ def _report(error: BaseException) -> int:
     """Say what happened on stderr; the exit code."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
+    if isinstance(error, SystemExit):
+        # Click's answer to a reader that went away, as `| head` does.
+        return error.code if isinstance(error.code, int) else 1
     if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)):
         _say("interrupted")
         return INTERRUPTED

@@ -93,6 +93,9 @@ def _names(node: ir.Node) -> set[str]:
 
 def _strip(model: ir.Model, spec: NetworkSpec) -> None:
     """Drop what depends on this machine: the exporter writes stack traces with paths into every node."""
+    for value, tensor in zip(model.graph.inputs, spec.inputs, strict=True):
+        # A network without blocks hands an input through, and the exporter gives it the output's name.
+        value.name = tensor.name
     model.graph.name = spec.name
     model.producer_name, model.producer_version, model.doc_string = "l2p-export", None, None
     model.metadata_props.clear()

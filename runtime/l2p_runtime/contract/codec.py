@@ -6,6 +6,7 @@ Unknown keys, missing keys and wrong types are errors that name the place, as in
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -49,11 +50,33 @@ def _decode(kind: Any, data: object, where: str) -> object:
         if data in typing.get_args(kind):
             return data
         raise _mismatch(f"one of {', '.join(map(repr, typing.get_args(kind)))}", data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool)):
+    if kind is float:
+        return _decode_float(data, where)
+    if isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+        if isinstance(data, str) and not _is_unicode(data):
+            raise _mismatch("text without lone surrogates", data, where)
         return data
     raise _mismatch(kind.__name__, data, where)
+
+
+def _decode_float(data: object, where: str) -> float:
+    if not isinstance(data, (int, float)) or isinstance(data, bool):
+        raise _mismatch("float", data, where)
+    try:
+        value = float(data)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise _mismatch("a finite number", data, where)
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decode_spec(kind: type, data: object, where: str) -> object:
@@ -62,7 +85,8 @@ def _decode_spec(kind: type, data: object, where: str) -> object:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(str(key) for key in data.keys() - fields.keys())
     if unknown:
-        raise ArtifactError(f"{where or 'the top level'} has unknown keys {', '.join(unknown)}", hint=_known(fields))
+        listed = ", ".join(unknown[:8])[:200]
+        raise ArtifactError(f"{where or 'the top level'} has unknown keys {listed}", hint=_known(fields))
     required = {
         name
         for name, field in fields.items()

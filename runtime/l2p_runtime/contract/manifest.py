@@ -12,7 +12,7 @@ from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.contract.model import ModelSpec
 from l2p_runtime.contract.profile import Profile, Sampling
 from l2p_runtime.contract.tensors import NetworkSpec
-from l2p_runtime.errors import ArtifactError
+from l2p_runtime.errors import ArtifactError, UsageError
 
 SCHEMA = 1
 MANIFEST_NAME = "bundle.json"
@@ -150,7 +150,7 @@ class Manifest:
         missing = sorted(wanted - {(record.network, record.plan) for record in self.graphs})
         if missing:
             raise ArtifactError(f"the bundle has no graph for {', '.join(f'{n} in {p}' for n, p in missing)}")
-        if {spec.name for spec in self.networks} != set(NETWORKS):
+        if sorted(spec.name for spec in self.networks) != sorted(NETWORKS):
             raise ArtifactError(f"the bundle describes other networks than {', '.join(NETWORKS)}")
         paths = {record.path for record in self.files}
         used = {path for graph in self.graphs for path in (graph.graph, graph.weights)}
@@ -158,19 +158,27 @@ class Manifest:
         if used != paths or len(paths) != len(self.files):
             wrong = sorted(used ^ paths) or ["a path that stands twice"]
             raise ArtifactError(f"the file list does not match what the bundle uses: {', '.join(wrong)}")
+        for profile in self.profiles:
+            profile.check_model(self.model)
+        failed = [f"{entry.network} on {entry.case}" for entry in self.ledger if entry.status == "failed"]
+        if failed:
+            raise ArtifactError(
+                f"the ledger holds comparisons that failed: {', '.join(failed[:4])}",
+                hint="no build commits such a bundle; build it again",
+            )
 
     def plan(self, name: str | None) -> PlanRef:
         """The plan called `name`; the first one when None.
 
         Raises:
-            ArtifactError: no such plan.
+            UsageError: no such plan.
         """
         if name is None:
             return self.plans[0]
         found = next((plan for plan in self.plans if plan.name == name), None)
         if found is None:
             have = ", ".join(plan.name for plan in self.plans)
-            raise ArtifactError(f"the bundle has no plan `{name}`; it has {have}")
+            raise UsageError(f"the bundle has no plan `{name}`; it has {have}")
         return found
 
     def graph(self, network: str, plan: str) -> GraphRecord:
@@ -194,7 +202,7 @@ def manifest_from_bytes(data: bytes) -> Manifest:
         ArtifactError: not JSON, another schema version, or content that does not hold together.
     """
     try:
-        parsed = json.loads(data)
+        parsed = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{MANIFEST_NAME}` is not JSON: {error}", hint="build the bundle again") from error
     schema = parsed.get("schema") if isinstance(parsed, dict) else None
@@ -204,6 +212,13 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             hint="open it with the version of l2p-export that built it, or build it again",
         )
     return from_json(Manifest, parsed)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("an object names a key twice")
+    return entries
 
 
 def bundle_digest(manifest_bytes: bytes) -> str:

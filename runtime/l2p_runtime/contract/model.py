@@ -29,6 +29,11 @@ class RotarySpec:
     def __post_init__(self) -> None:
         if any(channels <= 0 or channels % 2 for channels in self.axis_channels):
             raise ArtifactError(f"rotary axes {list(self.axis_channels)} must be positive and even")
+        _require_sizes(
+            base_grid=self.base_grid, **{f"axis_lengths[{axis}]": size for axis, size in enumerate(self.axis_lengths)}
+        )
+        if self.theta <= 1:
+            raise ArtifactError(f"theta is {self.theta}, expected more than 1")
 
     @property
     def pairs(self) -> int:
@@ -49,6 +54,13 @@ class HeadSpec:
     row_multiple: int
     halo_rows: int | None
     peak_values_per_px: float
+
+    def __post_init__(self) -> None:
+        _require_sizes(row_multiple=self.row_multiple)
+        if (self.halo_rows is not None and self.halo_rows < 0) or self.peak_values_per_px <= 0:
+            raise ArtifactError(
+                f"halo_rows {self.halo_rows} and peak_values_per_px {self.peak_values_per_px}: expected no less than 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,26 @@ class ModelSpec:
     rotary: RotarySpec
     head: HeadSpec
 
+    def __post_init__(self) -> None:
+        _require_sizes(
+            patch_px=self.patch_px,
+            width=self.width,
+            heads=self.heads,
+            layers=self.layers,
+            ffn_width=self.ffn_width,
+            caption_width=self.caption_width,
+            time_width=self.time_width,
+            sequence_multiple=self.sequence_multiple,
+            caption_tokens_max=self.caption_tokens_max,
+        )
+        if self.width != self.heads * 2 * self.rotary.pairs:
+            raise ArtifactError(
+                f"width is {self.width}, expected {self.heads} heads of {2 * self.rotary.pairs} rotary channels"
+            )
+        first, stop = self.trunk_layers
+        if not 0 <= first < stop <= self.layers:
+            raise ArtifactError(f"trunk_layers is {first} to {stop}, expected layers of 0 to {self.layers}")
+
     @property
     def size_multiple_px(self) -> int:
         """Height and width are multiples of this."""
@@ -84,3 +116,10 @@ class ModelSpec:
     def padded(self, tokens: int) -> int:
         """`tokens` rounded up to the sequence multiple."""
         return -(-tokens // self.sequence_multiple) * self.sequence_multiple
+
+
+def _require_sizes(**sizes: int) -> None:
+    """Sizes are positive and below 2^31, so that no product of a few of them leaves what arithmetic here can do."""
+    for name, size in sizes.items():
+        if not 1 <= size < 2**31:
+            raise ArtifactError(f"{name} is {size}, expected 1 or more")

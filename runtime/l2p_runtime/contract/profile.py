@@ -52,19 +52,20 @@ class Profile:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        # The name becomes part of the bundle's.
+        if not self.name.isprintable() or "/" in self.name or not 1 <= len(self.name) <= 128:
+            raise UsageError(f"profile name {self.name[:128]!r} is refused: expected 1 to 128 characters without `/`")
         if self.patch_px < 1:
-            raise UsageError(f"profile `{self.name}`: patch_px is {self.patch_px}, expected 1 or more")
+            raise UsageError(f"patch_px is {self.patch_px}, expected 1 or more")
         for axis, span in (("height_px", self.height_px), ("width_px", self.width_px)):
             # A fully static shape lets TensorRT fold the rotary tables into the engine: 140 MB against 6 MB.
             if span.min == span.max:
-                raise UsageError(f"profile `{self.name}`: {axis} min equals max ({span.min}), expected min < max")
+                raise UsageError(f"{axis} min equals max ({span.min}), expected min < max")
             wrong = [str(size) for size in (span.min, span.opt, span.max) if size % self.patch_px]
             if wrong:
-                raise UsageError(
-                    f"profile `{self.name}`: {axis} {', '.join(wrong)} not a multiple of {self.patch_px} px"
-                )
+                raise UsageError(f"{axis} {', '.join(wrong)} not a multiple of {self.patch_px} px")
         if any(size % 32 for size in (self.caption_tokens.min, self.caption_tokens.opt, self.caption_tokens.max)):
-            raise UsageError(f"profile `{self.name}`: caption_tokens must be multiples of 32")
+            raise UsageError("caption_tokens must be multiples of 32")
 
     def check_model(self, model: ModelSpec) -> None:
         """Refuse a model that this profile was not written for.

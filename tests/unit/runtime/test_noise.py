@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tools import make_normal_table
 
 from l2p_runtime import native, noise
 from l2p_runtime.errors import InternalError, UsageError
 from l2p_runtime.noise import normal_noise, normal_noise_numpy, torch_cpu_noise
+from tools import make_normal_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -241,7 +241,7 @@ def _head_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
 
 
 def _patch_px(shapes: Shapes) -> int:
-    names = [name for name in shapes if re.fullmatch(r"all_x_embedder\.\d+-1\.(?:weight|bias)", name)]
+    names = [name for name in shapes if re.fullmatch(r"all_x_embedder\.[0-9]{1,6}-1\.(?:weight|bias)", name)]
     if any(name.startswith(("all_final_layer.", "all_x_embedder.2-1.")) for name in shapes):
         raise ArtifactError(
             "this is a latent Z-Image checkpoint (it has a final layer or 2 px latent patches), not an L2P checkpoint",
@@ -274,9 +274,10 @@ def _majority(shapes: Shapes, pattern: str, axis: int) -> int:
 
 
 def _count(shapes: Shapes, group: str) -> int:
-    indices = [int(match[1]) for match in (re.match(rf"{group}\.(\d{{1,4}})\.", name) for name in shapes) if match]
-    # A stray `layers.9999` must not make a table of ten thousand missing layers.
-    return min(max(indices, default=-1) + 1, len(set(indices)) + 64)
+    matches = (re.match(rf"{group}\.([0-9]{{1,4}})\.", name) for name in shapes)
+    indices = sorted({int(match[1]) for match in matches if match})
+    # A gap is a missing layer; a stray `layers.9999` is an unknown one, not ten thousand missing layers.
+    return max((index + 1 for rank, index in enumerate(indices, 1) if 2 * rank > index), default=0)
 
 
 def _by_block(names: Iterable[str]) -> dict[str, set[str]]:
@@ -290,7 +291,10 @@ def _by_block(names: Iterable[str]) -> dict[str, set[str]]:
 def _check(d: Dimensions) -> None:
     if d.layers < 1:
         raise ArtifactError("the checkpoint has no main layers (`layers.0` and on)")
-    if d.head_width == 0 or d.width == 0 or d.width % d.head_width:
+    sizes = (d.width, d.head_width, d.ffn_width, d.caption_width, d.time_width, d.time_hidden, d.bottleneck)
+    if min(*sizes, *(size for stage in d.stages for size in (stage.encoder, stage.up, stage.decoder))) < 1:
+        raise ArtifactError("the checkpoint has tensors of size 0", hint="it is incomplete; download it again")
+    if d.width % d.head_width:
         raise ArtifactError(f"the width {d.width} is no multiple of the head width {d.head_width}")
     # Rotary axes take 1/4, 3/8 and 3/8 of a head, each an even number of channels.
     if d.head_width % 16:

@@ -1,0 +1,148 @@
+"""A build that is stopped, or that meets another one: the right code at once, and nothing half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import run_cli, write_profile
+
+STOPPED_SECONDS = 10
+"""What a stop may take: the rest of one call into a library."""
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    return write_profile(tmp_path / "mine.toml", 16)
+
+
+@contextmanager
+def build(checkpoint: Path, profile: Path, out: Path, *, until: str) -> Iterator[subprocess.Popen[str]]:
+    """A running build that has just printed `until`."""
+    command = [sys.executable, "-m", "l2p_export", "build", str(checkpoint), "--profile", str(profile)]
+    command += ["--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if until in line:
+                    break
+            assert process.poll() is None, "the build ended early"
+            assert (out / ".build.lock").is_file()
+            yield process
+        finally:
+            process.kill()
+
+
+def stop(process: subprocess.Popen[str], signum: int) -> tuple[int, str]:
+    """Signal a build; its exit code, and what it said after."""
+    started = time.monotonic()
+    process.send_signal(signum)
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - started < STOPPED_SECONDS
+    assert stdout == ""
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_stopped_build(signum: int, code: int, word: str, tmp_path: Path, tiny_path: Path, profile: Path) -> None:
+    out = tmp_path / "out"
+    with build(tiny_path, profile, out, until="`caption` ...") as process:
+        found, stderr = stop(process, signum)
+    assert found == code, stderr
+    assert word in stderr
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+def test_killed_build_leaves_no_bundle(tmp_path: Path, tiny_path: Path, profile: Path) -> None:
+    out = tmp_path / "out"
+    with build(tiny_path, profile, out, until="`caption` ...") as process:
+        assert stop(process, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (out / "bundle.json").exists()
+    result = run_cli("inspect", out)
+    assert result.returncode == 4
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_build_after_a_stopped_one(signum: int, tmp_path: Path, tiny_path: Path, profile: Path) -> None:
+    out = tmp_path / "out"
+    with build(tiny_path, profile, out, until="graph of `stem` ...") as process:
+        stop(process, signum)
+    result = run_cli("build", tiny_path, "--profile", profile, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["bundle.json", "graphs", "reference"]
+    assert not list(out.rglob("*.partial"))
+    assert run_cli("verify", out).returncode == 0
+
+
+def test_second_build_of_one_output(tmp_path: Path, tiny_path: Path, profile: Path) -> None:
+    out = tmp_path / "out"
+    (out / "graphs").mkdir(parents=True)
+    (out / "graphs" / "stem.fp32.partial").write_text("the other build's")
+    with (out / ".build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_cli("build", tiny_path, "--profile", profile, "--out", out)
+    assert result.returncode == 3, result.stderr
+    assert f"another build is writing `{out}`" in result.stderr
+    assert "hint: wait for it" in result.stderr
+    assert (out / "graphs" / "stem.fp32.partial").read_text() == "the other build's"
+    assert (out / ".build.lock").exists()
+
+
+BROKEN = """
+import sys
+import l2p_export.families
+from l2p_export.cli.main import run
+
+def broken(path):
+    raise {error}
+
+l2p_export.families.load_model = broken
+sys.argv = ["l2p-export", "inspect", "x.safetensors"]
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "needles"),
+    [
+        ("ZeroDivisionError('boom')", 70, ("error: ZeroDivisionError: boom", "bug in l2p-export", "L2P_TRACEBACK=1")),
+        ("KeyError('boom')", 70, ("error: KeyError: 'boom'", "bug in l2p-export")),
+        ("MemoryError('boom')", 3, ("out of memory: boom", "hint: ")),
+        ("OSError(28, 'No space left on device', 'disk')", 3, ("No space left on device `disk`", "free some space")),
+        ("PermissionError(13, 'Permission denied', 'disk')", 3, ("Permission denied `disk`",)),
+        ("KeyboardInterrupt", 130, ("interrupted",)),
+    ],
+)
+def test_unknown_error(error: str, code: int, needles: tuple[str, ...], tmp_path: Path) -> None:
+    result = run_script(BROKEN.format(error=error), tmp_path)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for needle in needles:
+        assert needle in result.stderr
+
+
+def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_traceback_of_our_bug_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("L2P_TRACEBACK", "1")
+    result = run_script(BROKEN.format(error="KeyError('boom')"), tmp_path)
+    assert result.returncode == 70
+    assert "Traceback (most recent call last)" in result.stderr

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from l2p_runtime.errors import HostError, InternalError
+from l2p_runtime.png import write_png
+
+TEXT = {"prompt": "ein roter Kreis, \u7ea2\u8272 \U0001f534", "seed": "7"}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (300, 5), (257, 64)])
+def test_8_bit_pixels_and_text_come_back(tmp_path: Path, size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    write_png(tmp_path / "x.png", pixels, TEXT)
+    with Image.open(tmp_path / "x.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+        assert image.text == TEXT
+
+
+def test_16_bit_pixels_are_stored_whole(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (300, 31, 3), dtype=np.uint16)
+    write_png(tmp_path / "x.png", pixels, {})
+    np.testing.assert_array_equal(_decode_16(tmp_path / "x.png"), pixels)
+
+
+def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x.png"
+    target.write_bytes(b"before")
+
+    def fail(self: Path, other: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(HostError, match="No space left"):
+        write_png(target, np.zeros((2, 2, 3), np.uint8), {})
+    assert target.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="nowhere"):
+        write_png(tmp_path / "nowhere" / "x.png", np.zeros((2, 2, 3), np.uint8), {})
+
+
+def test_other_arrays_are_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(InternalError):
+        write_png(tmp_path / "x.png", np.zeros((2, 2), np.uint8), {})
+
+
+def _decode_16(path: Path) -> np.ndarray:
+    """Decode a 16-bit RGB file of filter 2 by hand; Pillow would cut it to 8 bits."""
+    import struct
+    import zlib
+
+    data, at, packed = path.read_bytes(), 8, b""
+    while at < len(data):
+        (length,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
+        body = data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        if kind == b"IHDR":
+            width, height, bits, colour = struct.unpack(">IIBB", body[:10])
+            assert (bits, colour) == (16, 2)
+        packed += body if kind == b"IDAT" else b""
+        at += 12 + length
+    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, -1)
+    assert (rows[:, 0] == 2).all()
+    return np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8).view(">u2").reshape(height, width, 3)
