@@ -396,6 +396,7 @@ def test_fuzz_manifest(data: st.DataObject, parsed: tuple[Json, list[tuple[str |
             negative_embeds=embeds,
             height=32,
             width=32,
+            seed=0,
             sampling={},
             rng="philox",
             dtype="uint8",
