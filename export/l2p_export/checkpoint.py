@@ -1,61 +1,26 @@
-"""Checkpoints as published or trained: opened, renamed to the published spelling, read in pieces.
-
-Nothing here holds a whole tensor: values are mapped from the file and converted chunk by chunk.
-"""
+"""Checkpoints as published or trained: opened, and described under their published names."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_export.metadata import is_trained, licence
+from l2p_export.tensors import TensorSource, weights_digest
 from l2p_runtime.contract import CheckpointRecord
 from l2p_runtime.errors import ArtifactError
-from l2p_runtime.tensorfile import TensorFile, TensorInfo, open_tensorfile
+from l2p_runtime.tensorfile import TensorFile, open_tensorfile
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from l2p_export.families import LoadedModel
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-CHUNK_BYTES = 16 << 20
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSource:
-    """One published tensor: a whole tensor of a file, or some of its rows when the file fuses several into one."""
-
-    file: TensorFile
-    info: TensorInfo
-    shape: tuple[int, ...]
-    first_row: int = 0
-
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
-        """The values as float32, flat and in order, in pieces of at most `chunk_bytes` as stored."""
-        stored = self.file.read(self.info.name)
-        flat = stored[self.first_row : self.first_row + self.shape[0]].reshape(-1) if self.shape else stored.reshape(-1)
-        step = max(1, chunk_bytes // max(flat.itemsize, 1))
-        for start in range(0, flat.size, step):
-            yield _as_float32(flat[start : start + step], self.info.dtype)
-
-    def read(self) -> NDArray[np.float32]:
-        """The whole tensor as float32."""
-        import numpy as np
-
-        values = np.empty(self.shape, np.float32)
-        flat, start = values.reshape(-1), 0
-        for chunk in self.chunks():
-            flat[start : start + chunk.size] = chunk
-            start += chunk.size
-        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +101,6 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.md5(",".join(sorted(texts)).encode(), usedforsecurity=False).hexdigest()
 
 
-def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) -> str:
-    """SHA-256 over tensors in sorted order, values rounded to BF16, so that F32 and BF16 copies agree.
-
-    Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16 (design section 5).
-    """
-    import ml_dtypes
-
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(name.encode() + b"\0")
-        for chunk in tensors[name].chunks():
-            digest.update(chunk.astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()
-
-
 def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
     """Describe a checkpoint for the manifest; reads the trunk's values for their digest."""
     checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
@@ -169,16 +119,6 @@ def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
         trained=is_trained(checkpoint.metadata),
         licence=licence(checkpoint.metadata),
     )
-
-
-def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
-    import numpy as np
-
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    # What float32 cannot hold becomes Inf, which is refused by name where weights are written.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float32)
 
 
 def _exists(path: Path) -> bool:

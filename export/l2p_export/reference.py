@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from l2p_export.tensors import read_tensor
 from l2p_export.verification import network_inputs
 from l2p_runtime.contract import NETWORKS
 
@@ -58,7 +59,7 @@ def torch_network(loaded: LoadedModel, network: str) -> nn.Module:
     with torch.device("meta"):
         module = loaded.model.module(network, lambda layer: torch.float32)
     tensors = loaded.checkpoint.tensors
-    module.load_state_dict({n: torch.from_numpy(tensors[n].read()) for n in module.state_dict()}, assign=True)
+    module.load_state_dict({n: torch.from_numpy(read_tensor(tensors[n])) for n in module.state_dict()}, assign=True)
     return module
 
 

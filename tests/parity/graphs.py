@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from l2p_calib.plans import PLANS, PrecisionPlan
-from l2p_export.checkpoint import TensorSource
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P, ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.graphs.export import export_graph
+from l2p_export.tensors import TensorSource
 from l2p_runtime.backends.onnx import OnnxEngine
 from l2p_runtime.contract import NetworkSpec
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile

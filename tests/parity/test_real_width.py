@@ -15,10 +15,10 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformerB
 from torch import Tensor
 
 from l2p_calib.plans import PLANS
-from l2p_export.checkpoint import TensorSource
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.blocks import Block
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
+from l2p_export.tensors import TensorSource
 from l2p_runtime.positions import rope_tables
 from parity.graphs import Arrays, export, network_shapes, run, store
 from parity.models import call, model_spec, relative_error

@@ -39,7 +39,7 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
 
     loaded = load_model(path)
     checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
-    dtypes = Counter(source.info.dtype for source in checkpoint.tensors.values())
+    dtypes = Counter(source.dtype for source in checkpoint.tensors.values())
     return {
         "checkpoint": str(checkpoint.path),
         "family": loaded.family.name,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from l2p_calib.plans import PrecisionPlan
-    from l2p_export.checkpoint import TensorSource
     from l2p_export.families import Model
+    from l2p_export.tensors import TensorSource
     from l2p_runtime.contract import NetworkSpec
     from l2p_runtime.tensorfile import TensorInfo
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from l2p_export.checkpoint import TensorSource
+    from l2p_export.tensors import TensorSource
 
 STORED = {"float32": "F32", "float16": "F16"}
 _NUMPY = {"float32": "<f4", "float16": "<f2"}

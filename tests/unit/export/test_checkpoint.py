@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from golden import tiny_checkpoint
-from l2p_export.checkpoint import TensorSource, checkpoint_record, weights_digest
+from l2p_export.checkpoint import checkpoint_record
 from l2p_export.families import load_model
+from l2p_export.tensors import FileTensor, read_tensor, weights_digest
 from l2p_runtime.tensorfile import open_tensorfile
 
 STATE = tiny_checkpoint.checkpoint(16)
@@ -32,7 +33,7 @@ def test_every_spelling_reads_as_the_published_one(tmp_path: Path, prefix: str, 
     assert checkpoint.tensors.keys() == STATE.keys()
     assert (checkpoint.spelling.prefix, checkpoint.spelling.fused) == (prefix, fused)
     for name, source in checkpoint.tensors.items():
-        np.testing.assert_array_equal(source.read(), STATE[name])
+        np.testing.assert_array_equal(read_tensor(source), STATE[name])
 
 
 def test_the_trunk_digest_is_blind_to_spelling_and_to_what_bf16_drops(tmp_path: Path, tiny_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_digest_by_hand(tmp_path: Path) -> None:
 
     save_file({"b": np.ones(3, np.float32), "a": np.full((1, 2), 2.0, np.float32)}, tmp_path / "x.safetensors")
     file = open_tensorfile(tmp_path / "x.safetensors")
-    sources = {name: TensorSource(file, info, info.shape) for name, info in file.tensors.items()}
+    sources = {name: FileTensor(file, info, info.shape) for name, info in file.tensors.items()}
     expected = hashlib.sha256(b"a\0" + b"\x00\x40" * 2 + b"b\0" + b"\x80\x3f" * 3).hexdigest()
     assert weights_digest(sources, ["b", "a"]) == expected
 
@@ -72,10 +73,10 @@ def test_chunks_join_to_the_whole(
     values = torch.randn(3 * rows, 5, generator=torch.Generator().manual_seed(rows)).to(torch_dtype)
     save_torch({"x": values}, path)
     file = open_tensorfile(path)
-    source = TensorSource(file, file.tensors["x"], (rows, 5), first_row=rows)
+    source = FileTensor(file, file.tensors["x"], (rows, 5), first_row=rows)
     joined = np.concatenate(list(source.chunks(chunk_bytes)))
     np.testing.assert_array_equal(joined, values[rows : 2 * rows].to(torch.float32).numpy().reshape(-1))
-    np.testing.assert_array_equal(source.read().reshape(-1), joined)
+    np.testing.assert_array_equal(read_tensor(source).reshape(-1), joined)
 
 
 def test_bf16_rounding_is_to_nearest_even() -> None:

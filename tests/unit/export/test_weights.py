@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from l2p_export.checkpoint import TensorSource
 from l2p_export.graphs.weights import write_weights
+from l2p_export.tensors import FileTensor
 from l2p_runtime.errors import ArtifactError
 from l2p_runtime.tensorfile import open_tensorfile
 
 
-def _sources(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, TensorSource]:
+def _sources(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, FileTensor]:
     save_file(tensors, folder / "source.safetensors")
     file = open_tensorfile(folder / "source.safetensors")
-    return {name: TensorSource(file, info, info.shape) for name, info in file.tensors.items()}
+    return {name: FileTensor(file, info, info.shape) for name, info in file.tensors.items()}
 
 
 def test_values_and_places_are_right(tmp_path: Path) -> None:

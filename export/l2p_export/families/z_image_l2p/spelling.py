@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from l2p_export.checkpoint import Checkpoint, Spelling, TensorSource
+from l2p_export.checkpoint import Checkpoint, Spelling
+from l2p_export.tensors import FileTensor, TensorSource
 from l2p_runtime.errors import ArtifactError
 from l2p_runtime.tensorfile import TensorFile, TensorInfo
 
@@ -54,13 +55,13 @@ def _published(file: TensorFile, info: TensorInfo) -> Iterator[tuple[str, Tensor
         rows = info.shape[0] // 3
         for index, projection in enumerate(("to_q", "to_k", "to_v")):
             shape = (rows, *info.shape[1:])
-            yield name.replace(".qkv.", f".{projection}."), TensorSource(file, info, shape, index * rows)
+            yield name.replace(".qkv.", f".{projection}."), FileTensor(file, info, shape, index * rows)
         return
     for old, new in _RENAMES:
         name = name.replace(old, new)
     if name.startswith("x_embedder."):
         name = f"all_x_embedder.{_patch_px(file)}-1." + name.removeprefix("x_embedder.")
-    yield name, TensorSource(file, info, info.shape)
+    yield name, FileTensor(file, info, info.shape)
 
 
 def _without_prefix(name: str) -> str:
