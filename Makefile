@@ -54,6 +54,7 @@ types: .venv/test
 bench: .venv/test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/import_memory.py
 
 clean:
 	rm -rf .venv $(DEMO) build dist

@@ -32,7 +32,10 @@ KINDS = {
     "tiny-128": (128, False, ("fp32",)),
     "demo-160": (160, None, ("fp32",)),
 }
-"""Kind of bundle to patch, fused spelling (None: the demo checkpoint) and precisions."""
+"""Kind of bundle to patch, fused spelling (None: the demo checkpoint) and precisions.
+
+The fused one has a text encoder too.
+"""
 
 
 @dataclass
@@ -70,6 +73,8 @@ class Bundles:
             command = [sys.executable, "-m", "l2p_export", "build", "--profile", str(profile), "--backend", "onnx"]
             if fused is not None:
                 command.append(str(write_tiny_checkpoint(self.root / f"{kind}.safetensors", patch, fused=fused)))
+            if kind == "tiny-16-fused":
+                command += ["--text-encoder", str(write_text_encoder(self.root / "qwen3"))]
             for precision in precisions:
                 command += ["--precision", precision]
             command += ["--out", str(self.root / kind)]
@@ -96,6 +101,14 @@ def write_tiny_checkpoint(path: Path, patch: int, *, fused: bool = False) -> Pat
     state = tiny_checkpoint.checkpoint(patch)
     save_file(tiny_checkpoint.fused(state) if fused else state, path)
     return path
+
+
+def write_text_encoder(folder: Path) -> Path:
+    """Write a small random Qwen3 folder of the golden checkpoint's caption width."""
+    from parity.text_models import write_qwen3
+
+    write_qwen3(folder)
+    return folder
 
 
 def write_profile(path: Path, patch: int) -> Path:

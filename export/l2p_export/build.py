@@ -22,13 +22,15 @@ from l2p_engines.profiles import load_profile
 from l2p_export.checkpoint import checkpoint_record
 from l2p_export.demo import UNTRAINED, write_demo_checkpoint
 from l2p_export.families import LoadedModel, load_model
+from l2p_export.lora import parse_lora, trunk_layers_touched
 from l2p_export.metadata import is_trained, sampling_defaults
 from l2p_export.output import OutputFolder, open_output, require_bundle_or_nothing, require_disk
 from l2p_export.proof import prove
+from l2p_export.text_encoder import TextEncoder, add_text_encoder, open_text_encoder
 from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
 from l2p_runtime.bundle import Bundle, file_record
-from l2p_runtime.contract import SCHEMA, FileRecord, GraphRecord, Manifest, Profile, Sampling
+from l2p_runtime.contract import SCHEMA, FileRecord, GraphRecord, Manifest, Profile, Sampling, TextRecord
 from l2p_runtime.errors import HostError, UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class BuildPlan:
     sampling: Sampling
     backend: str
     out: Path
+    text_encoder: TextEncoder | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -54,14 +57,24 @@ class BuildPlan:
         return is_trained(self.loaded.checkpoint.metadata)
 
     def weight_bytes(self, plan: PrecisionPlan) -> int:
-        """Bytes of all weights under one of the plans."""
-        shapes = self.loaded.checkpoint.shapes.items()
-        return sum(math.prod(shape) * _ITEM_BYTES[plan.dtype(name)] for name, shape in shapes)
+        """Bytes of all weights under one of the plans, the text encoder's included."""
+        shapes = dict(self.loaded.checkpoint.shapes)
+        if self.text_encoder is not None:
+            shapes |= self.text_encoder.shapes
+        return sum(math.prod(shape) * _ITEM_BYTES[plan.dtype(name)] for name, shape in shapes.items())
 
 
 @contextmanager
 def plan_build(
-    checkpoint: Path | None, profiles: tuple[str, ...], precisions: tuple[str, ...], backend: str, out: Path | None
+    checkpoint: Path | None,
+    profiles: tuple[str, ...],
+    precisions: tuple[str, ...],
+    backend: str,
+    out: Path | None,
+    *,
+    source: Path | None = None,
+    loras: tuple[str, ...] = (),
+    text_encoder: Path | None = None,
 ) -> Iterator[BuildPlan]:
     """Check everything that headers and profiles tell, before any work.
 
@@ -73,6 +86,10 @@ def plan_build(
         precisions: names of plain plans.
         backend: what runs the graphs for the ledger: `auto` or a backend by name.
         out: folder to write; named after checkpoint and profiles when None.
+        source: latent checkpoint to complete the checkpoint from and to compare it with.
+        loras: to merge, as `FILE:STRENGTH`.
+        text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
+            that takes embeddings alone.
 
     Raises:
         UsageError: profiles that do not fit the checkpoint, an unknown precision, an output that is something else.
@@ -87,14 +104,15 @@ def plan_build(
         if checkpoint is None:
             checkpoint = Path(scratch) / "demo.safetensors"
             write_demo_checkpoint(checkpoint, read[0].patch_px)
-        loaded = load_model(checkpoint)
+        loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
         for profile in read:
             profile.check_model(loaded.model.spec)
         stem = loaded.checkpoint.path.stem
         name = f"{stem}-{'-'.join(profile.name for profile in read)}.bundle"
         sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
         require_bundle_or_nothing(out or Path(name))
-        yield BuildPlan(loaded, read, plans, sampling, backend, out or Path(name))
+        text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
+        yield BuildPlan(loaded, read, plans, sampling, backend, out or Path(name), text)
 
 
 def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
@@ -109,10 +127,19 @@ def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
     backend = open_backend(plan.backend)
     if not plan.is_trained:
         reporter.note(UNTRAINED)
+    touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.spec.trunk_layers)
+    if touched:
+        reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")
     with open_output(plan.out) as output:
         require_disk(output.root, sum(plan.weight_bytes(item) for item in plan.plans))
         graphs, files = _write_graphs(plan, output, reporter)
         references, more_files, ledger = prove(plan.loaded, plan.profiles, graphs, output, backend, reporter)
+        text: TextRecord | None = None
+        if plan.text_encoder is not None:
+            added = add_text_encoder(plan.text_encoder, plan.plans, output, backend, reporter)
+            text, text_files, text_ledger = added
+            files += text_files
+            ledger += text_ledger
         with reporter.stage("trunk digest"):
             checkpoint = checkpoint_record(plan.loaded)
         manifest = Manifest(
@@ -128,6 +155,7 @@ def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
             references=tuple(references),
             files=tuple(sorted([*files, *more_files], key=lambda record: record.path)),
             ledger=tuple(ledger),
+            text=text,
         )
         return output.commit(manifest)
 
@@ -147,6 +175,10 @@ def _write_graphs(
         files += [graph, weights]
         graphs.append(GraphRecord(spec.name, precision.name, precision.opset, graph.path, weights.path))
     return graphs, files
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _require_libraries() -> None:

@@ -13,14 +13,9 @@ from l2p_export.metadata import is_trained, licence
 from l2p_export.tensors import TensorSource, weights_digest
 from l2p_runtime.contract import CheckpointRecord
 from l2p_runtime.errors import ArtifactError
-from l2p_runtime.tensorfile import TensorFile, open_tensorfile
 
 if TYPE_CHECKING:
     from l2p_export.families import LoadedModel
-
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
-_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +46,6 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def open_weights(path: Path) -> TensorFile:
-    """Open the one safetensors file that `path` names, or the only one in the folder that it names.
-
-    Raises:
-        ArtifactError: absent, a pickle, a folder without exactly one file, or a header that fails the checks.
-    """
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
-        raise ArtifactError(
-            f"`{path}` is a pickle by its name ({path.suffix}), which can run code when opened and is refused",
-            hint="convert it to .safetensors where you trust it: torch.load(..., weights_only=True), "
-            "then safetensors.torch.save_file",
-        )
-    if not _exists(path):
-        raise ArtifactError(f"there is no checkpoint `{path}`", hint="give a .safetensors file")
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found[:4]) or "none"
-            raise ArtifactError(
-                f"the folder `{path}` holds {len(found)} .safetensors files ({names}), expected one",
-                hint="give the .safetensors file itself",
-            )
-        path = found[0]
-    return open_tensorfile(path)
-
-
-def require_float(file: TensorFile) -> None:
-    """Refuse integer and quantized weights.
-
-    Raises:
-        ArtifactError: names every tensor that is not a float.
-    """
-    wrong = [f"`{info.name}` ({info.dtype})" for info in file.tensors.values() if info.dtype not in FLOAT_DTYPES]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ArtifactError(
-            f"`{file.path}` stores weights that are not floats: {', '.join(wrong[:8])}{more}",
-            hint=f"expected {', '.join(FLOAT_DTYPES)}; quantized repacks are not read, fetch the original file",
-        )
-
-
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """MD5 over tensor names and shapes, which identifies a published architecture (l2p.md 2.3).
 
@@ -104,25 +58,39 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
     """Describe a checkpoint for the manifest; reads the trunk's values for their digest."""
     checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
-    first, stop = loaded.model.spec.trunk_layers
-    trunk = tuple(f"layers.{index}." for index in range(first, stop))
     return CheckpointRecord(
-        # A file name is bytes; what is no UTF-8 in it cannot be written into the manifest.
-        name=checkpoint.path.name.encode(errors="replace").decode(),
+        name=_text(checkpoint.path.name),
         fingerprint=mark,
         known_as=loaded.family.known_as(mark),
         tensors=len(checkpoint.tensors),
         parameters=checkpoint.parameters,
-        trunk_sha256=weights_digest(
-            checkpoint.tensors, (name for name in checkpoint.tensors if name.startswith(trunk))
-        ),
+        trunk_sha256=trunk_digest(loaded),
         trained=is_trained(checkpoint.metadata),
         licence=licence(checkpoint.metadata),
+        source=_text(loaded.source.name) if loaded.source else "",
+        loras=tuple(f"{_text(lora.path.name)}:{lora.strength:g}" for lora in loaded.loras),
     )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, a folder that may not be entered
-        return False
+def trunk_digest(loaded: LoadedModel) -> str:
+    """The digest that names a trunk (design section 5); reads the trunk's values.
+
+    Raises:
+        ArtifactError: the checkpoint says that it was trained on another trunk.
+    """
+    checkpoint = loaded.checkpoint
+    trunk = tuple(f"layers.{index}." for index in range(*loaded.model.spec.trunk_layers))
+    digest = weights_digest(checkpoint.tensors, (name for name in checkpoint.tensors if name.startswith(trunk)))
+    stated = checkpoint.metadata.get("l2p.trunk_sha256", digest)
+    # A LoRA may change the trunk, and a source may shorten it; then the statement is about another one.
+    if stated != digest and not loaded.loras and loaded.model.spec == loaded.family.model(checkpoint.shapes).spec:
+        raise ArtifactError(
+            f"`{checkpoint.path}` belongs to trunk {stated[:16]}, the layers it was given make trunk {digest[:16]}",
+            hint="give the source that the adapters were trained from",
+        )
+    return digest
+
+
+def _text(name: str) -> str:
+    """A file name is bytes; what is no UTF-8 in it cannot be written into the manifest."""
+    return name.encode(errors="replace").decode()

@@ -14,7 +14,7 @@ from l2p_runtime.bundle import Bundle
 from l2p_runtime.contract import MANIFEST_NAME, Manifest, bundle_digest, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import HostError, L2PError, UsageError
 
-_FOLDERS = ("graphs", "reference")
+_FOLDERS = ("graphs", "reference", "text")
 _LOCK = ".build.lock"
 # Room beside the weights for graphs, reference tensors and the file system's own bookkeeping.
 _SPARE_BYTES = 64 << 20

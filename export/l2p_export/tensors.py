@@ -7,8 +7,9 @@ sees the same thing: float32 values in order, chunk by chunk.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from l2p_runtime.tensorfile import TensorFile, TensorInfo
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHUNK_BYTES = 16 << 20
+
+_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 class TensorSource(Protocol):
@@ -37,25 +40,68 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A whole tensor of a file, or some of its rows when the file fuses several into one."""
+    """A whole tensor of a file, or some of its rows when the file fuses several into one.
+
+    Attributes:
+        scale: what stored values are multiplied by: one number, or one for each row of the whole tensor.
+    """
 
     file: TensorFile
     info: TensorInfo
     shape: tuple[int, ...]
     first_row: int = 0
+    scale: FileTensor | None = None
 
     @property
     def dtype(self) -> str:
         """How it is stored."""
         return self.info.dtype
 
+    def rows(self, first: int, count: int) -> FileTensor:
+        """Some of its rows."""
+        return replace(self, shape=(count, *self.shape[1:]), first_row=self.first_row + first)
+
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
         """The values as float32, flat and in order."""
         stored = self.file.read(self.info.name)
         flat = stored[self.first_row : self.first_row + self.shape[0]].reshape(-1) if self.shape else stored.reshape(-1)
         step = max(1, chunk_bytes // max(flat.itemsize, 1))
-        for start in range(0, flat.size, step):
-            yield _as_float32(flat[start : start + step], self.info.dtype)
+        scales = None if self.scale is None else read_tensor(self.scale).reshape(-1)
+        if scales is None or scales.size == 1:
+            for start in range(0, flat.size, step):
+                values = _as_float32(flat[start : start + step], self.info.dtype)
+                yield values if scales is None else values * scales
+            return
+        columns = math.prod(self.shape[1:])
+        rows = max(1, step // columns)
+        for first in range(0, self.shape[0], rows):
+            count = min(rows, self.shape[0] - first)
+            values = _as_float32(flat[first * columns : (first + count) * columns], self.info.dtype)
+            of_rows = scales[self.first_row + first :][:count]
+            yield (values.reshape(count, columns) * of_rows[:, None]).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor:
+    """Several tensors under one another, as the fused q, k, v of other spellings."""
+
+    parts: tuple[TensorSource, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows of all parts; the other axes are theirs."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """That of the parts; F32 where they differ."""
+        dtypes = {part.dtype for part in self.parts}
+        return dtypes.pop() if len(dtypes) == 1 else "F32"
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
+        """The values of the parts, one after the other."""
+        for part in self.parts:
+            yield from part.chunks(chunk_bytes)
 
 
 def read_tensor(source: TensorSource) -> NDArray[np.float32]:
@@ -88,6 +134,11 @@ def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) ->
 def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
     import numpy as np
 
+    if dtype in _FLOAT8:
+        import ml_dtypes
+
+        widened: NDArray[np.float32] = values.view(getattr(ml_dtypes, _FLOAT8[dtype])).astype(np.float32)
+        return widened
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     # What float32 cannot hold becomes Inf, which is refused by name where weights are written.

@@ -160,6 +160,8 @@ def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Repo
         ArtifactError: no such plan, or a damaged reference file.
         HostError: the backend cannot run here.
     """
+    from l2p_export.text_encoder.build import verify_text
+
     manifest = bundle.manifest
     opened = open_backend(backend)
     networks = {spec.name: spec for spec in manifest.networks}
@@ -174,7 +176,8 @@ def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Repo
 
         with reporter.stage(f"ledger {ref.name}", len(references) * len(networks), "calls") as advance:
             ledger += compare_graphs(ref.name, networks, references, load, advance)
-    cases = {case.name for case in manifest.references}
+        ledger += verify_text(bundle, opened, ref.name)
+    cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
     chosen = {f"torch float32 -> {ref.name} graph" for ref in plans}
     left = dict.fromkeys(
         (e.stage, e.case, e.status) for e in manifest.ledger if e.case not in cases and e.stage in chosen

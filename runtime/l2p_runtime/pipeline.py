@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -12,7 +13,7 @@ from l2p_runtime.backends import Array, Backend, Engine, open_backend
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.denoiser import Condition, Denoiser, encode_caption, make_workspace, predict
-from l2p_runtime.errors import CancelledError, HostError, L2PError, UsageError
+from l2p_runtime.errors import CancelledError, HostError, InternalError, L2PError, UsageError
 from l2p_runtime.memory import parse_bytes
 from l2p_runtime.requests import (
     PixelDType,
@@ -25,6 +26,7 @@ from l2p_runtime.requests import (
     plan_call,
 )
 from l2p_runtime.schedule import model_time, sigmas
+from l2p_runtime.text import Tokenizer, bundle_tokenizer, encode_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,10 +44,16 @@ class Pipeline:
     A pipeline serves one call at a time; open several for several threads.
     """
 
-    def __init__(self, bundle: Bundle, denoiser: Denoiser, plan: str, memory_budget_bytes: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, denoiser: Denoiser, plan: str, memory_budget_bytes: int | None
+    ) -> None:
         self.bundle = bundle
         self.plan = plan
+        self._backend = backend
         self._denoiser = denoiser
+        self._tokenizer: Tokenizer | None = None
+        # Of the last call alone: frames of one prompt load the text encoder once.
+        self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
         self._memory_budget_bytes = memory_budget_bytes
         self._closed = False
 
@@ -84,15 +92,8 @@ class Pipeline:
                 f"the weights of plan `{name}` take {weights:,} bytes, {limit:,} bytes are there",
                 hint="raise the memory budget, or use a plan of lower precision",
             )
-        engines: dict[str, Engine] = {}
-        try:
-            for network in NETWORKS:
-                engines[network] = _load(opened, bundle, network, name)
-        except L2PError:
-            for engine in engines.values():
-                engine.close()
-            raise
-        return cls(bundle, Denoiser(bundle.manifest.model, opened.device, engines), name, budget)
+        engines = _load_networks(opened, bundle, name)
+        return cls(bundle, opened, Denoiser(bundle.manifest.model, opened.device, engines), name, budget)
 
     def denoise(
         self,
@@ -145,6 +146,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         prompt_embeds: NDArray[np.float32] | None = None,
         negative_embeds: NDArray[np.float32] | None = None,
+        truncate_prompt: bool = False,
         positions: str | Policy | None = None,
         image_index: int = 0,
         rng: Rng = "philox",
@@ -160,11 +162,13 @@ class Pipeline:
             width: pixels, a multiple of the patch.
             seed: 0 to 2^64 - 1; the same noise on every machine, backend and thread count.
             steps: denoising steps; the bundle's default when None.
-            guidance: 1 is none; v = v_neg + guidance (v_pos - v_neg). Without negative embeddings only 1 is possible.
+            guidance: 1 is none; v = v_neg + guidance (v_pos - v_neg). With neither a text encoder nor negative
+                embeddings, only 1 is possible.
             shift: of the noise schedule.
-            negative_prompt: text; needs a bundle with a text encoder.
+            negative_prompt: text; needs a bundle with a text encoder, which reads an empty one when None.
             prompt_embeds: unpadded prompt embeddings [L,C], instead of `prompt`.
             negative_embeds: unpadded embeddings [L,C] of what to steer away from.
+            truncate_prompt: cut prompts that are too long, instead of refusing them.
             positions: position policy; the profile's when None.
             image_index: which image of the seed: another index, other noise.
             rng: `philox`, or `torch-cpu` for the noise of `torch.randn` on the CPU.
@@ -176,8 +180,9 @@ class Pipeline:
             [H,W,3] of `dtype`.
 
         Raises:
-            UsageError: a value out of range, a size that does not divide, a prompt without a text encoder.
-            HostError: the image does not fit the memory.
+            UsageError: a value out of range, a size that does not divide, a prompt without a text encoder, or a
+                prompt that is too long.
+            HostError: the image or the text encoder does not fit the memory, or `tokenizers` is not installed.
             CancelledError: `cancelled` said so.
         """
         denoiser = self._opened()
@@ -194,9 +199,11 @@ class Pipeline:
             rng=rng,
             dtype=dtype,
         )
-        captions, grid, sampling = request.captions, request.grid, request.sampling
-        tokens = max(denoiser.model.padded(len(caption)) for caption in captions)
+        grid, sampling = request.grid, request.sampling
+        tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
         stripes = plan_call(denoiser.model, 1, grid, tokens, self._free_bytes())
+        captions = self._embed(request.captions, truncate_prompt)
+        denoiser = self._opened()
         device = denoiser.device
 
         image = self._noise(height, width, seed, image_index, rng)
@@ -221,12 +228,27 @@ class Pipeline:
         device.synchronize()
         return device.download(out)
 
+    def encode(self, prompts: Sequence[str], *, truncate_prompt: bool = False) -> list[NDArray[np.float32]]:
+        """Embeddings [L,C] of prompts, for `prompt_embeds` and `negative_embeds`; the text encoder is loaded once.
+
+        Raises:
+            UsageError: the bundle has no text encoder, or a prompt is too long.
+            HostError: the text encoder does not fit the memory, or `tokenizers` is not installed.
+        """
+        self._opened()
+        if isinstance(prompts, str):
+            raise UsageError("prompts are one text, expected a sequence of texts")
+        for prompt in prompts:
+            self._count(prompt, truncate_prompt)
+        return self._embed(prompts, truncate_prompt)
+
     def close(self) -> None:
         """Give all memory back; further calls are refused."""
         if not self._closed:
             for engine in self._denoiser.engines.values():
                 engine.close()
         self._closed = True
+        self._encoded, self._tokenizer = {}, None
 
     def __enter__(self) -> Self:
         return self
@@ -237,9 +259,54 @@ class Pipeline:
         self.close()
 
     def _opened(self) -> Denoiser:
-        if self._closed:
+        if self._closed or not self._denoiser.engines:
             raise UsageError("the pipeline is closed", hint="open it again")
         return self._denoiser
+
+    def _count(self, caption: NDArray[np.float32] | str, truncate: bool) -> int:
+        """Tokens of a caption, unpadded; refuses a text that is too long before anything is loaded for it."""
+        if not isinstance(caption, str):
+            return len(caption)
+        if self._tokenizer is None:
+            self._tokenizer = bundle_tokenizer(self.bundle)
+        return len(self._tokenizer.tokens(caption, truncate=truncate))
+
+    def _embed(self, captions: Sequence[NDArray[np.float32] | str], truncate: bool) -> list[NDArray[np.float32]]:
+        """Put embeddings where there is text: all texts are encoded, then the encoder is released."""
+        texts = list(dict.fromkeys(caption for caption in captions if isinstance(caption, str)))
+        if texts and any((text, truncate) not in self._encoded for text in texts):
+            self._encoded = dict(zip(((t, truncate) for t in texts), self._run_encoder(texts, truncate), strict=True))
+        return [self._encoded[caption, truncate] if isinstance(caption, str) else caption for caption in captions]
+
+    def _run_encoder(self, texts: Sequence[str], truncate: bool) -> list[NDArray[np.float32]]:
+        """Load the text encoder, run it and close it; where it does not fit beside the networks, they make room."""
+        text, tokenizer = self.bundle.manifest.text, self._tokenizer
+        if text is None or tokenizer is None:
+            raise InternalError("texts reached the encoder without a tokenizer")
+        record, denoiser, free = text.graph(self.plan), self._denoiser, self._free_bytes()
+        weights = next(file.size_bytes for file in self.bundle.manifest.files if file.path == record.weights)
+        held = sum(engine.memory_bytes() for engine in denoiser.engines.values())
+        if weights > free + held:
+            raise HostError(
+                f"the text encoder's weights take {weights:,} bytes, {max(free + held, 0):,} bytes are there",
+                hint="raise the memory budget, or pass embeddings made elsewhere",
+            )
+        makes_room = weights > free
+        if makes_room:
+            # Empty until the networks are back: a pipeline whose networks cannot be loaded again is closed.
+            self._denoiser = replace(denoiser, engines={})
+            for engine in denoiser.engines.values():
+                engine.close()
+        try:
+            graph, file = self.bundle.path(record.graph), self.bundle.path(record.weights)
+            encoder = self._backend.load(graph, file, text.network)
+            try:
+                return encode_prompts(encoder, tokenizer, texts, denoiser.device, truncate=truncate)
+            finally:
+                encoder.close()
+        finally:
+            if makes_room:
+                self._denoiser = replace(denoiser, engines=_load_networks(self._backend, self.bundle, self.plan))
 
     def _free_bytes(self) -> int:
         """What a call may take: the device's free memory, or what the budget leaves beside the weights."""
@@ -259,6 +326,19 @@ class Pipeline:
         image = device.alloc((1, 3, height, width), "float32")
         device.launch("noise", image[0], seed, image_index)
         return image
+
+
+def _load_networks(backend: Backend, bundle: Bundle, plan: str) -> dict[str, Engine]:
+    """Load the networks of a denoising call, all or none."""
+    engines: dict[str, Engine] = {}
+    try:
+        for network in NETWORKS:
+            engines[network] = _load(backend, bundle, network, plan)
+    except L2PError:
+        for engine in engines.values():
+            engine.close()
+        raise
+    return engines
 
 
 def _load(backend: Backend, bundle: Bundle, network: str, plan: str) -> Engine:

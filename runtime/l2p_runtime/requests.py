@@ -23,10 +23,13 @@ Rng = Literal["philox", "torch-cpu"]
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One image, checked: token grid, captions (the prompt's, then the negative one's) and sampling."""
+    """One image, checked: token grid, captions (the prompt's, then the negative one's) and sampling.
+
+    A caption is embeddings [L,C], or text that the bundle's text encoder is to read.
+    """
 
     grid: tuple[int, int]
-    captions: tuple[NDArray[np.float32], ...]
+    captions: tuple[NDArray[np.float32] | str, ...]
     sampling: Sampling
 
 
@@ -46,7 +49,8 @@ def image_request(
 ) -> ImageRequest:
     """Check everything a caller asks of one image, before anything is loaded or allocated.
 
-    Embeddings win over text; a prompt beside them is only a description.
+    Embeddings win over text; a prompt beside them is only a description. With a text encoder, the negative prompt is
+    empty text unless given.
 
     Raises:
         UsageError: a value out of range, a size that does not divide, or text for a bundle without a text encoder.
@@ -61,14 +65,16 @@ def image_request(
     if dtype not in ("uint8", "uint16", "float16"):
         raise UsageError(f"dtype is {dtype!r}, expected uint8, uint16 or float16")
     chosen = Sampling(**asdict(manifest.sampling) | {name: v for name, v in sampling.items() if v is not None})
-    captions = [_caption(model, "prompt", prompt, prompt_embeds)]
+    captions = [_caption(manifest, "prompt", prompt, prompt_embeds)]
     if chosen.guidance != 1.0:
+        if negative_prompt is None and manifest.text is not None:
+            negative_prompt = ""
         if negative_embeds is None and negative_prompt is None:
             raise UsageError(
                 f"guidance {chosen.guidance} needs the embeddings of a negative prompt",
                 hint="pass --negative-embeddings FILE (negative_embeds= in Python), or guidance 1",
             )
-        captions.append(_caption(model, "negative prompt", negative_prompt, negative_embeds))
+        captions.append(_caption(manifest, "negative prompt", negative_prompt, negative_embeds))
     return ImageRequest(grid, tuple(captions), chosen)
 
 
@@ -168,13 +174,19 @@ def plan_call(
     return plan_stripes(model.head, rows, need.head_row_bytes, left)
 
 
-def _caption(model: ModelSpec, what: str, text: str | None, embeds: object) -> NDArray[np.float32]:
+def _caption(manifest: Manifest, what: str, text: str | None, embeds: object) -> NDArray[np.float32] | str:
+    model = manifest.model
+    if embeds is None and text is not None and manifest.text is not None:
+        if not isinstance(text, str):
+            raise UsageError(f"the {what} is a {type(text).__name__}, expected text")
+        return text
     if embeds is None:
         prefix = "negative-" if what.startswith("negative") else ""
         found = f"cannot read the {what}: it has no text encoder" if text is not None else f"was given no {what}"
+        either = f"pass a {what}, or" if manifest.text is not None else "pass"
         raise UsageError(
             f"the bundle {found}",
-            hint=f"pass embeddings [L, {model.caption_width}] made elsewhere: --{prefix}embeddings FILE.npy, "
+            hint=f"{either} embeddings [L, {model.caption_width}] made elsewhere: --{prefix}embeddings FILE.npy, "
             f"or {'negative' if prefix else 'prompt'}_embeds= in Python",
         )
     return check_embeds(model, embeds, 1)[0]

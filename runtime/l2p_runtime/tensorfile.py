@@ -149,9 +149,10 @@ def _read_header(
     if len(prefix) < 8:
         what = "is empty" if not prefix else f"has {size_bytes} bytes"
         raise _bad(path, f"{what}, too short for a safetensors header")
-    if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
-        raise _pickle(path)
     length = struct.unpack("<Q", prefix)[0]
+    # A header of 128 bytes also starts with 0x80; only a length that cannot be is taken for a pickle's first bytes.
+    if 8 + length > min(size_bytes, HEADER_BYTES_MAX) and (prefix[:2] == b"PK" or prefix[:1] == b"\x80"):
+        raise _pickle(path)
     if length > HEADER_BYTES_MAX:
         raise _bad(path, f"claims a header of {length} bytes, more than the limit of {HEADER_BYTES_MAX}")
     if 8 + length > size_bytes:

@@ -29,7 +29,9 @@ def build(checkpoint: Path, profile: Path, out: Path, *, until: str) -> Iterator
     """A running build that has just printed `until`."""
     command = [sys.executable, "-m", "l2p_export", "build", str(checkpoint), "--profile", str(profile)]
     command += ["--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A test run in the background of a shell inherits an ignored SIGINT, and its children would.
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=_default_interrupt) as process:  # noqa: PLW1509
         try:
             assert process.stderr is not None
             for line in process.stderr:
@@ -40,6 +42,10 @@ def build(checkpoint: Path, profile: Path, out: Path, *, until: str) -> Iterator
             yield process
         finally:
             process.kill()
+
+
+def _default_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[str], signum: int) -> tuple[int, str]:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     "--precision", "precisions", multiple=True, default=("fp32",), show_default=True, help="fp32 or fp16; repeatable."
 )
 @click.option("--backend", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True)
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
+)
+@click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; named after the checkpoint by default.")
 @json_option
 @dry_run_option
@@ -30,6 +35,9 @@ def command(
     profiles: tuple[str, ...],
     precisions: tuple[str, ...],
     backend: str,
+    source: Path | None,
+    loras: tuple[str, ...],
+    text_encoder: Path | None,
     out: Path | None,
     *,
     as_json: bool,
@@ -42,7 +50,9 @@ def command(
     """
     from l2p_export.build import build, plan_build
 
-    with plan_build(checkpoint, profiles, precisions, backend, out) as plan:
+    with plan_build(
+        checkpoint, profiles, precisions, backend, out, source=source, loras=loras, text_encoder=text_encoder
+    ) as plan:
         if dry_run:
             _print_plan(plan, as_json=as_json)
             return

@@ -15,6 +15,7 @@ from l2p_runtime import UsageError, __version__
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
     from l2p_runtime.contract import Sampling
+    from l2p_runtime.requests import ImageRequest
 
 
 @click.command("generate")
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
 @click.option("--embeddings", type=click.Path(path_type=Path), help="Prompt embeddings [L, C], .npy or .safetensors.")
 @click.option("--negative-embeddings", type=click.Path(path_type=Path), help="The same for what to steer away from.")
+@click.option("--truncate-prompt", is_flag=True, help="Cut prompts that are too long, instead of refusing them.")
 @click.option("--size", help="WIDTHxHEIGHT in pixels; the profile's preferred size by default.")
 @click.option("--steps", type=int, help="Denoising steps; the bundle's default otherwise.")
 @click.option("--guidance", type=float, help="1 is none; the bundle's default otherwise.")
@@ -70,6 +72,7 @@ def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: boo
     text = _text(opened, options, request.sampling)
     if dry_run:
         _check_machine(options)
+        _check_prompts(opened, request, truncate=options["truncate_prompt"])
     else:
         _draw(bundle, out, (height, width), inputs | sampling, options, text, Console(quiet=quiet))
     if as_json:
@@ -102,6 +105,7 @@ def _draw(
                 height=height,
                 width=width,
                 seed=options["seed"],
+                truncate_prompt=options["truncate_prompt"],
                 positions=options["positions"],
                 progress=lambda done, total: advance(1),
                 **inputs,
@@ -151,6 +155,17 @@ def _check_machine(options: dict[str, Any]) -> None:
     open_backend(options["backend"])
     if options["memory_budget"] is not None:
         parse_bytes(options["memory_budget"])
+
+
+def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> None:
+    """Tokenize what the text encoder would read; refuses prompts that are too long."""
+    from l2p_runtime.text import bundle_tokenizer
+
+    texts = [caption for caption in request.captions if isinstance(caption, str)]
+    if texts:
+        tokenizer = bundle_tokenizer(bundle)
+        for text in texts:
+            tokenizer.tokens(text, truncate=truncate)
 
 
 def _check_out(out: Path) -> None:

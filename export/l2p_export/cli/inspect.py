@@ -13,10 +13,17 @@ from l2p_runtime.contract import MANIFEST_NAME
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="Latent checkpoint to complete from and compare with.")
+@click.option("--digest", is_flag=True, help="Also hash the trunk, which reads its values.")
 @json_option
-def command(path: Path, *, as_json: bool) -> None:
-    """Describe a checkpoint or a bundle, from its header alone."""
-    facts = _bundle_facts(path) if (path / MANIFEST_NAME).is_file() else _checkpoint_facts(path)
+def command(path: Path, source: Path | None, *, digest: bool, as_json: bool) -> None:
+    """Describe a checkpoint, adapter, LoRA, text encoder or bundle, from its header unless values are asked for."""
+    if (path / MANIFEST_NAME).is_file():
+        facts = _bundle_facts(path)
+    else:
+        from l2p_export.describe import describe
+
+        facts = describe(path, source, digest=digest)
     if as_json:
         print_json(facts)
         return
@@ -27,34 +34,6 @@ def command(path: Path, *, as_json: bool) -> None:
                 click.echo(f"  {key}: {_text(key, item)}")
         else:
             click.echo(f"{name}: {_text(name, value)}")
-
-
-def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    from collections import Counter
-
-    from l2p_export.checkpoint import fingerprint
-    from l2p_export.families import load_model
-    from l2p_export.metadata import is_trained, licence
-    from l2p_runtime.contract.codec import to_json
-
-    loaded = load_model(path)
-    checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
-    dtypes = Counter(source.dtype for source in checkpoint.tensors.values())
-    return {
-        "checkpoint": str(checkpoint.path),
-        "family": loaded.family.name,
-        "variant": loaded.model.spec.variant,
-        "fingerprint": mark,
-        "known_as": loaded.family.known_as(mark) or "unknown",
-        "tensors": len(checkpoint.tensors),
-        "parameters": checkpoint.parameters,
-        "size_bytes": checkpoint.path.stat().st_size,
-        "dtypes": dict(dtypes),
-        "spelling": {"prefix": checkpoint.spelling.prefix or "none", "fused_qkv": checkpoint.spelling.fused},
-        "trained": is_trained(checkpoint.metadata),
-        "licence": licence(checkpoint.metadata) or "not stated",
-        "model": to_json(loaded.model.spec),
-    }
 
 
 def _bundle_facts(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __ve
 COMMANDS = {
     "build": "Turn a checkpoint into a verified bundle.",
     "doctor": "Say what this machine can and cannot do.",
+    "import": "Write one canonical checkpoint from whatever tool's files.",
     "generate": "Draw an image from a bundle.",
     "inspect": "Describe a checkpoint or a bundle.",
     "verify": "Check a bundle's files and run its reference cases.",
@@ -40,7 +42,8 @@ class _Commands(click.Group):
         del ctx
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"l2p_export.cli.{cmd_name}")
+        suffix = "_" if keyword.iskeyword(cmd_name) else ""
+        module = importlib.import_module(f"l2p_export.cli.{cmd_name}{suffix}")
         command: click.Command = module.command
         return command
 

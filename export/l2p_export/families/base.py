@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from l2p_export.checkpoint import Checkpoint
+    from l2p_export.folders import Weights
+    from l2p_export.tensors import TensorSource
     from l2p_runtime.contract import ModelSpec, NetworkSpec
-    from l2p_runtime.tensorfile import TensorFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,11 +54,22 @@ class Family(Protocol):
     def claims(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names can only be this family's."""
 
-    def read(self, file: TensorFile) -> Checkpoint:
-        """Put a file's tensors under their published names."""
+    def read(self, weights: Weights) -> Checkpoint:
+        """Put tensors under their published names."""
 
-    def model(self, shapes: Shapes) -> Model:
-        """Read the dimensions from shapes; complains only of what leaves no model to speak of."""
+    def model(self, shapes: Shapes, equal_layers: tuple[int, ...] | None = None) -> Model:
+        """Read the dimensions from shapes; complains only of what leaves no model to speak of.
+
+        Args:
+            shapes: published name to shape.
+            equal_layers: main layers that equal the source's, which the trunk must keep to; None without a source.
+        """
+
+    def is_shared(self, name: str) -> bool:
+        """Whether a tensor of the latent source means the same in this family's models."""
+
+    def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+        """The tensors under the names that node-based user interfaces use."""
 
     def known_as(self, fingerprint: str) -> str:
         """The published checkpoint with this fingerprint; empty when unknown."""

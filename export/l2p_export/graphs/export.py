@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_export.graphs.trace import trace_network
-from l2p_export.graphs.weights import write_weights
+from l2p_export.weights import write_weights
 from l2p_runtime.errors import ArtifactError, InternalError
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from l2p_export.tensors import TensorSource
     from l2p_runtime.contract import NetworkSpec
     from l2p_runtime.tensorfile import TensorInfo
+
+_STORED = {"float32": "F32", "float16": "F16"}
 
 DIGEST_DIGITS = 16
 """Hexadecimal digits of a content digest in a file name; the manifest holds all 64."""
@@ -55,7 +57,7 @@ def export_graph(
     _require_all_weights(graph, tensors, network.name)
     partial = folder / f"{network.name}.{plan.name}.partial"
     sources = {name: tensors[name] for name in names}
-    weights_sha256, places = write_weights(partial, sources, {name: plan.dtype(name) for name in names}, advance)
+    weights_sha256, places = write_weights(partial, sources, {n: _STORED[plan.dtype(n)] for n in names}, advance)
     stem = f"{network.name}.{plan.name}"
     weights = folder / f"{stem}.{weights_sha256[:DIGEST_DIGITS]}.safetensors"
     partial.replace(weights)

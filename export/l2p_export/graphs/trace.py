@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Sizes of the traced example. None is 0 or 1, which torch.export would bake in, and no two agree by accident.
-_EXAMPLE_SIZES = {"B": 2, "h": 3, "w": 5, "r": 7, "t": 2}
+_EXAMPLE_SIZES = {"B": 2, "h": 3, "w": 5, "r": 7, "t": 2, "L": 11}
 _EXAMPLE_PADS = 17
 
 

@@ -18,9 +18,11 @@ SCHEMA = 1
 MANIFEST_NAME = "bundle.json"
 NETWORKS = ("caption", "stem", "trunk", "tail", "head")
 """The networks of one denoising call, in the order the data takes."""
+TEXT_ENCODER = "text_encoder"
+"""The network that makes embeddings of prompts; a bundle may have none."""
 
 # One folder of the bundle and one plain name: nothing that climbs, hides or names a drive.
-_BUNDLE_PATH = re.compile(r"(?:graphs|reference)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_BUNDLE_PATH = re.compile(r"(?:graphs|reference|text)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,7 +42,8 @@ class FileRecord:
     def __post_init__(self) -> None:
         if not _BUNDLE_PATH.fullmatch(self.path) or ".." in self.path:
             raise ArtifactError(
-                f"path {self.path!r} is refused: files of a bundle lie in `graphs/` or `reference/` under a plain name",
+                f"path {self.path!r} is refused: files of a bundle lie in `graphs/`, `reference/` or `text/` under a "
+                "plain name",
                 hint="the manifest was edited or comes from somebody careless; build the bundle again",
             )
         if self.size_bytes < 0:
@@ -78,6 +81,8 @@ class CheckpointRecord:
         known_as: the published model with that fingerprint; empty when unknown.
         trained: False for the seeded demo weights, which draw noise.
         licence: as stated in the checkpoint; empty when it states none.
+        source: name of the latent checkpoint it was overlaid on and compared with; empty when none was given.
+        loras: what was merged into it, as `NAME:STRENGTH`.
     """
 
     name: str
@@ -88,6 +93,8 @@ class CheckpointRecord:
     trunk_sha256: str
     trained: bool
     licence: str
+    source: str = ""
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +109,76 @@ class ReferenceCase:
 
 
 @dataclass(frozen=True, slots=True)
+class TextRecord:
+    """What turns prompts into embeddings.
+
+    Attributes:
+        network: inputs and output of the text encoder.
+        graphs: the text encoder under each of the bundle's plans.
+        tokenizer: path of its tokenizer.json.
+        chat_template: path of a text with `{prompt}` in one place.
+        max_tokens: longest prompt with its template.
+        vocabulary: token numbers that the encoder has rows for.
+        reference: path of token numbers and their embeddings in torch float32; None when the build could not run it.
+    """
+
+    network: NetworkSpec
+    graphs: tuple[GraphRecord, ...]
+    tokenizer: str
+    chat_template: str
+    max_tokens: int
+    vocabulary: int
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.vocabulary < 1:
+            raise ArtifactError(
+                f"max_tokens is {self.max_tokens} and vocabulary {self.vocabulary}, expected 1 or more of each"
+            )
+        wrong = [name for name in (self.network.name, *(g.network for g in self.graphs)) if name != TEXT_ENCODER]
+        if wrong:
+            raise ArtifactError(f"the text encoder is described as network {wrong[0][:80]!r}")
+        inputs = {(spec.name, spec.dtype, spec.shape) for spec in self.network.inputs}
+        outputs = [(spec.name, spec.dtype, spec.shape[:2], len(spec.shape)) for spec in self.network.outputs]
+        if inputs != {(name, "int64", ("B", "L")) for name in ("input_ids", "attention_mask")} or outputs != [
+            ("prompt_embeds", "float32", ("B", "L"), 3)
+        ]:
+            raise ArtifactError("the text encoder has other inputs and outputs than token numbers and embeddings")
+
+    @property
+    def paths(self) -> set[str]:
+        """Every file of the bundle that it uses."""
+        paths = {path for graph in self.graphs for path in (graph.graph, graph.weights)}
+        return paths | {self.tokenizer, self.chat_template} | ({self.reference} if self.reference else set())
+
+    def graph(self, plan: str) -> GraphRecord:
+        """The graph under one plan."""
+        return next(record for record in self.graphs if record.plan == plan)
+
+    def check_model(self, model: ModelSpec, plans: tuple[PlanRef, ...]) -> None:
+        """Check that its embeddings are the model's, and that it has a graph for every plan.
+
+        Raises:
+            ArtifactError: they are not, or it has not.
+        """
+        width = self.network.outputs[0].shape[2]
+        if width != model.caption_width:
+            raise ArtifactError(f"the text encoder's width is {width}, the model takes {model.caption_width}")
+        if self.max_tokens > model.caption_tokens_max:
+            raise ArtifactError(
+                f"prompts of {self.max_tokens} tokens, the model takes up to {model.caption_tokens_max}"
+            )
+        if sorted(record.plan for record in self.graphs) != sorted(plan.name for plan in plans):
+            raise ArtifactError("the text encoder has graphs for other plans than the bundle")
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerEntry:
     """How far one stage is from the one before it on one case.
 
     Attributes:
         stage: the two stages compared, as in `torch float32 -> fp16 graph`.
-        network: one of `NETWORKS`, or `end-to-end`.
+        network: one of `NETWORKS`, `text_encoder`, or `end-to-end`.
         relative: L2 norm of the difference over that of the expected values.
         psnr_db: peak signal to noise, the peak being the largest expected magnitude; 999 when equal.
         threshold: the largest `relative` that passes.
@@ -142,6 +213,7 @@ class Manifest:
     references: tuple[ReferenceCase, ...]
     files: tuple[FileRecord, ...]
     ledger: tuple[LedgerEntry, ...]
+    text: TextRecord | None = None
 
     def __post_init__(self) -> None:
         if not self.profiles or not self.plans:
@@ -155,6 +227,9 @@ class Manifest:
         paths = {record.path for record in self.files}
         used = {path for graph in self.graphs for path in (graph.graph, graph.weights)}
         used |= {case.file for case in self.references}
+        if self.text is not None:
+            self.text.check_model(self.model, self.plans)
+            used |= self.text.paths
         if used != paths or len(paths) != len(self.files):
             wrong = sorted(used ^ paths) or ["a path that stands twice"]
             raise ArtifactError(f"the file list does not match what the bundle uses: {', '.join(wrong)}")

@@ -52,3 +52,9 @@ def test_any_names_and_shapes_survive(tmp_path_factory: pytest.TempPathFactory, 
     file = open_tensorfile(path)
     for name, value in tensors.items():
         np.testing.assert_array_equal(file.read(name), value)
+
+
+@pytest.mark.parametrize("extra", range(256))
+def test_a_header_of_any_length_is_no_pickle(tmp_path: Path, extra: int) -> None:
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors", {"k": "v" * extra})
+    assert open_tensorfile(tmp_path / "x.safetensors").metadata["k"] == "v" * extra

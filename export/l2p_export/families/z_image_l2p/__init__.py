@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from l2p_export.families.z_image_l2p import spelling
@@ -15,6 +15,7 @@ from l2p_export.families.z_image_l2p.dimensions import (
     shape_faults,
 )
 from l2p_export.families.z_image_l2p.specs import FAMILY, model_spec, network_specs
+from l2p_export.overlay import shared_trunk
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
     from l2p_export.checkpoint import Checkpoint
     from l2p_export.families.base import Shapes
+    from l2p_export.folders import Weights
+    from l2p_export.tensors import TensorSource
     from l2p_runtime.contract import ModelSpec, NetworkSpec
-    from l2p_runtime.tensorfile import TensorFile
 
 PUBLISHED: Mapping[str, str] = {
     "577b2d3e0acea1fb784ca600f966805e": "L2P 1K",
@@ -84,13 +86,24 @@ class ZImageL2P:
         """Whether tensors of these names can only be this family's."""
         return spelling.claims(names)
 
-    def read(self, file: TensorFile) -> Checkpoint:
-        """Put a file's tensors under their published names."""
-        return spelling.read_checkpoint(file)
+    def read(self, weights: Weights) -> Checkpoint:
+        """Put tensors under their published names."""
+        return spelling.read_checkpoint(weights)
 
-    def model(self, shapes: Shapes) -> ZImageModel:
-        """Read the dimensions from shapes."""
-        return ZImageModel(dimensions_from_shapes(shapes))
+    def model(self, shapes: Shapes, equal_layers: tuple[int, ...] | None = None) -> ZImageModel:
+        """Read the dimensions from shapes; the trunk keeps to layers that equal the source's."""
+        dimensions = dimensions_from_shapes(shapes)
+        if equal_layers is not None:
+            dimensions = replace(dimensions, cut=shared_trunk(dimensions.trunk, equal_layers))
+        return ZImageModel(dimensions)
+
+    def is_shared(self, name: str) -> bool:
+        """Whether a tensor of the latent source means the same here: all but its own embedder and final layer."""
+        return not name.startswith(("all_x_embedder.", "all_final_layer.", "local_decoder."))
+
+    def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+        """The tensors under the names that node-based user interfaces use."""
+        return spelling.node_ui_tensors(tensors)
 
     def known_as(self, fingerprint: str) -> str:
         """The published checkpoint with this fingerprint; empty when unknown."""

@@ -55,6 +55,7 @@ class Dimensions:
         context_refiners: refiner layers on caption tokens [2].
         stages: U-Net stages, full resolution first.
         bottleneck: channels of the U-Net's bottleneck [512].
+        cut: first layer of a trunk that a source has shortened, and the one after its last; None for the family's.
     """
 
     patch_px: int
@@ -69,6 +70,7 @@ class Dimensions:
     context_refiners: int
     stages: tuple[Stage, ...]
     bottleneck: int
+    cut: tuple[int, int] | None = None
 
     @property
     def heads(self) -> int:
@@ -78,6 +80,8 @@ class Dimensions:
     @property
     def trunk(self) -> range:
         """The frozen layers: a sixth of the layers stays outside at each end [5 to 24 of 30]."""
+        if self.cut is not None:
+            return range(*self.cut)
         outside = min(max(1, self.layers // 6), (self.layers - 1) // 2)
         return range(outside, self.layers - outside)
 

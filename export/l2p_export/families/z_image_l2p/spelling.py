@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from l2p_export.checkpoint import Checkpoint, Spelling
-from l2p_export.tensors import FileTensor, TensorSource
+from l2p_export.folders import Weights
+from l2p_export.tensors import FileTensor, JoinedTensor, TensorSource
 from l2p_runtime.errors import ArtifactError
-from l2p_runtime.tensorfile import TensorFile, TensorInfo
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
@@ -26,8 +26,8 @@ def claims(names: Iterable[str]) -> bool:
     return any(_TELLING.match(_without_prefix(name)) for name in names)
 
 
-def read_checkpoint(file: TensorFile) -> Checkpoint:
-    """Put a file's tensors under published names: no prefix, split q/k/v, embedder named after its patch.
+def read_checkpoint(weights: Weights) -> Checkpoint:
+    """Put tensors under published names: no prefix, split q/k/v, embedder named after its patch.
 
     Raises:
         ArtifactError: two tensors claim one name, or a fused matrix does not split in three.
@@ -35,33 +35,52 @@ def read_checkpoint(file: TensorFile) -> Checkpoint:
     tensors: dict[str, TensorSource] = {}
     claimed_by: dict[str, str] = {}
     fused = False
-    for info in file.tensors.values():
-        for name, source in _published(file, info):
+    for stored, whole in weights.tensors.items():
+        for name, source in _published(weights, stored, whole):
             if name in tensors:
-                raise ArtifactError(f"`{file.path}`: `{claimed_by[name]}` and `{info.name}` both hold `{name}`")
-            tensors[name], claimed_by[name] = source, info.name
-            fused |= ".qkv." in info.name
-    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in file.tensors)), "")
-    return Checkpoint(file.path, Spelling(prefix, fused), tensors, file.metadata)
+                raise ArtifactError(f"`{weights.path}`: `{claimed_by[name]}` and `{stored}` both hold `{name}`")
+            tensors[name], claimed_by[name] = source, stored
+            fused |= ".qkv." in stored
+    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in weights.tensors)), "")
+    return Checkpoint(weights.path, Spelling(prefix, fused), tensors, weights.metadata)
 
 
-def _published(file: TensorFile, info: TensorInfo) -> Iterator[tuple[str, TensorSource]]:
-    name = _without_prefix(info.name)
+def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Published names to those of node-based user interfaces: prefix, fused q/k/v, an embedder without its patch."""
+    spelled: dict[str, TensorSource] = {}
+    for name, source in tensors.items():
+        if ".attention.to_k." in name or ".attention.to_v." in name:
+            continue
+        if ".attention.to_q." in name:
+            parts = tuple(tensors[name.replace(".to_q.", f".{part}.")] for part in ("to_q", "to_k", "to_v"))
+            spelled[PREFIXES[0] + name.replace(".to_q.", ".qkv.")] = JoinedTensor(parts)
+            continue
+        for new, old in _RENAMES:
+            name = name.replace(old, new)  # noqa: PLW2901 - one name, renamed step by step
+        if name.startswith("all_x_embedder."):
+            name = "x_embedder." + name.rpartition(".")[2]  # noqa: PLW2901
+        spelled[PREFIXES[0] + name] = source
+    return spelled
+
+
+def _published(weights: Weights, stored: str, whole: FileTensor) -> Iterator[tuple[str, TensorSource]]:
+    name = _without_prefix(stored)
     if name.endswith(".attention.qkv.weight"):
-        if not info.shape or info.shape[0] % 3:
+        if not whole.shape or whole.shape[0] % 3:
             raise ArtifactError(
-                f"`{file.path}`: `{info.name}` has shape {list(info.shape)}, its rows do not split in three"
+                f"`{weights.path}`: `{stored}` has shape {list(whole.shape)}, its rows do not split in three"
             )
-        rows = info.shape[0] // 3
+        rows = whole.shape[0] // 3
         for index, projection in enumerate(("to_q", "to_k", "to_v")):
-            shape = (rows, *info.shape[1:])
-            yield name.replace(".qkv.", f".{projection}."), FileTensor(file, info, shape, index * rows)
+            yield name.replace(".qkv.", f".{projection}."), whole.rows(index * rows, rows)
         return
     for old, new in _RENAMES:
         name = name.replace(old, new)
     if name.startswith("x_embedder."):
-        name = f"all_x_embedder.{_patch_px(file)}-1." + name.removeprefix("x_embedder.")
-    yield name, FileTensor(file, info, info.shape)
+        name = f"all_x_embedder.{_patch_px(weights)}-1." + name.removeprefix("x_embedder.")
+    if name.startswith("final_layer."):
+        name = "all_final_layer.2-1." + name.removeprefix("final_layer.")
+    yield name, whole
 
 
 def _without_prefix(name: str) -> str:
@@ -71,11 +90,10 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _patch_px(file: TensorFile) -> int:
+def _patch_px(weights: Weights) -> int:
     """The patch of an embedder that is not named after it: its inputs are 3 p p values."""
-    for info in file.tensors.values():
-        if _without_prefix(info.name) == "x_embedder.weight" and len(info.shape) == 2:
-            patch = math.isqrt(info.shape[1] // 3)
+    for stored, source in weights.tensors.items():
+        if _without_prefix(stored) == "x_embedder.weight" and len(source.shape) == 2:
             # 64 inputs are the latent model's 2x2 patches of 16 channels.
-            return 2 if info.shape[1] == 64 else patch
+            return 2 if source.shape[1] == 64 else math.isqrt(source.shape[1] // 3)
     return 0

@@ -1,4 +1,4 @@
-"""Weights of one graph, streamed from the checkpoint into a safetensors file that the graph points into."""
+"""Tensors streamed into a safetensors file: the weights that a graph points into, or a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from l2p_export.tensors import TensorSource
 
-STORED = {"float32": "F32", "float16": "F16"}
-_NUMPY = {"float32": "<f4", "float16": "<f2"}
+_NUMPY = {"F32": "<f4", "F16": "<f2"}
 
 
 def write_weights(
@@ -26,22 +25,24 @@ def write_weights(
     tensors: Mapping[str, TensorSource],
     dtypes: Mapping[str, str],
     advance: Callable[[int], None],
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, TensorInfo]]:
     """Write tensors one after the other, converted chunk by chunk, and look for NaN and Inf on the way.
 
     Args:
         path: file to write; replaced if it is there.
         tensors: published name to source, in the order to write.
-        dtypes: published name to `float32` or `float16`.
+        dtypes: name to `F32`, `F16` or `BF16`.
         advance: told the bytes written since the last call.
+        metadata: text to store beside them.
 
     Returns:
         SHA-256 of the file, and where each tensor lies in it.
 
     Raises:
-        ArtifactError: a weight is NaN, Inf or, in float16, larger than 65504.
+        ArtifactError: a weight is NaN, Inf or, in F16, larger than 65504.
     """
-    header, places = header_bytes([(name, STORED[dtypes[name]], source.shape) for name, source in tensors.items()])
+    header, places = header_bytes([(name, dtypes[name], source.shape) for name, source in tensors.items()], metadata)
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
@@ -65,9 +66,13 @@ def _stored(chunk: NDArray[np.float32], name: str, dtype: str) -> NDArray[np.gen
             f"weight `{name}` holds NaN or Inf ({count} values in one chunk)",
             hint="the training that wrote this checkpoint diverged, or the file is damaged; use an earlier one",
         )
+    if dtype == "BF16":
+        import ml_dtypes
+
+        return chunk.astype(ml_dtypes.bfloat16)
     with np.errstate(over="ignore"):
         stored = chunk.astype(_NUMPY[dtype])
-    if dtype == "float16" and not np.isfinite(stored).all():
+    if dtype == "F16" and not np.isfinite(stored).all():
         raise ArtifactError(
             f"weight `{name}` reaches {float(np.abs(chunk).max()):.3g}, beyond the 65504 of float16",
             hint="build with --precision fp32",

@@ -1,0 +1,80 @@
+"""`l2p-export import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_runtime import UsageError
+
+
+@click.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
+)
+@click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@click.option(
+    "--spelling", type=click.Choice(["published", "node-ui"]), default="published", show_default=True, help="Key names."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors file to write.")
+@json_option
+@dry_run_option
+@quiet_option
+def command(
+    checkpoint: Path,
+    source: Path | None,
+    loras: tuple[str, ...],
+    spelling: str,
+    out: Path,
+    *,
+    as_json: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Write one canonical checkpoint from CHECKPOINT, whatever tool spelled it.
+
+    CHECKPOINT may be a file or a folder, hold adapters alone (with --source), or FP8 weights with scales.
+    """
+    from l2p_export.convert import output_bytes, write_checkpoint
+    from l2p_export.families import load_model
+    from l2p_export.lora import parse_lora, trunk_layers_touched
+
+    _check_out(out)
+    loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
+    if out.resolve() in {Path(file).resolve() for file in (checkpoint, source) if file is not None}:
+        raise UsageError(f"--out `{out}` is what is read from", hint="choose another name")
+    total = output_bytes(loaded.checkpoint.tensors)
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "variant": loaded.model.spec.variant,
+        "tensors": len(loaded.checkpoint.tensors),
+        "size_bytes": total,
+        "equal_layers": list(loaded.equal_layers),
+        "trunk_layers": list(loaded.model.spec.trunk_layers),
+    }
+    console = Console(quiet=quiet)
+    touched = trunk_layers_touched(loaded.loras, loaded.model.spec.trunk_layers)
+    if touched:
+        console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")
+    if not dry_run:
+        with console.stage(f"writing {out.name}", total) as advance:
+            facts["trunk_sha256"] = write_checkpoint(loaded, out, _target(spelling), advance)
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(f"would write {out}: {facts['tensors']} tensors, {format_bytes(total)}" if dry_run else out)
+
+
+def _target(spelling: str) -> Any:  # the literal type of `convert.TargetSpelling`, checked by click
+    return spelling
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UsageError(f"--out is `{out}`, expected a file name ending in .safetensors")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder `{out.parent}` does not exist", hint=f"mkdir -p {out.parent}")
