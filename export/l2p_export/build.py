@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 
 from l2p_calib.plans import PLANS, PrecisionPlan
 from l2p_engines.profiles import load_profile
-from l2p_export.checkpoint import checkpoint_record
 from l2p_export.demo import UNTRAINED, write_demo_checkpoint
-from l2p_export.families import LoadedModel, load_model
+from l2p_export.loading import LoadedModel, checkpoint_record, load_model
 from l2p_export.lora import parse_lora, trunk_layers_touched
 from l2p_export.metadata import is_trained, sampling_defaults
 from l2p_export.output import OutputFolder, open_output, require_bundle_or_nothing, require_disk

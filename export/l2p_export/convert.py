@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from l2p_export.checkpoint import trunk_digest
+from l2p_export.loading import trunk_digest
 from l2p_export.quantized import canonical_dtype
 from l2p_export.weights import write_weights
 from l2p_runtime.errors import HostError
@@ -17,7 +17,7 @@ from l2p_runtime.tensorfile import ITEM_BYTES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from l2p_export.families import LoadedModel
+    from l2p_export.loading import LoadedModel
     from l2p_export.tensors import TensorSource
 
 TargetSpelling = Literal["published", "node-ui"]

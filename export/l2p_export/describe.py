@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from l2p_export.checkpoint import Checkpoint, fingerprint, trunk_digest
-from l2p_export.families import FAMILIES, Family, LoadedModel, load_model
+from l2p_export.checkpoint import Checkpoint, fingerprint
+from l2p_export.families import FAMILIES, Family
 from l2p_export.folders import Weights, open_weights
+from l2p_export.loading import LoadedModel, load_model, trunk_digest
 from l2p_export.metadata import is_trained, licence
 from l2p_export.quantized import with_scales
 from l2p_export.tensors import TensorSource
@@ -18,6 +19,12 @@ from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import ArtifactError
 
 _LORA = re.compile(r"\.lora_(?:A|B|down|up)\b|\.(?:hada|lokr)_|\.dora_scale$")
+_LORA_DOWN = re.compile(r"\.lora_(?:A|down)\b")
+_WRITERS = {
+    ("", False): "the published training code",
+    ("diffusion_model.", False): "ai-toolkit",
+    ("model.diffusion_model.", True): "a node-based interface",
+}
 _TEXT_ENCODER = re.compile(r"(?:model\.)?layers\.\d+\.self_attn\.q_proj\.weight")
 
 
@@ -41,7 +48,7 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
         "licence": licence(weights.metadata) or "not stated",
     }
     if any(_LORA.search(name) for name in weights.tensors):
-        return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values())}
+        return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values()), **_lora_facts(weights)}
     family = next((family for family in FAMILIES if family.claims(weights.tensors)), None)
     if family is None:
         kind = "text encoder" if any(map(_TEXT_ENCODER.fullmatch, weights.tensors)) else facts["kind"]
@@ -64,7 +71,11 @@ def _family_facts(weights: Weights, family: Family, path: Path, source: Path | N
         "known_as": _known_as(mark),
         "parameters": checkpoint.parameters,
         "dtypes": _dtypes_by_group(checkpoint),
-        "spelling": {"prefix": checkpoint.spelling.prefix or "none", "fused_qkv": checkpoint.spelling.fused},
+        "spelling": {
+            "prefix": checkpoint.spelling.prefix or "none",
+            "fused_qkv": checkpoint.spelling.fused,
+            "as_written_by": _WRITERS.get((checkpoint.spelling.prefix, checkpoint.spelling.fused), "another tool"),
+        },
         "trained": is_trained(checkpoint.metadata),
         "metadata": {key: value[:200] for key, value in checkpoint.metadata.items() if key.startswith("l2p.")},
     }
@@ -85,6 +96,13 @@ def _model_facts(loaded: LoadedModel, *, digest: bool) -> dict[str, Any]:
     if digest:
         facts["trunk_sha256"] = trunk_digest(loaded)
     return facts
+
+
+def _lora_facts(weights: Weights) -> dict[str, Any]:
+    ranks = Counter(
+        tensor.shape[0] for name, tensor in weights.tensors.items() if _LORA_DOWN.search(name) and tensor.shape
+    )
+    return {"layers": sum(ranks.values()), "ranks": {str(rank): count for rank, count in sorted(ranks.items())}}
 
 
 def _is_pixel(name: str) -> bool:

@@ -50,24 +50,6 @@ def overlay(checkpoint: Checkpoint, source: Checkpoint, family: Family) -> Overl
     return Overlay(replace(checkpoint, tensors=tensors), equal)
 
 
-def shared_trunk(cut: range, equal_layers: tuple[int, ...]) -> tuple[int, int]:
-    """The longest run of equal layers inside the family's cut: a source may shorten the trunk, never lengthen it.
-
-    Raises:
-        ArtifactError: no layer of the cut is equal.
-    """
-    best = (0, 0)
-    first = cut.start
-    for index in cut:
-        if index not in equal_layers:
-            first = index + 1
-        elif index + 1 - first > best[1] - best[0]:
-            best = (first, index + 1)
-    if best == (0, 0):
-        raise ArtifactError(f"no layer of {cut.start} to {cut.stop - 1} equals the source's, so they share no trunk")
-    return best
-
-
 def _equal_layer(index: int, tensors: Mapping[str, TensorSource], source: Mapping[str, TensorSource]) -> bool:
     prefix = f"layers.{index}."
     names = [name for name in tensors if name.startswith(prefix)]

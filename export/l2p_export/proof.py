@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from l2p_export.families import LoadedModel
+    from l2p_export.loading import LoadedModel
     from l2p_export.output import OutputFolder
     from l2p_export.progress import Reporter
     from l2p_runtime.backends import Backend, Engine

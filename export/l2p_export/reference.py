@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from l2p_export.families import LoadedModel
+    from l2p_export.loading import LoadedModel
 
     Tensors = Mapping[str, NDArray[Any]]
 

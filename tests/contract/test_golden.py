@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from golden import tiny_checkpoint
-from l2p_export.families import load_model
+from l2p_export.loading import load_model
 from l2p_export.reference import run_reference
 from l2p_export.verification import Case, case_inputs
 from l2p_runtime import Pipeline

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from l2p_export.demo import demo_dimensions
 from l2p_export.describe import describe
-from l2p_export.families import load_model
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes
+from l2p_export.loading import load_model
 from l2p_export.tensors import read_tensor
 
 

@@ -17,6 +17,7 @@ from l2p_runtime import L2PError, __version__
 _LIBRARIES = {
     "numpy": "runtime",
     "onnxruntime": "backend onnx; extra [cpu]",
+    "tokenizers": "prompts; extra [text]",
     "torch": "build; extra [export]",
     "onnx": "build; extra [export]",
     "onnxscript": "build; extra [export]",

@@ -40,7 +40,7 @@ def command(
     CHECKPOINT may be a file or a folder, hold adapters alone (with --source), or FP8 weights with scales.
     """
     from l2p_export.convert import output_bytes, write_checkpoint
-    from l2p_export.families import load_model
+    from l2p_export.loading import load_model
     from l2p_export.lora import parse_lora, trunk_layers_touched
 
     _check_out(out)

@@ -27,7 +27,7 @@ def command(bundle: Path, backend: str, plan: str | None, *, as_json: bool, quie
     Exit code 4 when a file was changed, 5 when a result is further off than its threshold.
     """
     from l2p_calib.ledger import require_passed
-    from l2p_export.verification import verify_bundle
+    from l2p_export.verify import verify_bundle
     from l2p_runtime.bundle import open_bundle, verify_files
 
     console = Console(quiet=quiet)

@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from golden import tiny_checkpoint
-from l2p_export.checkpoint import checkpoint_record
-from l2p_export.families import load_model
+from l2p_export.loading import checkpoint_record, load_model
 from l2p_export.tensors import FileTensor, read_tensor, weights_digest
 from l2p_runtime.tensorfile import open_tensorfile
 

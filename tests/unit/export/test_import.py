@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from l2p_export.checkpoint import trunk_digest
 from l2p_export.convert import write_checkpoint
 from l2p_export.describe import describe
-from l2p_export.families import load_model
 from l2p_export.folders import open_weights
+from l2p_export.loading import load_model, trunk_digest
 from l2p_export.tensors import read_tensor
 from l2p_runtime.errors import ArtifactError
 from unit.export.spellings import (
@@ -204,8 +203,11 @@ def test_describe_has_an_answer_for_every_file(tmp_path: Path) -> None:
         assert facts["kind"] == kind
         assert facts["licence"] == "MIT"
         json.dumps(facts)
+    save_file(files["LoRA"], tmp_path / "x.safetensors")
+    assert describe(tmp_path / "x.safetensors")["ranks"] == {"2": 1}
     save_file(state, tmp_path / "x.safetensors")
     facts = describe(tmp_path / "x.safetensors", digest=True)
+    assert facts["spelling"]["as_written_by"] == "the published training code"
     assert facts["dtypes"]["layers"] == {"BF16": 30, "F32": 60}
     assert facts["trunk_sha256"] == trunk_digest(load_model(tmp_path / "x.safetensors"))
     del state["layers.1.attention_norm1.weight"]

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from l2p_export.families import load_model
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, expected_shapes, published_dimensions
+from l2p_export.loading import load_model
 from l2p_export.lora import (
     Lora,
     LoraRequest,

@@ -13,9 +13,9 @@ from l2p_export.families.z_image_l2p.dimensions import (
     expected_shapes,
     network_blocks,
     shape_faults,
+    shared_trunk,
 )
 from l2p_export.families.z_image_l2p.specs import FAMILY, model_spec, network_specs
-from l2p_export.overlay import shared_trunk
 
 if TYPE_CHECKING:
     import torch

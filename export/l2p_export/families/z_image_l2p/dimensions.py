@@ -180,6 +180,24 @@ def network_blocks(name: str, d: Dimensions) -> tuple[str, ...]:
     return tuple(blocks[name])
 
 
+def shared_trunk(cut: range, equal_layers: tuple[int, ...]) -> tuple[int, int]:
+    """The longest run of equal layers inside the family's cut: a source may shorten the trunk, never lengthen it.
+
+    Raises:
+        ArtifactError: no layer of the cut is equal.
+    """
+    best = (0, 0)
+    first = cut.start
+    for index in cut:
+        if index not in equal_layers:
+            first = index + 1
+        elif index + 1 - first > best[1] - best[0]:
+            best = (first, index + 1)
+    if best == (0, 0):
+        raise ArtifactError(f"no layer of {cut.start} to {cut.stop - 1} equals the source's, so they share no trunk")
+    return best
+
+
 def published_dimensions(variant: str) -> Dimensions:
     """Dimensions of the published 1k, 4k, 8k and 10k checkpoints (l2p.md 1.1, 1.2, 6.2)."""
     patch_px = next(patch for patch, name in VARIANTS.items() if name == variant)
