@@ -9,8 +9,12 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from conftest import Bundles
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +95,25 @@ def test_what_the_base_install_lacks_is_named(lean: Path, tmp_path: Path) -> Non
     assert "`torch`" in build.stderr
     assert "[export,cpu]" in build.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_render_machine_draws_and_verifies_without_torch(
+    wheel: Path, bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("render")
+    venv.create(folder, with_pip=True)
+    python, constraints = folder / "bin" / "python", ROOT / "constraints.txt"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, f"{wheel}[cpu,text]"], check=True)
+    bundle, out = bundles.path("tiny-16-fused"), folder / "x.png"
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode != 0
+    for command in (
+        ["doctor"],
+        ["verify", bundle],
+        ["generate", bundle, "--prompt", "a red circle", "--size", "64x32", "--out", out],
+    ):
+        result = subprocess.run([python, "-m", "l2p_export", *command], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert out.read_bytes()[:4] == b"\x89PNG"
 
 
 def _build_wheel(folder: Path, environment: dict[str, str]) -> Path:
