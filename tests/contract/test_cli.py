@@ -176,7 +176,7 @@ def test_inspect_tells_a_checkpoint_from_its_header(tiny_path: Path) -> None:
     facts = json.loads(run_cli("inspect", tiny_path, "--json").stdout)
     assert (facts["family"], facts["variant"], facts["tensors"]) == ("z_image_l2p", "1k", 185)
     assert facts["model"]["width"] == 64
-    assert facts["dtypes"] == {"F32": 185}
+    assert facts["dtypes"]["layers"] == {"F32": 90}
     text = run_cli("inspect", tiny_path).stdout
     assert "variant: 1k" in text
     assert "9,159,147" in text
