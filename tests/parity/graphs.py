@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from l2p_calib.plans import PLANS, PrecisionPlan
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P, ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
+from l2p_export.folders import open_weights
 from l2p_export.graphs.export import export_graph
 from l2p_export.tensors import TensorSource
 from l2p_runtime.backends.onnx import OnnxEngine
 from l2p_runtime.contract import NetworkSpec
-from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
+from l2p_runtime.tensorfile import write_tensorfile
 from parity.models import State, network_spec
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -35,7 +36,7 @@ def store(state: State, path: Path) -> dict[str, TensorSource]:
     if not state:
         return {}
     write_tensorfile(path, {key: value.numpy() for key, value in state.items()})
-    return dict(Z_IMAGE_L2P.read(open_tensorfile(path)).tensors)
+    return dict(Z_IMAGE_L2P.read(open_weights(path)).tensors)
 
 
 def export(
