@@ -187,7 +187,7 @@ def _caption(manifest: Manifest, what: str, text: str | None, embeds: object) ->
         raise UsageError(
             f"the bundle {found}",
             hint=f"{either} embeddings [L, {model.caption_width}] made elsewhere: --{prefix}embeddings FILE.npy, "
-            f"or {'negative' if prefix else 'prompt'}_embeds= in Python",
+            f"or {'negative' if prefix else 'prompt'}_embeds= in Python; or build the bundle with --text-encoder DIR",
         )
     return check_embeds(model, embeds, 1)[0]
 
