@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from l2p_runtime.contract import PlanRef
 from l2p_runtime.contract.codec import to_json
 
-ComputeDType = Literal["float32", "float16"]
+ComputeDType = Literal["float32", "float16", "bfloat16"]
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a value of each dtype."""
 
 OPSET_DECOMPOSED_ATTENTION = 20
 OPSET_WHOLE_ATTENTION = 23
@@ -43,12 +48,16 @@ class PrecisionPlan:
         matching = [rule for rule in self.rules if layer == rule.layer or layer.startswith(rule.layer + ".")]
         return max(matching, key=lambda rule: len(rule.layer)).dtype if matching else self.default
 
+    def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of weights of these names and shapes."""
+        return sum(math.prod(shape) * ITEM_BYTES[self.dtype(name)] for name, shape in shapes.items())
+
     @property
     def opset(self) -> int:
         """ONNX operator set of the plan's graphs.
 
         TensorRT for RTX refuses the float32 `Attention` operator of opset 23 and builds it decomposed at 20
-        (tensorrt.md 3); a float16 graph keeps it whole.
+        (tensorrt.md 3); a float16 or bfloat16 graph keeps it whole.
         """
         return OPSET_DECOMPOSED_ATTENTION if self.default == "float32" else OPSET_WHOLE_ATTENTION
 
@@ -65,6 +74,11 @@ PLANS: dict[str, PrecisionPlan] = {
         "fp16",
         "float16",
         (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),),
+    ),
+    "bf16": PrecisionPlan(
+        "bf16",
+        "bfloat16",
+        (LayerRule("t_embedder", "float32", "angles reach 1000 rad; bfloat16 spaces numbers there by 4"),),
     ),
 }
 """The plain plans by name: no statistics behind them, no defence against float16 overflow."""

@@ -1,46 +1,67 @@
 """From a checkpoint to a bundle.
 
-    checkpoint -> graphs -> proof (reference and ledger) -> bundle.json
+    checkpoint -> digests -> graphs -> proof (reference and ledger) -> bundle.json
 
-Files are written under names that carry their digest; replacing `bundle.json` is the only commit, so whatever stops a
-build leaves the bundle that was there before, or none.
+Each arrow is a stage that is found again by what went into it, so that a build that was stopped goes on, and one with
+nothing new does nothing. Replacing `bundle.json` is the only commit: whatever stops a build leaves the bundle that was
+there before, or none.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
-import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.plans import PLANS, PrecisionPlan
 from l2p_engines.profiles import load_profile
+from l2p_engines.stages import STAGES, Home, StageRunner, find_stage
+from l2p_engines.store import open_store, register_bundle
 from l2p_export.demo import UNTRAINED, write_demo_checkpoint
-from l2p_export.loading import LoadedModel, checkpoint_record, load_model
+from l2p_export.digests import WeightDigests, weight_digests
+from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
+from l2p_export.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
 from l2p_export.lora import parse_lora, trunk_layers_touched
 from l2p_export.metadata import is_trained, sampling_defaults
-from l2p_export.output import OutputFolder, open_output, require_bundle_or_nothing, require_disk
+from l2p_export.output import open_output, require_bundle_or_nothing, require_disk
 from l2p_export.proof import prove
 from l2p_export.text_encoder import TextEncoder, add_text_encoder, open_text_encoder
 from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
-from l2p_runtime.bundle import Bundle, file_record
-from l2p_runtime.contract import SCHEMA, FileRecord, GraphRecord, Manifest, Profile, Sampling, TextRecord
+from l2p_runtime.bundle import Bundle
+from l2p_runtime.contract import (
+    SCHEMA,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    Profile,
+    Sampling,
+    bundle_digest,
+    manifest_to_bytes,
+)
 from l2p_runtime.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from l2p_export.progress import Reporter
+    from l2p_runtime.backends import Backend
 
-_ITEM_BYTES = {"float32": 4, "float16": 2}
+
+SPARE_DISK_BYTES = 64 << 20
+"""Room beside the weights for graphs, reference tensors and the file system's own bookkeeping."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """A build that was checked and not yet begun."""
+    """A build that was checked and not yet begun.
+
+    Attributes:
+        store: folder of shared files; None for a bundle that holds all its own.
+    """
 
     loaded: LoadedModel
     profiles: tuple[Profile, ...]
@@ -49,6 +70,7 @@ class BuildPlan:
     backend: str
     out: Path
     text_encoder: TextEncoder | None = None
+    store: Path | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -60,7 +82,15 @@ class BuildPlan:
         shapes = dict(self.loaded.checkpoint.shapes)
         if self.text_encoder is not None:
             shapes |= self.text_encoder.shapes
-        return sum(math.prod(shape) * _ITEM_BYTES[plan.dtype(name)] for name, shape in shapes.items())
+        return plan.weight_bytes(shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build left; `is_new` is False when the bundle was there already, whole and the same."""
+
+    bundle: Bundle
+    is_new: bool
 
 
 @contextmanager
@@ -74,6 +104,7 @@ def plan_build(
     source: Path | None = None,
     loras: tuple[str, ...] = (),
     text_encoder: Path | None = None,
+    store: Path | None = None,
 ) -> Iterator[BuildPlan]:
     """Check everything that headers and profiles tell, before any work.
 
@@ -89,6 +120,7 @@ def plan_build(
         loras: to merge, as `FILE:STRENGTH`.
         text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
             that takes embeddings alone.
+        store: folder whose files bundles share; None for a bundle of its own.
 
     Raises:
         UsageError: profiles that do not fit the checkpoint, an unknown precision, an output that is something else.
@@ -111,11 +143,11 @@ def plan_build(
         sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
         require_bundle_or_nothing(out or Path(name))
         text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
-        yield BuildPlan(loaded, read, plans, sampling, backend, out or Path(name), text)
+        yield BuildPlan(loaded, read, plans, sampling, backend, out or Path(name), text, store)
 
 
-def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
-    """Carry out a build.
+def build(plan: BuildPlan, reporter: Reporter) -> Built:
+    """Carry out a build, or what is left of it to do.
 
     Raises:
         HostError: a library is missing, no room on the disk, or the backend cannot run here.
@@ -129,49 +161,73 @@ def build(plan: BuildPlan, reporter: Reporter) -> Bundle:
     touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.spec.trunk_layers)
     if touched:
         reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")
-    with open_output(plan.out) as output:
-        require_disk(output.root, sum(plan.weight_bytes(item) for item in plan.plans))
-        graphs, files = _write_graphs(plan, output, reporter)
-        references, more_files, ledger = prove(plan.loaded, plan.profiles, graphs, output, backend, reporter)
-        text: TextRecord | None = None
-        if plan.text_encoder is not None:
-            added = add_text_encoder(plan.text_encoder, plan.plans, output, backend, reporter)
-            text, text_files, text_ledger = added
-            files += text_files
-            ledger += text_ledger
-        with reporter.stage("trunk digest"):
-            checkpoint = checkpoint_record(plan.loaded)
-        manifest = Manifest(
-            schema=SCHEMA,
-            producer=f"l2p-export {__version__}",
-            model=plan.loaded.model.spec,
-            checkpoint=checkpoint,
-            sampling=plan.sampling,
-            networks=plan.loaded.model.networks,
-            profiles=plan.profiles,
-            plans=tuple(item.ref for item in plan.plans),
-            graphs=tuple(graphs),
-            references=tuple(references),
-            files=tuple(sorted([*files, *more_files], key=lambda record: record.path)),
-            ledger=tuple(ledger),
-            text=text,
-        )
-        return output.commit(manifest)
+    shared = nullcontext(None) if plan.store is None else open_store(plan.store)
+    with open_output(plan.out) as output, shared as store:
+        run = StageRunner(store or Home(output.root), reporter.note)
+        if not (run.home.root / STAGES).is_dir():
+            # Before the weights are hashed, which takes a minute for the published ones.
+            require_disk(run.home.root, sum(plan.weight_bytes(item) for item in plan.plans) + SPARE_DISK_BYTES)
+        manifest = _run_stages(plan, run, backend, reporter)
+        data, folder = manifest_to_bytes(manifest), store.root if store else None
+        if data == output.committed():
+            output.tidy(run.keys)
+            return Built(Bundle(output.root, manifest, bundle_digest(data), folder), is_new=False)
+        if store is not None:
+            register_bundle(store, output.root, bundle_digest(data))
+        return Built(output.commit(manifest, folder, run.keys), is_new=True)
 
 
-def _write_graphs(
-    plan: BuildPlan, output: OutputFolder, reporter: Reporter
+def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: Reporter) -> Manifest:
+    loaded = plan.loaded
+    digests = _weight_digests(loaded, run, reporter)
+    require_own_trunk(loaded, digests.trunk_sha256)
+    graphs, files = _graphs(plan, run, digests, reporter)
+    proof = prove(run, loaded, plan.profiles, graphs, {record.path: record for record in files}, backend, reporter)
+    text = None
+    if plan.text_encoder is not None:
+        text = add_text_encoder(run, plan.text_encoder, plan.plans, backend, reporter)
+    files += [*proof.files, *(text.files if text else ())]
+    return Manifest(
+        schema=SCHEMA,
+        producer=f"l2p-export {__version__}",
+        model=loaded.model.spec,
+        checkpoint=checkpoint_record(loaded, digests.trunk_sha256),
+        sampling=plan.sampling,
+        networks=loaded.model.networks,
+        profiles=plan.profiles,
+        plans=tuple(item.ref for item in plan.plans),
+        graphs=tuple(graphs),
+        references=proof.references,
+        files=tuple(sorted(files, key=lambda record: record.path)),
+        ledger=(*proof.ledger, *(text.ledger if text else ())),
+        text=text.record if text else None,
+    )
+
+
+def _weight_digests(loaded: LoadedModel, run: StageRunner, reporter: Reporter) -> WeightDigests:
+    names = {spec.name: tuple(loaded.model.network_shapes(spec.name)) for spec in loaded.model.networks}
+    recipe = {"loras": [f"{lora.path.name}:{lora.strength!r}" for lora in loaded.loras]}
+    return weight_digests(
+        run, loaded.checkpoint.path.name, loaded.checkpoint.tensors, names, loaded.files, recipe, reporter
+    )
+
+
+def _graphs(
+    plan: BuildPlan, run: StageRunner, digests: WeightDigests, reporter: Reporter
 ) -> tuple[list[GraphRecord], list[FileRecord]]:
-    from l2p_export.graphs.export import export_graph
-
     graphs, files = [], []
-    tensors = plan.loaded.checkpoint.tensors
-    for precision, spec in itertools.product(plan.plans, plan.loaded.model.networks):
-        with reporter.stage(f"{precision.name} graph of `{spec.name}`") as advance:
-            found = export_graph(plan.loaded.model, tensors, spec, precision, output.folder("graphs"), advance)
-        graph = file_record(output.root, found.graph, found.graph_sha256)
-        weights = file_record(output.root, found.weights, found.weights_sha256)
-        files += [graph, weights]
+    model, tensors = plan.loaded.model, plan.loaded.checkpoint.tensors
+    left_bytes = sum(
+        weight_bytes(model, spec.name, precision)
+        for precision, spec in itertools.product(plan.plans, model.networks)
+        if find_stage(run.home, graph_key(model, spec, precision, digests.of(spec.name))) is None
+    )
+    if left_bytes:
+        require_disk(run.home.root, left_bytes + SPARE_DISK_BYTES)
+    for precision, spec in itertools.product(plan.plans, model.networks):
+        stage = graph_stage(run, model, tensors, spec, precision, digests.of(spec.name), reporter)
+        graph, weights = stage.files
+        files += stage.files
         graphs.append(GraphRecord(spec.name, precision.name, precision.opset, graph.path, weights.path))
     return graphs, files
 
@@ -181,12 +237,9 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _require_libraries() -> None:
-    """Fail at once, by name, when the exporting half is not installed."""
+    """Fail at once, by name, when the exporting half is not installed; a build with nothing to do imports none of it."""
     for module in ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes"):
-        try:
-            __import__(module)
-        except ImportError as error:
+        if importlib.util.find_spec(module) is None:
             raise HostError(
-                f"`build` needs `{module}`, which cannot be imported: {error}",
-                hint="pip install 'l2p-export[export,cpu]'",
-            ) from error
+                f"`build` needs `{module}`, which is not installed", hint="pip install 'l2p-export[export,cpu]'"
+            )

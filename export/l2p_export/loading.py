@@ -26,6 +26,7 @@ class LoadedModel:
         source: the latent checkpoint that it was overlaid on and compared with, if any.
         equal_layers: main layers that equal the source's.
         loras: what was merged into it.
+        files: every file that its values are read from.
     """
 
     family: Family
@@ -34,6 +35,7 @@ class LoadedModel:
     source: Path | None = None
     equal_layers: tuple[int, ...] = ()
     loras: tuple[Lora, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraRequest] = ()) -> LoadedModel:
@@ -54,8 +56,11 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
     family = family_of(weights)
     checkpoint = family.read(with_scales(weights))
     equal: tuple[int, ...] | None = None
+    files = {tensor.file.path for tensor in weights.tensors.values()} | {request.path for request in loras}
     if source is not None:
-        completed = overlay(checkpoint, family.read(with_scales(open_weights(source))), family)
+        latent = open_weights(source)
+        files |= {tensor.file.path for tensor in latent.tensors.values()}
+        completed = overlay(checkpoint, family.read(with_scales(latent)), family)
         checkpoint, equal = completed.checkpoint, completed.equal_layers
     model = family.model(checkpoint.shapes, equal)
     faults = model.faults(checkpoint.shapes)
@@ -69,14 +74,14 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
             else "download it again, or check which tool wrote it",
         )
     merged = _merge(checkpoint, loras)
-    loaded = LoadedModel(family, checkpoint, model, source, equal or (), merged)
+    loaded = LoadedModel(family, checkpoint, model, source, equal or (), merged, tuple(sorted(files)))
     if not merged:
         return loaded
     return replace(loaded, checkpoint=replace(checkpoint, tensors=merge_loras(checkpoint.tensors, merged)))
 
 
-def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
-    """Describe a checkpoint for the manifest; reads the trunk's values for their digest."""
+def checkpoint_record(loaded: LoadedModel, trunk_sha256: str | None = None) -> CheckpointRecord:
+    """Describe a checkpoint for the manifest; reads the trunk's values for their digest, unless it is given."""
     checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
     return CheckpointRecord(
         name=_text(checkpoint.path.name),
@@ -84,7 +89,7 @@ def checkpoint_record(loaded: LoadedModel) -> CheckpointRecord:
         known_as=loaded.family.known_as(mark),
         tensors=len(checkpoint.tensors),
         parameters=checkpoint.parameters,
-        trunk_sha256=trunk_digest(loaded),
+        trunk_sha256=trunk_digest(loaded) if trunk_sha256 is None else trunk_sha256,
         trained=is_trained(checkpoint.metadata),
         licence=licence(checkpoint.metadata),
         source=_text(loaded.source.name) if loaded.source else "",
@@ -98,9 +103,20 @@ def trunk_digest(loaded: LoadedModel) -> str:
     Raises:
         ArtifactError: the checkpoint says that it was trained on another trunk.
     """
-    checkpoint = loaded.checkpoint
     trunk = tuple(f"layers.{index}." for index in range(*loaded.model.spec.trunk_layers))
-    digest = weights_digest(checkpoint.tensors, (name for name in checkpoint.tensors if name.startswith(trunk)))
+    tensors = loaded.checkpoint.tensors
+    digest = weights_digest(tensors, (name for name in tensors if name.startswith(trunk)))
+    require_own_trunk(loaded, digest)
+    return digest
+
+
+def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
+    """Refuse adapters that were trained on another trunk than the one they were given.
+
+    Raises:
+        ArtifactError: the checkpoint states another digest.
+    """
+    checkpoint = loaded.checkpoint
     stated = checkpoint.metadata.get("l2p.trunk_sha256", digest)
     # A LoRA may change the trunk, and a source may shorten it; then the statement is about another one.
     if stated != digest and not loaded.loras and loaded.model.spec == loaded.family.model(checkpoint.shapes).spec:
@@ -108,7 +124,6 @@ def trunk_digest(loaded: LoadedModel) -> str:
             f"`{checkpoint.path}` belongs to trunk {stated[:16]}, the layers it was given make trunk {digest[:16]}",
             hint="give the source that the adapters were trained from",
         )
-    return digest
 
 
 def _text(name: str) -> str:

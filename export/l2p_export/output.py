@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2p_runtime.bundle import Bundle
+from l2p_engines.stages import FOLDERS, STAGES, WORK, locked, stages, sweep_work, sync_folder
+from l2p_runtime.bundle import STORE_POINTER, Bundle
 from l2p_runtime.contract import MANIFEST_NAME, Manifest, bundle_digest, manifest_from_bytes, manifest_to_bytes
-from l2p_runtime.errors import HostError, L2PError, UsageError
+from l2p_runtime.errors import ArtifactError, HostError, L2PError, ParityError, UsageError
 
-_FOLDERS = ("graphs", "reference", "text")
 _LOCK = ".build.lock"
-# Room beside the weights for graphs, reference tensors and the file system's own bookkeeping.
-_SPARE_BYTES = 64 << 20
+_MANIFEST_PARTIAL = f".{MANIFEST_NAME}.partial"
+_POINTER_PARTIAL = f"{STORE_POINTER}.partial"
+_OWN = (*FOLDERS, STAGES, WORK, MANIFEST_NAME, STORE_POINTER, _LOCK, _MANIFEST_PARTIAL, _POINTER_PARTIAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +26,42 @@ class OutputFolder:
 
     root: Path
 
-    def folder(self, name: str) -> Path:
-        """One of the bundle's subfolders, made if need be."""
-        path = self.root / name
-        path.mkdir(exist_ok=True)
-        return path
+    def committed(self) -> bytes:
+        """The manifest that is there; empty without one."""
+        path = self.root / MANIFEST_NAME
+        return path.read_bytes() if path.is_file() else b""
 
-    def commit(self, manifest: Manifest) -> Bundle:
-        """Replace `bundle.json`: from here on the new bundle is the bundle."""
+    def commit(self, manifest: Manifest, store: Path | None, stage_keys: Collection[str]) -> Bundle:
+        """Replace `bundle.json`: from here on the new bundle is the bundle.
+
+        Args:
+            manifest: what the bundle is to be.
+            store: where its shared files are.
+            stage_keys: stages whose records stay, so that the next build finds them.
+        """
         data = manifest_to_bytes(manifest)
-        partial = self.root / f".{MANIFEST_NAME}.partial"
+        partial = self.root / _MANIFEST_PARTIAL
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.root / MANIFEST_NAME)
-        _sync_folder(self.root)
-        return Bundle(self.root, manifest, bundle_digest(data))
+        sync_folder(self.root)
+        self.tidy(stage_keys)
+        return Bundle(self.root, manifest, bundle_digest(data), store)
+
+
+    def tidy(self, stage_keys: Collection[str]) -> None:
+        """Remove what the manifest does not name, and records of other stages than these."""
+        _sweep(self.root, stage_keys)
 
 
 @contextmanager
 def open_output(root: Path) -> Iterator[OutputFolder]:
-    """Make and lock the folder; on the way out, remove every file that `bundle.json` does not name.
+    """Make and lock the folder.
+
+    A build that was stopped keeps its finished stages, so that the next one goes on from there; one that cannot succeed
+    leaves what was there before.
 
     Raises:
         UsageError: the path is a file, or a folder that holds something else than a bundle.
@@ -57,16 +71,19 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
     created = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = _lock(root)
+        with locked(root / _LOCK, busy=f"another build is writing `{root}`"):
+            try:
+                yield OutputFolder(root)
+            except (ArtifactError, ParityError, UsageError):
+                _sweep(root)
+                raise
+            finally:
+                _sweep_leftovers(root)
     except OSError as error:
-        _remove_empty(created)
+        if error.filename is None or Path(os.fsdecode(error.filename)) not in (root, root / _LOCK, *created):
+            raise
         raise HostError(f"cannot write `{root}`: {error.strerror or error}", hint="choose another --out") from error
-    try:
-        yield OutputFolder(root)
     finally:
-        _sweep(root)
-        (root / _LOCK).unlink(missing_ok=True)
-        os.close(lock)
         _remove_empty(created)
 
 
@@ -79,8 +96,7 @@ def require_bundle_or_nothing(root: Path) -> None:
     if root.is_symlink() or (root.exists() and not root.is_dir()):
         raise UsageError(f"`{root}` is not a folder", hint="choose another --out")
     if root.is_dir():
-        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in (*_FOLDERS, MANIFEST_NAME))
-        foreign = [name for name in foreign if name not in (_LOCK, f".{MANIFEST_NAME}.partial")]
+        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in _OWN)
         if foreign:
             raise UsageError(
                 f"`{root}` holds other files ({', '.join(foreign[:3])}), expected a bundle or nothing",
@@ -88,41 +104,19 @@ def require_bundle_or_nothing(root: Path) -> None:
             )
 
 
-def require_disk(folder: Path, weight_bytes: int) -> None:
-    """Refuse a build that the disk has no room for.
+def require_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse work that the disk has no room for.
 
     Raises:
         HostError: says how much is needed and how much is free.
     """
-    needed, free = weight_bytes + _SPARE_BYTES, shutil.disk_usage(folder).free
-    if needed > free:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
         raise HostError(
-            f"`{folder}` has {free:,} bytes free, the build needs about {needed:,}",
+            f"`{folder}` has {free:,} bytes free, the build needs about {needed_bytes:,}",
             hint="choose another --out, or fewer --precision",
         )
-
-
-def _lock(root: Path) -> int:
-    """Take the folder's lock; the kernel drops it with the process, however that ends.
-
-    Raises:
-        HostError: another build holds it.
-    """
-    while True:
-        lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A build that ended in between has unlinked the file that was opened here; then the lock locks nothing.
-            if os.path.samestat(os.fstat(lock), (root / _LOCK).stat()):
-                return lock
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            os.close(lock)
-            raise HostError(
-                f"another build is writing `{root}`", hint="wait for it, or choose another --out"
-            ) from error
-        os.close(lock)
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -133,36 +127,67 @@ def _remove_empty(folders: list[Path]) -> None:
         folder.rmdir()
 
 
-def _sweep(root: Path) -> None:
-    """Remove what an earlier or failed build left: files that the manifest does not name."""
+def _sweep(root: Path, stage_keys: Collection[str] | None = None) -> None:
+    """Remove what the manifest does not name: files, and records of stages that made such files.
+
+    With `stage_keys`, every other record goes too.
+    """
     named = _named_files(root)
     if named is None:
         return
-    for folder in _FOLDERS:
+    own, shared = named
+    kept = {
+        stage.key
+        for stage in stages(root)
+        if own.issuperset(record.path for record in stage.files) and (stage_keys is None or stage.key in stage_keys)
+    }
+    for record in (root / STAGES).glob("*"):
+        if record.stem not in kept:
+            record.unlink()
+    _sweep_files(root, own)
+    if not shared:
+        (root / STORE_POINTER).unlink(missing_ok=True)
+
+
+def _sweep_leftovers(root: Path) -> None:
+    """Remove what no finished stage and no manifest names: pieces that a stop left half-done."""
+    sweep_work(root)
+    for partial in (_MANIFEST_PARTIAL, _POINTER_PARTIAL):
+        (root / partial).unlink(missing_ok=True)
+    named = _named_files(root)
+    if named is None:
+        return
+    finished = stages(root)
+    own = named[0] | {record.path for stage in finished for record in stage.files}
+    if not own:
+        # Digests alone are no work worth a folder.
+        for record in (root / STAGES).glob("*"):
+            record.unlink()
+    _sweep_files(root, own)
+    for folder in (*FOLDERS, STAGES):
+        if (root / folder).is_dir() and not (root / folder).is_symlink() and not any((root / folder).iterdir()):
+            (root / folder).rmdir()
+
+
+def _sweep_files(root: Path, kept: Collection[str]) -> None:
+    for folder in FOLDERS:
         if not (root / folder).is_dir() or (root / folder).is_symlink():
             continue
         for file in (root / folder).iterdir():
-            if f"{folder}/{file.name}" not in named and not file.is_dir():
+            if f"{folder}/{file.name}" not in kept and not file.is_dir():
                 file.unlink()
-        if not any((root / folder).iterdir()):
-            (root / folder).rmdir()
-    (root / f".{MANIFEST_NAME}.partial").unlink(missing_ok=True)
 
 
-def _named_files(root: Path) -> set[str] | None:
-    """Files of the bundle; empty without one; None when its manifest cannot be read, which is no licence to delete."""
+def _named_files(root: Path) -> tuple[set[str], bool] | None:
+    """The bundle's own files, and whether it has shared ones; none without a bundle.
+
+    None when its manifest cannot be read, which is no licence to delete.
+    """
     path = root / MANIFEST_NAME
     if not path.is_file():
-        return set()
+        return set(), False
     try:
-        return {record.path for record in manifest_from_bytes(path.read_bytes()).files}
+        files = manifest_from_bytes(path.read_bytes()).files
     except (L2PError, OSError):
         return None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {record.path for record in files if not record.in_store}, any(record.in_store for record in files)

@@ -1,12 +1,12 @@
 """What every later stage is compared with: denoising calls in torch float32, network by network.
 
-One network is in memory at a time, so this needs room for the largest network and not for the model.
+One transformer block is in memory at a time, so this needs room for the largest block and not for the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from l2p_export.tensors import read_tensor
@@ -15,9 +15,10 @@ from l2p_runtime.contract import NETWORKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from l2p_export.loading import LoadedModel
+    from l2p_export.tensors import TensorSource
 
     Tensors = Mapping[str, NDArray[Any]]
 
@@ -53,23 +54,50 @@ def run_reference(
 
 
 def torch_network(loaded: LoadedModel, network: str) -> nn.Module:
-    """One network in torch float32 with the checkpoint's weights."""
+    """One network in torch float32; a transformer block has its weights only while it runs."""
     import torch
 
     with torch.device("meta"):
         module = loaded.model.module(network, lambda layer: torch.float32)
-    tensors = loaded.checkpoint.tensors
-    module.load_state_dict({n: torch.from_numpy(read_tensor(tensors[n])) for n in module.state_dict()}, assign=True)
+    blocks = loaded.model.blocks(network)
+    for name in blocks:
+        _fill_while_running(module.get_submodule(name), name, loaded.checkpoint.tensors)
+    inside = tuple(f"{name}." for name in blocks)
+    outer = [name for name in module.state_dict() if not name.startswith(inside)]
+    module.load_state_dict(_weights(loaded.checkpoint.tensors, outer), assign=True, strict=False)
     return module
 
 
-def largest_network_bytes(loaded: LoadedModel) -> int:
-    """Float32 bytes of the largest network's weights."""
+def resident_bytes(loaded: LoadedModel) -> int:
+    """Float32 bytes of the weights that are in memory at once: the largest block, or all that is outside of blocks."""
+    most = 0
+    for network in NETWORKS:
+        blocks = loaded.model.blocks(network)
+        sizes = dict.fromkeys((*blocks, ""), 0)
+        for name, shape in loaded.model.network_shapes(network).items():
+            block = next((block for block in blocks if name.startswith(f"{block}.")), "")
+            sizes[block] += 4 * math.prod(shape)
+        most = max(most, sizes[""] + max((sizes[block] for block in blocks), default=0))
+    return most
+
+
+def _fill_while_running(block: nn.Module, prefix: str, tensors: Mapping[str, TensorSource]) -> None:
+    names = list(block.state_dict())
+
+    def fill(module: nn.Module, inputs: object) -> None:
+        del inputs
+        weights = _weights(tensors, [f"{prefix}.{name}" for name in names])
+        module.load_state_dict({name: weights[f"{prefix}.{name}"] for name in names}, assign=True)
+
+    def empty(module: nn.Module, inputs: object, output: object) -> None:
+        del inputs, output
+        module.to_empty(device="meta")
+
+    block.register_forward_pre_hook(fill)
+    block.register_forward_hook(empty)
+
+
+def _weights(tensors: Mapping[str, TensorSource], names: Sequence[str]) -> dict[str, Tensor]:
     import torch
 
-    sizes: list[int] = []
-    for network in NETWORKS:
-        with torch.device("meta"):
-            module = loaded.model.module(network, lambda layer: torch.float32)
-        sizes.append(4 * sum(math.prod(value.shape) for value in module.state_dict().values()))
-    return max(sizes)
+    return {name: torch.from_numpy(read_tensor(tensors[name])) for name in names}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 
+_TILE = 256
+
 _FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
@@ -102,6 +104,42 @@ class JoinedTensor:
         """The values of the parts, one after the other."""
         for part in self.parts:
             yield from part.chunks(chunk_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedTensor:
+    """A matrix [out,in] as graphs keep it, [in,out]; whole in memory while it is read.
+
+    ONNX multiplies by [in,out]. Stored that way, no engine library has to turn the weights, which costs a copy of them.
+    """
+
+    source: TensorSource
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Columns and rows of the source."""
+        return self.source.shape[::-1]
+
+    @property
+    def dtype(self) -> str:
+        """That of the source."""
+        return self.source.dtype
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
+        """The values as float32, flat and in the order of the transposed matrix."""
+        import numpy as np
+
+        values = read_tensor(self.source)
+        rows, columns = values.shape
+        band = max(_TILE, chunk_bytes // (4 * max(rows, 1)) // _TILE * _TILE)
+        for first in range(0, columns, band):
+            turned = np.empty((min(band, columns - first), rows), np.float32)
+            # By tiles, which stay in the cache: twice as fast as one strided copy.
+            for column in range(0, len(turned), _TILE):
+                for row in range(0, rows, _TILE):
+                    tile = values[row : row + _TILE, first + column : first + column + _TILE]
+                    turned[column : column + _TILE, row : row + _TILE] = tile.T
+            yield turned.reshape(-1)
 
 
 def read_tensor(source: TensorSource) -> NDArray[np.float32]:

@@ -75,6 +75,6 @@ def _stored(chunk: NDArray[np.float32], name: str, dtype: str) -> NDArray[np.gen
     if dtype == "F16" and not np.isfinite(stored).all():
         raise ArtifactError(
             f"weight `{name}` reaches {float(np.abs(chunk).max()):.3g}, beyond the 65504 of float16",
-            hint="build with --precision fp32",
+            hint="build with --precision bf16 or fp32",
         )
     return stored

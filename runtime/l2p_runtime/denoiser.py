@@ -3,12 +3,13 @@
     prompt embeddings -> caption                      once a prompt
     image -> stem -> trunk -> tail -> head -> prediction   every step
 
-Plain functions over loaded engines; nothing here knows which backend runs them.
+Plain functions over engines; nothing here knows which backend runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Denoiser:
-    """A model's loaded networks on one device."""
+    """A model on one device.
+
+    Attributes:
+        use: a network's engine by name, for as long as the context lasts: loaded already, or just for it.
+    """
 
     model: ModelSpec
     device: Device
-    engines: Mapping[str, Engine]
+    use: Callable[[str], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class Workspace:
     """Buffers that one denoising call writes: tokens [B,S,D] twice, in turn, and the modulation [B,A]."""
 
     tokens: Array
-    tokens_out: Array
+    other: Array
     modulation: Array
 
 
@@ -56,7 +61,7 @@ def encode_caption(
     """Run the caption network for one prompt an image, all of equal padded length.
 
     Args:
-        denoiser: the loaded networks.
+        denoiser: the networks.
         prompt_embeds: one [L,C] an image of the batch, without padding.
         rows: h, token rows of the image.
         columns: w, token columns of the image.
@@ -75,9 +80,8 @@ def encode_caption(
     caption_cos, caption_sin = caption_tables(tables, tokens)
     caption = device.alloc((batch, tokens, model.width), "float32")
     inputs = {"prompt_embeds": padded, "caption_mask": mask, "rope_cos": caption_cos, "rope_sin": caption_sin}
-    denoiser.engines["caption"].run(
-        {name: device.upload(value) for name, value in inputs.items()}, {"caption": caption}
-    )
+    with denoiser.use("caption") as engine:
+        engine.run({name: device.upload(value) for name, value in inputs.items()}, {"caption": caption})
     return Condition(caption, device.upload(tables[0]), device.upload(tables[1]))
 
 
@@ -94,44 +98,58 @@ def predict(
     denoiser: Denoiser,
     image: Array,
     time: Array,
-    condition: Condition,
+    conditions: Sequence[Condition],
     stripes: Sequence[Stripe],
-    workspace: Workspace,
-    prediction: Array,
+    workspaces: Sequence[Workspace],
+    predictions: Sequence[Array],
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill `prediction` [B,3,H,W] with x0 - noise for the noisy `image` [B,3,H,W] at `time` [B].
+    """Fill each of `predictions` [B,3,H,W] with x0 - noise for the noisy `image` [B,3,H,W] at `time` [B].
+
+    Every network does its part for all prompts before the next one is used, so that each is loaded once a step where
+    they are not all in memory.
 
     Args:
-        denoiser: the loaded networks.
+        denoiser: the networks.
         image: noisy pixels, float32.
         time: 1 - sigma, float32.
-        condition: the prompt.
+        conditions: the prompts.
         stripes: how the pixel head is cut.
-        workspace: buffers from `make_workspace` for this prompt and size.
-        prediction: where the result goes.
+        workspaces: buffers from `make_workspace`, one for each prompt.
+        predictions: where the results go, one for each prompt.
         check: called between networks and stripes; it may raise to cancel.
     """
-    engines, rope = denoiser.engines, {"rope_cos": condition.rope_cos, "rope_sin": condition.rope_sin}
-    tokens, tokens_out, modulation = workspace.tokens, workspace.tokens_out, workspace.modulation
-    engines["stem"].run(
-        {"image": image, "time": time, "caption": condition.caption, **rope},
-        {"tokens": tokens, "modulation": modulation},
-    )
-    check()
-    engines["trunk"].run({"tokens": tokens, "modulation": modulation, **rope}, {"tokens_out": tokens_out})
-    check()
-    engines["tail"].run({"tokens": tokens_out, "modulation": modulation, **rope}, {"tokens_out": tokens})
+    prompts = list(zip(conditions, workspaces, predictions, strict=True))
+    ropes = [{"rope_cos": condition.rope_cos, "rope_sin": condition.rope_sin} for condition in conditions]
+    with denoiser.use("stem") as stem:
+        for (condition, work, _), rope in zip(prompts, ropes, strict=True):
+            inputs = {"image": image, "time": time, "caption": condition.caption, **rope}
+            stem.run(inputs, {"tokens": work.tokens, "modulation": work.modulation})
+            check()
+    for network in ("trunk", "tail"):
+        with denoiser.use(network) as layers:
+            for (_, work, _), rope in zip(prompts, ropes, strict=True):
+                read, written = (work.tokens, work.other) if network == "trunk" else (work.other, work.tokens)
+                layers.run({"tokens": read, "modulation": work.modulation, **rope}, {"tokens_out": written})
+                check()
     patch_px = denoiser.model.patch_px
-    rows, columns = image.shape[2] // patch_px, image.shape[3] // patch_px
-    features = tokens[:, : rows * columns]
-    for stripe in stripes:
-        check()
-        _draw_stripe(denoiser, image, features, stripe, (rows, columns), prediction)
+    grid = image.shape[2] // patch_px, image.shape[3] // patch_px
+    with denoiser.use("head") as head:
+        for _, work, prediction in prompts:
+            features = work.tokens[:, : grid[0] * grid[1]]
+            for stripe in stripes:
+                check()
+                _draw_stripe(denoiser, head, image, features, stripe, grid, prediction)
 
 
 def _draw_stripe(
-    denoiser: Denoiser, image: Array, features: Array, stripe: Stripe, grid: tuple[int, int], prediction: Array
+    denoiser: Denoiser,
+    head: Engine,
+    image: Array,
+    features: Array,
+    stripe: Stripe,
+    grid: tuple[int, int],
+    prediction: Array,
 ) -> None:
     """Run the head on the rows a stripe reads and keep the rows that it owns."""
     model, device, columns = denoiser.model, denoiser.device, grid[1]
@@ -143,7 +161,7 @@ def _draw_stripe(
     inputs = {"image": window, "tokens": tokens.reshape((batch, read_rows, columns, model.width))}
     whole = stripe.first == 0 and stripe.stop == grid[0]
     out = prediction if whole else device.alloc(window.shape, "float32")
-    denoiser.engines["head"].run(inputs, {"prediction": out})
+    head.run(inputs, {"prediction": out})
     if not whole:
         kept = slice((stripe.first - stripe.read_first) * patch_px, (stripe.stop - stripe.read_first) * patch_px)
         device.copy(prediction[:, :, stripe.first * patch_px : stripe.stop * patch_px], out[:, :, kept])

@@ -35,6 +35,10 @@ class HostError(L2PError):
     exit_code = 3
 
 
+class UnsupportedError(HostError):
+    """A backend cannot run what it was given, though nothing is wrong with it."""
+
+
 class ArtifactError(L2PError):
     """A checkpoint, graph, engine or bundle is damaged, foreign or not what it says."""
 

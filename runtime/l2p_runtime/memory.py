@@ -38,8 +38,8 @@ def call_memory(model: ModelSpec, batch: int, rows: int, columns: int, caption_t
     row_px = model.patch_px * columns * model.patch_px
     pixel_values = 3 * row_px * rows
     token_values = sequence * model.width
-    # Noisy image, prediction, second prediction for guidance; two token buffers.
-    buffers = 3 * pixel_values + 2 * token_values
+    # Noisy image, and for a prompt and its negative a prediction and two token buffers each.
+    buffers = 3 * pixel_values + 4 * token_values
     scores = 2 * model.heads * sequence * sequence
     inner = sequence * (3 * model.ffn_width + 4 * model.width)
     return CallMemory(

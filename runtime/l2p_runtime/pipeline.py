@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from l2p_runtime.backends import Array, Backend, Engine, open_backend
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
-from l2p_runtime.denoiser import Condition, Denoiser, encode_caption, make_workspace, predict
+from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.errors import CancelledError, HostError, InternalError, L2PError, UsageError
 from l2p_runtime.memory import parse_bytes
 from l2p_runtime.requests import (
@@ -33,24 +33,29 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from l2p_runtime.positions import Policy
+    from l2p_runtime.stripes import Stripe
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (steps done, steps in all) after each step."""
 
 
 class Pipeline:
-    """A bundle's networks, loaded on one device. Made by `Pipeline.open`; use it in a `with` block.
+    """A bundle's networks on one device. Made by `Pipeline.open`; use it in a `with` block.
+
+    All networks stay loaded where they fit. Where they do not, each is loaded when its turn comes and closed after it,
+    so that the memory holds the largest network and not their sum.
 
     A pipeline serves one call at a time; open several for several threads.
     """
 
-    def __init__(
-        self, bundle: Bundle, backend: Backend, denoiser: Denoiser, plan: str, memory_budget_bytes: int | None
-    ) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, plan: str, memory_budget_bytes: int | None) -> None:
         self.bundle = bundle
         self.plan = plan
         self._backend = backend
-        self._denoiser = denoiser
+        self._denoiser = Denoiser(bundle.manifest.model, backend.device, self._use)
+        self._weight_bytes = _weight_bytes(bundle, plan)
+        self._engines: dict[str, Engine] = {}
+        self._keeps_networks = False
         self._tokenizer: Tokenizer | None = None
         # Of the last call alone: frames of one prompt load the text encoder once.
         self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
@@ -65,35 +70,39 @@ class Pipeline:
         device: int = 0,
         plan: str | None = None,
         memory_budget: int | str | None = None,
+        store: str | Path | None = None,
     ) -> Self:
-        """Open a bundle and load its networks.
+        """Open a bundle and load its networks, if all of them fit.
 
         Args:
             path: folder that `l2p-export build` wrote.
             backend: `auto`, or a backend by name.
             device: index of the device, where there are several.
             plan: precision plan; the bundle's first when None.
-            memory_budget: bytes for weights, buffers and activations together, as a number or as `6GiB`; the pixel
-                head runs in stripes that fit. Without it, what the device has free.
+            memory_budget: bytes for weights, buffers and activations together, as a number or as `6GiB`: networks
+                are loaded one at a time if they must, and the pixel head runs in stripes that fit. Without it, what the
+                device has free.
+            store: where the bundle's shared files are, if it was moved away from the store it was built with.
 
         Raises:
             ArtifactError: the bundle is damaged, or lacks the plan.
-            HostError: the backend cannot run here, or the weights exceed the budget.
+            HostError: the backend cannot run here, or the largest network exceeds the budget.
             UsageError: unknown backend, or a budget that is no size.
         """
         budget = parse_bytes(str(memory_budget)) if memory_budget is not None else None
-        bundle = open_bundle(Path(path))
+        bundle = open_bundle(Path(path), Path(store) if store is not None else None)
         name = bundle.manifest.plan(plan).name
-        opened = open_backend(backend, device)
-        weights = _weight_bytes(bundle, name)
-        limit = opened.device.available_bytes() if budget is None else budget
-        if weights > limit:
+        pipeline = cls(bundle, open_backend(backend, device), name, budget)
+        limit, sizes = pipeline._limit_bytes(), pipeline._weight_bytes
+        largest = max(sizes, key=lambda network: sizes[network])
+        if sizes[largest] > limit:
             raise HostError(
-                f"the weights of plan `{name}` take {weights:,} bytes, {limit:,} bytes are there",
+                f"the weights of `{largest}` in plan `{name}` take {sizes[largest]:,} bytes, {limit:,} bytes are there",
                 hint="raise the memory budget, or use a plan of lower precision",
             )
-        engines = _load_networks(opened, bundle, name)
-        return cls(bundle, opened, Denoiser(bundle.manifest.model, opened.device, engines), name, budget)
+        if sum(sizes.values()) <= limit:
+            pipeline._keep_networks()
+        return pipeline
 
     def denoise(
         self,
@@ -124,12 +133,12 @@ class Pipeline:
         grid = check_size(denoiser.model, pixels.shape[2], pixels.shape[3])
         times = check_time(time, batch)
         captions = check_embeds(denoiser.model, prompt_embeds, batch)
-        stripes = plan_call(denoiser.model, batch, grid, denoiser.model.padded(len(captions[0])), self._free_bytes())
+        stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])))
         device = denoiser.device
         condition = encode_caption(denoiser, captions, *grid, self._policy(positions))
         prediction = device.alloc(pixels.shape, "float32")
-        workspace = make_workspace(denoiser, condition)
-        predict(denoiser, device.upload(pixels), device.upload(times), condition, stripes, workspace, prediction)
+        work = make_workspace(denoiser, condition)
+        predict(denoiser, device.upload(pixels), device.upload(times), [condition], stripes, [work], [prediction])
         device.synchronize()
         return device.download(prediction)
 
@@ -201,14 +210,13 @@ class Pipeline:
         )
         grid, sampling = request.grid, request.sampling
         tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
-        stripes = plan_call(denoiser.model, 1, grid, tokens, self._free_bytes())
+        stripes = self._plan_call(1, grid, tokens)
         captions = self._embed(request.captions, truncate_prompt)
-        denoiser = self._opened()
         device = denoiser.device
 
         image = self._noise(height, width, seed, image_index, rng)
         conditions = [encode_caption(denoiser, [caption], *grid, self._policy(positions)) for caption in captions]
-        workspaces = _workspaces(denoiser, conditions)
+        workspaces = [make_workspace(denoiser, condition) for condition in conditions]
         predictions = [device.alloc((1, 3, height, width), "float32") for _ in captions]
 
         def check() -> None:
@@ -218,8 +226,7 @@ class Pipeline:
         levels = sigmas(sampling.steps, sampling.shift)
         for index, (sigma, following) in enumerate(itertools.pairwise(levels)):
             time = device.upload(_float32([model_time(sigma)]))
-            for condition, workspace, prediction in zip(conditions, workspaces, predictions, strict=True):
-                predict(denoiser, image, time, condition, stripes, workspace, prediction, check)
+            predict(denoiser, image, time, conditions, stripes, workspaces, predictions, check)
             negative = predictions[1] if len(predictions) > 1 else None
             device.launch("euler", image, predictions[0], negative, sampling.guidance, following - sigma)
             progress(index + 1, sampling.steps)
@@ -244,9 +251,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give all memory back; further calls are refused."""
-        if not self._closed:
-            for engine in self._denoiser.engines.values():
-                engine.close()
+        self._release_networks()
         self._closed = True
         self._encoded, self._tokenizer = {}, None
 
@@ -259,7 +264,7 @@ class Pipeline:
         self.close()
 
     def _opened(self) -> Denoiser:
-        if self._closed or not self._denoiser.engines:
+        if self._closed:
             raise UsageError("the pipeline is closed", hint="open it again")
         return self._denoiser
 
@@ -283,36 +288,92 @@ class Pipeline:
         text, tokenizer = self.bundle.manifest.text, self._tokenizer
         if text is None or tokenizer is None:
             raise InternalError("texts reached the encoder without a tokenizer")
-        record, denoiser, free = text.graph(self.plan), self._denoiser, self._free_bytes()
+        record = text.graph(self.plan)
         weights = next(file.size_bytes for file in self.bundle.manifest.files if file.path == record.weights)
-        held = sum(engine.memory_bytes() for engine in denoiser.engines.values())
-        if weights > free + held:
+        limit = self._limit_bytes()
+        if weights > limit:
             raise HostError(
-                f"the text encoder's weights take {weights:,} bytes, {max(free + held, 0):,} bytes are there",
+                f"the text encoder's weights take {weights:,} bytes, {max(limit, 0):,} bytes are there",
                 hint="raise the memory budget, or pass embeddings made elsewhere",
             )
-        makes_room = weights > free
+        makes_room = self._keeps_networks and weights > self._free_bytes()
         if makes_room:
-            # Empty until the networks are back: a pipeline whose networks cannot be loaded again is closed.
-            self._denoiser = replace(denoiser, engines={})
-            for engine in denoiser.engines.values():
-                engine.close()
+            self._release_networks()
+        graph, file = self.bundle.path(record.graph), self.bundle.path(record.weights)
+        encoder = self._backend.load(graph, file, text.network)
         try:
-            graph, file = self.bundle.path(record.graph), self.bundle.path(record.weights)
-            encoder = self._backend.load(graph, file, text.network)
-            try:
-                return encode_prompts(encoder, tokenizer, texts, denoiser.device, truncate=truncate)
-            finally:
-                encoder.close()
+            embeds = encode_prompts(encoder, tokenizer, texts, self._backend.device, truncate=truncate)
         finally:
-            if makes_room:
-                self._denoiser = replace(denoiser, engines=_load_networks(self._backend, self.bundle, self.plan))
+            encoder.close()
+        if makes_room:
+            self._keep_networks()
+        return embeds
+
+    @contextmanager
+    def _use(self, network: str) -> Iterator[Engine]:
+        """A network's engine: one that is kept, or one loaded for this use alone."""
+        kept = self._engines.get(network)
+        if kept is not None:
+            yield kept
+            return
+        engine = self._load(network)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    def _keep_networks(self) -> None:
+        """Load all networks, to stay; all or none."""
+        try:
+            for network in NETWORKS:
+                self._engines[network] = self._load(network)
+        except L2PError:
+            self._release_networks()
+            raise
+        self._keeps_networks = True
+
+    def _release_networks(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines, self._keeps_networks = {}, False
+
+    def _load(self, network: str) -> Engine:
+        manifest = self.bundle.manifest
+        record = manifest.graph(network, self.plan)
+        graph, weights = self.bundle.path(record.graph), self.bundle.path(record.weights)
+        return self._backend.load(graph, weights, manifest.network(network))
+
+    def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int) -> tuple[Stripe, ...]:
+        """Cut the head for a call; where all networks and the call do not fit together, the networks take turns.
+
+        Raises:
+            HostError: the call does not fit even so.
+        """
+        model, sizes = self._denoiser.model, self._weight_bytes
+        if self._keeps_networks:
+            free = self._free_bytes()
+            try:
+                return plan_call(model, batch, grid, tokens, free, free)
+            except HostError:
+                pass
+        limit, head = self._limit_bytes(), sizes["head"]
+        others = max(size for network, size in sizes.items() if network != "head")
+        stripes = plan_call(model, batch, grid, tokens, limit - others, limit - head)
+        self._release_networks()
+        return stripes
 
     def _free_bytes(self) -> int:
-        """What a call may take: the device's free memory, or what the budget leaves beside the weights."""
+        """What there is beside the networks that are kept."""
         if self._memory_budget_bytes is None:
-            return self._denoiser.device.available_bytes()
-        return self._memory_budget_bytes - sum(engine.memory_bytes() for engine in self._denoiser.engines.values())
+            return self._backend.device.available_bytes()
+        return self._memory_budget_bytes - (sum(self._weight_bytes.values()) if self._keeps_networks else 0)
+
+    def _limit_bytes(self) -> int:
+        """What there would be with no network loaded: the budget, or what the device has free and networks hold."""
+        if self._memory_budget_bytes is not None:
+            return self._memory_budget_bytes
+        held = sum(engine.memory_bytes() for engine in self._engines.values())
+        return self._backend.device.available_bytes() + held
 
     def _policy(self, positions: str | Policy | None) -> str | Policy:
         return self.bundle.manifest.profiles[0].positions if positions is None else positions
@@ -328,37 +389,10 @@ class Pipeline:
         return image
 
 
-def _load_networks(backend: Backend, bundle: Bundle, plan: str) -> dict[str, Engine]:
-    """Load the networks of a denoising call, all or none."""
-    engines: dict[str, Engine] = {}
-    try:
-        for network in NETWORKS:
-            engines[network] = _load(backend, bundle, network, plan)
-    except L2PError:
-        for engine in engines.values():
-            engine.close()
-        raise
-    return engines
-
-
-def _load(backend: Backend, bundle: Bundle, network: str, plan: str) -> Engine:
-    record = bundle.manifest.graph(network, plan)
-    return backend.load(bundle.path(record.graph), bundle.path(record.weights), bundle.manifest.network(network))
-
-
-def _weight_bytes(bundle: Bundle, plan: str) -> int:
+def _weight_bytes(bundle: Bundle, plan: str) -> dict[str, int]:
+    """Network to the bytes of its weights."""
     sizes = {record.path: record.size_bytes for record in bundle.manifest.files}
-    return sum(sizes[record.weights] for record in bundle.manifest.graphs if record.plan == plan)
-
-
-def _workspaces(denoiser: Denoiser, conditions: Sequence[Condition]) -> list[Any]:
-    """One workspace a caption length: prompts of equal length share theirs."""
-    by_length: dict[int, Any] = {}
-    for condition in conditions:
-        length = condition.rope_cos.shape[0]
-        if length not in by_length:
-            by_length[length] = make_workspace(denoiser, condition)
-    return [by_length[condition.rope_cos.shape[0]] for condition in conditions]
+    return {record.network: sizes[record.weights] for record in bundle.manifest.graphs if record.plan == plan}
 
 
 def _float32(values: Sequence[float]) -> NDArray[np.float32]:

@@ -155,23 +155,30 @@ def check_time(time: object, batch: int) -> NDArray[np.float32]:
 
 
 def plan_call(
-    model: ModelSpec, batch: int, grid: tuple[int, int], caption_tokens: int, limit_bytes: int
+    model: ModelSpec, batch: int, grid: tuple[int, int], caption_tokens: int, limit_bytes: int, head_limit_bytes: int
 ) -> tuple[Stripe, ...]:
-    """Cut the head so that one denoising call fits the limit, or refuse before anything is allocated.
+    """Cut the head so that one denoising call fits, or refuse before anything is allocated.
+
+    Args:
+        model: the model.
+        batch: images.
+        grid: token rows and columns.
+        caption_tokens: padded.
+        limit_bytes: what a call may take while a transformer network runs.
+        head_limit_bytes: what it may take while the head runs.
 
     Raises:
         HostError: the buffers, the attention or the smallest stripe do not fit.
     """
     rows, columns = grid
     need = call_memory(model, batch, rows, columns, caption_tokens)
-    left = limit_bytes - need.buffers_bytes
-    if need.tokens_bytes > left:
+    if need.buffers_bytes + need.tokens_bytes > limit_bytes:
         raise HostError(
             f"{columns * model.patch_px}x{rows * model.patch_px} needs {need.buffers_bytes:,} bytes of buffers and "
             f"{need.tokens_bytes:,} bytes for attention, {max(limit_bytes, 0):,} bytes are there",
             hint="raise the memory budget, or draw a smaller image",
         )
-    return plan_stripes(model.head, rows, need.head_row_bytes, left)
+    return plan_stripes(model.head, rows, need.head_row_bytes, head_limit_bytes - need.buffers_bytes)
 
 
 def _caption(manifest: Manifest, what: str, text: str | None, embeds: object) -> NDArray[np.float32] | str:

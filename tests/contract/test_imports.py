@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert foreign == {"l2p_export", "l2p_runtime", "click"}
 
 
-@pytest.mark.parametrize("command", ["build", "doctor", "generate", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["build", "doctor", "generate", "inspect", "plan", "verify"])
 def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     code = f"import l2p_export.cli.{command} as c; c.command.main(['--help'], standalone_mode=False)"
     assert not _loaded_by(code) & (HEAVY | {"numpy"})

@@ -10,15 +10,14 @@ import click
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
 
 if TYPE_CHECKING:
-    from l2p_export.build import BuildPlan
-    from l2p_runtime.bundle import Bundle
+    from l2p_export.build import BuildPlan, Built
 
 
 @click.command("build")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option("--profile", "profiles", multiple=True, required=True, help="Built-in name or .toml path; repeatable.")
 @click.option(
-    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True, help="fp32 or fp16; repeatable."
+    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True, help="fp32, fp16 or bf16; repeatable."
 )
 @click.option("--backend", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True)
 @click.option(
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
 @click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
+@click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; made if need be.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; named after the checkpoint by default.")
 @json_option
 @dry_run_option
@@ -38,6 +38,7 @@ def command(
     source: Path | None,
     loras: tuple[str, ...],
     text_encoder: Path | None,
+    store: Path | None,
     out: Path | None,
     *,
     as_json: bool,
@@ -47,20 +48,24 @@ def command(
     """Turn CHECKPOINT into a verified bundle of ONNX graphs.
 
     Without CHECKPOINT, a small seeded checkpoint is made for the profile. It is untrained and draws noise.
+
+    A build that was stopped goes on where it stopped; one that would change nothing does nothing.
     """
     from l2p_export.build import build, plan_build
 
-    with plan_build(
-        checkpoint, profiles, precisions, backend, out, source=source, loras=loras, text_encoder=text_encoder
-    ) as plan:
+    inputs = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
+    with plan_build(checkpoint, profiles, precisions, backend, out, **inputs) as plan:
         if dry_run:
             _print_plan(plan, as_json=as_json)
             return
-        bundle = build(plan, Console(quiet=quiet))
+        console = Console(quiet=quiet)
+        built = build(plan, console)
+    if not built.is_new:
+        console.done(f"`{built.bundle.root}` is up to date: nothing to do")
     if as_json:
-        print_json(_result(bundle))
+        print_json(_result(built))
     else:
-        click.echo(bundle.root)
+        click.echo(built.bundle.root)
 
 
 def _print_plan(plan: BuildPlan, *, as_json: bool) -> None:
@@ -85,15 +90,17 @@ def _print_plan(plan: BuildPlan, *, as_json: bool) -> None:
         click.echo(f"{name}: {format_bytes(size)} of weights in {len(plan.loaded.model.networks)} graphs")
 
 
-def _result(bundle: Bundle) -> dict[str, object]:
-    manifest = bundle.manifest
+def _result(built: Built) -> dict[str, object]:
+    bundle, manifest = built.bundle, built.bundle.manifest
     return {
         "bundle": str(bundle.root),
+        "changed": built.is_new,
         "digest": bundle.digest,
         "variant": manifest.model.variant,
         "trained": manifest.checkpoint.trained,
         "plans": [plan.name for plan in manifest.plans],
         "bytes": sum(record.size_bytes for record in manifest.files),
+        "bytes_in_store": sum(record.size_bytes for record in manifest.files if record.in_store),
         "ledger": {
             status: sum(entry.status == status for entry in manifest.ledger)
             for status in ("passed", "failed", "not run")

@@ -16,6 +16,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _REDRAW_SECONDS = 0.1
 _PLAIN_SECONDS = 5.0
+# Below this, a rate says more of the clock than of the work.
+_RATE_SECONDS = 0.5
 
 
 def json_option(command: Command) -> Command:
@@ -65,8 +67,14 @@ class Console:
 
         self._write(title if self._redraws else f"{title} ...", final=not self._redraws)
         yield advance
-        done_text = f", {_amount(done, unit)}" if done else ""
-        self._write(f"{title}: done in {time.monotonic() - started:.1f} s{done_text}", final=True)
+        seconds = time.monotonic() - started
+        rate = f", {_amount(done / seconds, unit)}/s" if done and seconds >= _RATE_SECONDS else ""
+        done_text = f", {_amount(done, unit)}{rate}" if done else ""
+        self._write(f"{title}: done in {seconds:.1f} s{done_text}", final=True)
+
+    def done(self, text: str) -> None:
+        """One line of progress that is complete in itself."""
+        self._write(text, final=True)
 
     def note(self, text: str) -> None:
         """One line that shows even when quiet: it is about the result, not about the work."""
@@ -86,14 +94,20 @@ def _line(title: str, done: int, total: int, unit: str, seconds: float) -> str:
     rate = done / seconds if seconds else 0.0
     if not total:
         return f"{title}: {_amount(done, unit)}"
-    left = f", {(total - done) / rate:.0f} s left" if rate and total > done else ""
-    return f"{title}: {_amount(done, unit)} of {_amount(total, unit)}, {min(done / total, 1.0):.0%}{left}"
+    speed = f", {_amount(rate, unit)}/s" if rate else ""
+    left = f", {_duration((total - done) / rate)} left" if rate and total > done else ""
+    return f"{title}: {_amount(done, unit)} of {_amount(total, unit)}, {min(done / total, 1.0):.0%}{speed}{left}"
 
 
-def _amount(value: int, unit: str) -> str:
+def _amount(value: float, unit: str) -> str:
     if unit != "bytes":
-        return f"{value} {unit}"
-    return format_bytes(value)
+        return f"{value:.{0 if value >= 10 or value == int(value) else 2}f} {unit}"
+    return format_bytes(int(value))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def format_bytes(value: int) -> str:

@@ -24,6 +24,7 @@ COMMANDS = {
     "import": "Write one canonical checkpoint from whatever tool's files.",
     "generate": "Draw an image from a bundle.",
     "inspect": "Describe a checkpoint or a bundle.",
+    "plan": "Forecast memory, disk and operations before anything is built.",
     "verify": "Check a bundle's files and run its reference cases.",
 }
 """Command to the line that `--help` shows; each lives in the module of its name."""

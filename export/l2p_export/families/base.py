@@ -43,6 +43,9 @@ class Model(Protocol):
     def blocks(self, network: str) -> tuple[str, ...]:
         """Names of its transformer blocks, as `layers.5`."""
 
+    def network_shapes(self, network: str) -> Shapes:
+        """Published name and shape of the tensors of one network; no torch needed."""
+
 
 class Family(Protocol):
     """One architecture and all that is particular to it."""

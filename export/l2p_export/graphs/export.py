@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_export.graphs.trace import trace_network
+from l2p_engines.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
+from l2p_export.digests import toolchain
+from l2p_export.tensors import TransposedTensor
 from l2p_export.weights import write_weights
 from l2p_runtime.errors import ArtifactError, InternalError
 
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 
     from l2p_calib.plans import PrecisionPlan
     from l2p_export.families import Model
+    from l2p_export.progress import Reporter
     from l2p_export.tensors import TensorSource
     from l2p_runtime.contract import NetworkSpec
     from l2p_runtime.tensorfile import TensorInfo
 
-_STORED = {"float32": "F32", "float16": "F16"}
-
-DIGEST_DIGITS = 16
-"""Hexadecimal digits of a content digest in a file name; the manifest holds all 64."""
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Where a traced graph says its weights are, until it is given some.
+_NOWHERE = "weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,60 @@ class GraphFiles:
     graph_sha256: str
     weights: Path
     weights_sha256: str
+
+
+def graph_stage(
+    run: StageRunner,
+    model: Model,
+    tensors: Mapping[str, TensorSource],
+    network: NetworkSpec,
+    plan: PrecisionPlan,
+    weights_sha256: str,
+    reporter: Reporter,
+    settings: object = None,
+) -> Stage:
+    """The graph of one network as a stage; its files are the `.onnx` and the `.safetensors`, in this order.
+
+    The trace is a stage of its own that knows no weights: another checkpoint of the same dimensions finds it.
+
+    Args:
+        run: keeps stages.
+        model: the architecture.
+        tensors: published name to tensor.
+        network: inputs and outputs of the network.
+        plan: dtype of each layer.
+        weights_sha256: digest of the network's weights.
+        reporter: shows the bytes written.
+        settings: what else of the architecture decides the graph and shows in no shape, as an epsilon.
+
+    Raises:
+        ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
+    """
+    label = f"{network.name}.{plan.name}"
+    structure = _structure(model, network, plan, settings)
+
+    def make_trace(work: Path) -> Made:
+        with reporter.stage(f"tracing `{network.name}` in {plan.name}"):
+            data = traced_bytes(trace_plan(model, network, plan))
+        digest = hashlib.sha256(data).hexdigest()
+        _write(work / "trace", data)
+        return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
+
+    def make(work: Path) -> Made:
+        path = run.path(run("trace", label, structure, make_trace).files[0])
+        total = weight_bytes(model, network.name, plan)
+        with reporter.stage(f"{plan.name} graph of `{network.name}`", total) as advance:
+            found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance)
+        return Made("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
+
+    return run("graph", label, {**structure, "weights": weights_sha256}, make)
+
+
+def graph_key(
+    model: Model, network: NetworkSpec, plan: PrecisionPlan, weights_sha256: str, settings: object = None
+) -> str:
+    """The key of `graph_stage` with these arguments: tells whether a graph is yet to be made."""
+    return stage_key("graph", {**_structure(model, network, plan, settings), "weights": weights_sha256})
 
 
 def export_graph(
@@ -52,23 +108,14 @@ def export_graph(
     Raises:
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
     """
-    graph = trace_plan(model, network, plan)
-    names = sorted(tensors.keys() & graph.graph.initializers.keys())
-    _require_all_weights(graph, tensors, network.name)
-    partial = folder / f"{network.name}.{plan.name}.partial"
-    sources = {name: tensors[name] for name in names}
-    weights_sha256, places = write_weights(partial, sources, {n: _STORED[plan.dtype(n)] for n in names}, advance)
-    stem = f"{network.name}.{plan.name}"
-    weights = folder / f"{stem}.{weights_sha256[:DIGEST_DIGITS]}.safetensors"
-    partial.replace(weights)
-    graph_sha256, path = _save(graph, places, weights, folder / stem)
-    _check(path)
-    return GraphFiles(path, graph_sha256, weights, weights_sha256)
+    return write_graph(traced_bytes(trace_plan(model, network, plan)), tensors, network.name, plan, folder, advance)
 
 
 def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Model:
     """Trace a network with the dtypes of a plan; blocks of equal structure are traced once."""
     import torch
+
+    from l2p_export.graphs.trace import trace_network
 
     def dtype_of(layer: str) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, plan.dtype(layer))
@@ -76,6 +123,68 @@ def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Mo
 
     repeats = _repeats(model.blocks(network.name), plan)
     return trace_network(lambda: model.module(network.name, dtype_of, repeats), network, plan.opset, repeats)
+
+
+def traced_bytes(graph: ir.Model) -> bytes:
+    """A traced graph as ONNX; its weights have names, dtypes and shapes, and lie nowhere."""
+    import onnx_ir as ir
+
+    for name, value in graph.graph.initializers.items():
+        if value.const_value is None and value.shape is not None and value.dtype is not None:
+            value.const_value = _external(name, _NOWHERE, 0, 0, value.dtype, value.shape)
+    return ir.serde.serialize_model(graph).SerializeToString(deterministic=True)
+
+
+def write_graph(
+    traced: bytes,
+    tensors: Mapping[str, TensorSource],
+    network: str,
+    plan: PrecisionPlan,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> GraphFiles:
+    """Stream a traced network's weights into `folder`, and write the graph that points into them.
+
+    Raises:
+        ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    from l2p_export.graphs.transpose import published_name
+
+    graph = ir.serde.deserialize_model(onnx.load_model_from_string(traced))
+    names = sorted(n for n, v in graph.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor))
+    missing = [name for name in names if published_name(name) not in tensors]
+    if missing:
+        raise InternalError(f"network `{network}` wants a weight `{missing[0]}` that the checkpoint has not")
+    sources = {
+        name: tensors[name] if name in tensors else TransposedTensor(tensors[published_name(name)]) for name in names
+    }
+    partial = folder / f"{network}.{plan.name}.partial"
+    dtypes = {name: _STORED[plan.dtype(name)] for name in names}
+    weights_sha256, places = write_weights(partial, sources, dtypes, advance)
+    weights = named_by_content(partial, f"{network}.{plan.name}.safetensors", weights_sha256)
+    graph_sha256, path = _save(graph, places, weights, folder / f"{network}.{plan.name}")
+    _check(path)
+    return GraphFiles(path, graph_sha256, weights, weights_sha256)
+
+
+def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:
+    """All that decides a graph but the values of its weights."""
+    return {
+        "network": network,
+        "shapes": {name: list(shape) for name, shape in model.network_shapes(network.name).items()},
+        "blocks": list(model.blocks(network.name)),
+        "plan": plan,
+        "settings": settings,
+        "tools": toolchain(),
+    }
+
+
+def weight_bytes(model: Model, network: str, plan: PrecisionPlan) -> int:
+    """Bytes of a network's weights under a plan."""
+    return plan.weight_bytes(model.network_shapes(network))
 
 
 def _repeats(blocks: Sequence[str], plan: PrecisionPlan) -> dict[str, list[str]]:
@@ -92,34 +201,37 @@ def _repeats(blocks: Sequence[str], plan: PrecisionPlan) -> dict[str, list[str]]
     return runs
 
 
-def _require_all_weights(graph: ir.Model, tensors: Mapping[str, TensorSource], network: str) -> None:
-    for name, value in graph.graph.initializers.items():
-        if value.const_value is None and name not in tensors:
-            raise InternalError(f"network `{network}` wants a weight `{name}` that the checkpoint has not")
-
-
 def _save(graph: ir.Model, places: Mapping[str, TensorInfo], weights: Path, stem: Path) -> tuple[str, Path]:
     import onnx_ir as ir
 
-    dtypes = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16}
     for name, info in places.items():
-        graph.graph.initializers[name].const_value = ir.ExternalTensor(
-            location=weights.name,
-            offset=info.offset,
-            length=info.size_bytes,
-            dtype=dtypes[info.dtype],
-            shape=ir.Shape(info.shape),
-            name=name,
-            base_dir=str(weights.parent),
-        )
+        value = graph.graph.initializers[name]
+        if value.dtype is None:
+            raise InternalError(f"weight `{name}` of the traced graph has no dtype")
+        shape = ir.Shape(info.shape)
+        value.const_value = _external(name, weights.name, info.offset, info.size_bytes, value.dtype, shape)
     data = ir.serde.serialize_model(graph).SerializeToString(deterministic=True)
     digest = hashlib.sha256(data).hexdigest()
     path = stem.with_name(f"{stem.name}.{digest[:DIGEST_DIGITS]}.onnx")
+    _write(path, data)
+    return digest, path
+
+
+def _external(
+    name: str, location: str, offset: int, length: int, dtype: ir.DataType, shape: ir.Shape
+) -> ir.ExternalTensor:
+    import onnx_ir as ir
+
+    return ir.ExternalTensor(
+        location=location, offset=offset, length=length, dtype=dtype, shape=shape, name=name, base_dir=""
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return digest, path
 
 
 def _check(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from l2p_export.graphs.transpose import store_transposed
 from l2p_export.graphs.unroll import unroll
 from l2p_runtime.contract import NetworkSpec, TensorSpec, split_dim
 
@@ -45,6 +46,7 @@ def trace_network(
         weights = set(model.graph.initializers)
         # Folding a weight would copy it into the graph under another name; what has no weight in it may fold.
         optimizer.optimize_ir(model, should_fold=lambda node: None if weights.isdisjoint(_names(node)) else False)
+    store_transposed(model)
     _strip(model, spec)
     return model
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from l2p_calib.ledger import compare, require_passed
+from l2p_calib.ledger import THRESHOLDS, compare, require_passed
+from l2p_engines.stages import Made, Stage, StageRunner, named_by_content
+from l2p_export.digests import toolchain, weight_digests
+from l2p_export.graphs.export import graph_stage
 from l2p_export.tensors import read_tensor
 from l2p_export.verification import run_engine
-from l2p_runtime.bundle import file_digest, file_record
+from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import TEXT_ENCODER, FileRecord, GraphRecord, LedgerEntry, TextRecord
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.errors import ArtifactError, UnsupportedError
 from l2p_runtime.memory import available_host_bytes
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 from l2p_runtime.text import CHAT_TEMPLATE, MAX_TOKENS
@@ -22,7 +29,6 @@ if TYPE_CHECKING:
 
     from l2p_calib.plans import PrecisionPlan
     from l2p_export.families import Model
-    from l2p_export.output import OutputFolder
     from l2p_export.progress import Reporter
     from l2p_export.text_encoder.folder import TextEncoder
     from l2p_runtime.backends import Backend
@@ -34,37 +40,46 @@ CASE = "text"
 """Name of the one case that the ledger holds: two token rows of which one is padded."""
 
 _CASE_LENGTHS = (24, 7)
-_DIGEST_DIGITS = 16
-# The torch network and ONNX Runtime's copy of it with packed weights: about three times the weights.
-_NETWORK_COPIES = 3
 
 
-def weight_bytes(encoder: TextEncoder, plan: PrecisionPlan) -> int:
-    """Bytes of the encoder's weights under a plan."""
-    item_bytes = {"float32": 4, "float16": 2}
-    return sum(math.prod(shape) * item_bytes[plan.dtype(name)] for name, shape in encoder.shapes.items())
+@dataclass(frozen=True, slots=True)
+class TextParts:
+    """What a text encoder adds to a manifest."""
+
+    record: TextRecord
+    files: tuple[FileRecord, ...]
+    ledger: tuple[LedgerEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    ledger: tuple[LedgerEntry, ...]
 
 
 def add_text_encoder(
-    encoder: TextEncoder,
-    plans: Sequence[PrecisionPlan],
-    output: OutputFolder,
-    backend: Backend,
-    reporter: Reporter,
-) -> tuple[TextRecord, list[FileRecord], list[LedgerEntry]]:
-    """Write graphs, tokenizer and template into the bundle's folders and compare the graphs with torch float32.
-
-    Returns:
-        What the manifest's `text` is, the files to add to its `files`, and the entries to add to its `ledger`.
+    run: StageRunner, encoder: TextEncoder, plans: Sequence[PrecisionPlan], backend: Backend, reporter: Reporter
+) -> TextParts:
+    """Make graphs, tokenizer and template, and compare the graphs with torch float32.
 
     Raises:
         ArtifactError: a weight is NaN, Inf or out of range.
         ParityError: a graph is further from torch than its threshold.
     """
-    graphs, files = _write_graphs(encoder, plans, output, reporter)
-    tokenizer = _write_text(output, "tokenizer", ".json", encoder.tokenizer.read_bytes())
-    template = _write_text(output, "chat_template", ".txt", CHAT_TEMPLATE.encode())
-    reference, ledger = _prove(encoder, graphs, output, backend, reporter)
+    names = {TEXT_ENCODER: tuple(encoder.shapes)}
+    digests = weight_digests(run, "the text encoder", encoder.tensors, names, encoder.files, {}, reporter)
+    # The exporter asks for modules, blocks and shapes and for nothing else that a family's model has.
+    model = cast("Model", encoder)
+    files: list[FileRecord] = []
+    graphs = []
+    for plan in plans:
+        weights = digests.of(TEXT_ENCODER)
+        stage = graph_stage(
+            run, model, encoder.tensors, encoder.network, plan, weights, reporter, settings=encoder.config
+        )
+        files += stage.files
+        graphs.append(GraphRecord(TEXT_ENCODER, plan.name, plan.opset, stage.files[0].path, stage.files[1].path))
+    tokenizer, template = _text_stage(run, encoder).files
+    case, ledger = _prove(run, encoder, graphs, {record.path: record for record in files}, backend, reporter)
     record = TextRecord(
         network=encoder.network,
         graphs=tuple(graphs),
@@ -72,9 +87,9 @@ def add_text_encoder(
         chat_template=template.path,
         max_tokens=MAX_TOKENS,
         vocabulary=encoder.config.sizes.vocabulary,
-        reference=reference.path if reference else None,
+        reference=case[0].path if case else None,
     )
-    return record, [*files, tokenizer, template, *([reference] if reference else [])], ledger
+    return TextParts(record, (*files, tokenizer, template, *case), ledger)
 
 
 def verify_text(bundle: Bundle, backend: Backend, plan: str, advance: Any = lambda done: None) -> list[LedgerEntry]:
@@ -88,7 +103,7 @@ def verify_text(bundle: Bundle, backend: Backend, plan: str, advance: Any = lamb
         return []
     if text.reference is None:
         reason = "no stored reference; the encoder did not fit the memory of the machine that built the bundle"
-        return [LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "not run", reason)]
+        return [_not_run(plan, reason)]
     case = _read_case(bundle, text)
     record = text.graph(plan)
     engine = backend.load(bundle.path(record.graph), bundle.path(record.weights), text.network)
@@ -111,65 +126,74 @@ def torch_text_encoder(encoder: TextEncoder) -> nn.Module:
     return module
 
 
-def _write_graphs(
-    encoder: TextEncoder, plans: Sequence[PrecisionPlan], output: OutputFolder, reporter: Reporter
-) -> tuple[list[GraphRecord], list[FileRecord]]:
-    from l2p_export.graphs.export import export_graph
+def _text_stage(run: StageRunner, encoder: TextEncoder) -> Stage:
+    """Tokenizer and chat template."""
+    data = encoder.tokenizer.read_bytes()
+    texts = {"tokenizer.json": data, "chat_template.txt": CHAT_TEMPLATE.encode()}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
 
-    graphs, files = [], []
-    # The exporter asks for modules and blocks and for nothing else that a family's model has.
-    model = cast("Model", encoder)
-    for plan in plans:
-        with reporter.stage(f"{plan.name} graph of `{TEXT_ENCODER}`", weight_bytes(encoder, plan)) as advance:
-            found = export_graph(model, encoder.tensors, encoder.network, plan, output.folder("graphs"), advance)
-        graph = file_record(output.root, found.graph, found.graph_sha256)
-        weights = file_record(output.root, found.weights, found.weights_sha256)
-        files += [graph, weights]
-        graphs.append(GraphRecord(TEXT_ENCODER, plan.name, plan.opset, graph.path, weights.path))
-    return graphs, files
+    def make(work: Path) -> Made:
+        files = []
+        for name, content in texts.items():
+            (work / name).write_bytes(content)
+            files.append((named_by_content(work / name, name, digests[name]), digests[name]))
+        return Made("text", tuple(files))
 
-
-def _write_text(output: OutputFolder, name: str, suffix: str, data: bytes) -> FileRecord:
-    partial = output.folder("text") / f"{name}.partial"
-    partial.write_bytes(data)
-    return _named_by_content(output, partial, name, suffix)
-
-
-def _named_by_content(output: OutputFolder, partial: Path, name: str, suffix: str) -> FileRecord:
-    digest = file_digest(partial)
-    path = partial.with_name(f"{name}.{digest[:_DIGEST_DIGITS]}{suffix}")
-    partial.replace(path)
-    return file_record(output.root, path, digest)
+    return run("text", "tokenizer", digests, make)
 
 
 def _prove(
+    run: StageRunner,
     encoder: TextEncoder,
     graphs: Sequence[GraphRecord],
-    output: OutputFolder,
+    files: Mapping[str, FileRecord],
     backend: Backend,
     reporter: Reporter,
-) -> tuple[FileRecord | None, list[LedgerEntry]]:
-    needed = _NETWORK_COPIES * 4 * sum(math.prod(shape) for shape in encoder.shapes.values())
-    available = available_host_bytes()
-    if needed > available:
-        reason = f"the text encoder in float32 takes about {needed:,} bytes here, {available:,} are free"
-        return None, [LedgerEntry(_stage(record.plan), TEXT_ENCODER, CASE, "not run", reason) for record in graphs]
-    with reporter.stage("text reference in torch float32", 1, "calls") as advance:
-        case = _reference(encoder)
-        advance(1)
-    ledger = []
-    for record in graphs:
-        with reporter.stage(f"text ledger {record.plan}", 1, "calls") as advance:
-            engine = backend.load(output.root / record.graph, output.root / record.weights, encoder.network)
-            try:
-                ledger.append(_compare(case, run_engine(engine, _inputs(case)), record.plan))
-            finally:
-                engine.close()
+) -> tuple[tuple[FileRecord, ...], tuple[LedgerEntry, ...]]:
+    """The stored case, if this machine can make one, and the ledger."""
+    needed = 2 * 4 * sum(math.prod(shape) for shape in encoder.shapes.values())
+    fits = needed <= available_host_bytes()
+    inputs = {
+        "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
+        "fits": fits,
+        "thresholds": {record.plan: THRESHOLDS.get(record.plan) for record in graphs},
+        "backend": backend.identity,
+        "tools": toolchain(),
+    }
+
+    def make(work: Path) -> Made:
+        if not fits:
+            reason = f"the text encoder in float32 takes about {needed:,} bytes here, more than are free"
+            return Made(facts=_Facts(tuple(_not_run(record.plan, reason) for record in graphs)))
+        with reporter.stage("text reference in torch float32", 1, "calls") as advance:
+            case = _reference(encoder)
             advance(1)
-    require_passed(ledger)
-    partial = output.folder("reference") / f"{CASE}.partial"
-    write_tensorfile(partial, case)
-    return _named_by_content(output, partial, CASE, ".safetensors"), ledger
+        ledger = []
+        for record in graphs:
+            with reporter.stage(f"text ledger {record.plan}", 1, "calls") as advance:
+                paths = run.path(files[record.graph]), run.path(files[record.weights])
+                try:
+                    engine = backend.load(*paths, encoder.network)
+                except UnsupportedError as error:
+                    ledger.append(_not_run(record.plan, str(error)))
+                    continue
+                try:
+                    ledger.append(_compare(case, run_engine(engine, _inputs(case)), record.plan))
+                finally:
+                    engine.close()
+                advance(1)
+        require_passed(ledger)
+        write_tensorfile(work / CASE, case)
+        digest = file_digest(work / CASE)
+        path = named_by_content(work / CASE, f"{CASE}.safetensors", digest)
+        return Made("reference", ((path, digest),), _Facts(tuple(ledger)))
+
+    stage = run("proof", TEXT_ENCODER, inputs, make)
+    return stage.files, from_json(_Facts, stage.facts).ledger
+
+
+def _not_run(plan: str, reason: str) -> LedgerEntry:
+    return LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "not run", reason)
 
 
 def _reference(encoder: TextEncoder) -> dict[str, NDArray[Any]]:
@@ -199,8 +223,6 @@ def _compare(case: Tensors, made: Tensors, plan: str) -> LedgerEntry:
 
 
 def _read_case(bundle: Bundle, text: TextRecord) -> dict[str, NDArray[Any]]:
-    from l2p_runtime.errors import ArtifactError
-
     file = open_tensorfile(bundle.path(text.reference or ""))
     shape = (len(_CASE_LENGTHS), max(_CASE_LENGTHS))
     sizes = {"B": shape[0], "L": shape[1]}

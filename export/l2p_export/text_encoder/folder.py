@@ -54,6 +54,16 @@ class TextEncoder:
         """Published name and shape of every tensor that the network reads."""
         return network_shapes(self.config)
 
+    def network_shapes(self, network: str) -> dict[str, tuple[int, ...]]:
+        """Published name and shape of every tensor that the network reads."""
+        del network
+        return self.shapes
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the tensors are read from."""
+        return tuple(sorted({tensor.file.path for tensor in self.tensors.values()}))
+
     def module(
         self, network: str, dtype_of: Callable[[str], torch.dtype], blocks: Iterable[str] | None = None
     ) -> nn.Module:

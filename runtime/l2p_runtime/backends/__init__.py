@@ -74,7 +74,7 @@ class Engine(Protocol):
         """Run on contiguous inputs and write into contiguous outputs of the right shape."""
 
     def memory_bytes(self) -> int:
-        """Bytes the loaded weights take."""
+        """Bytes of memory that `close` gives back."""
 
     def close(self) -> None:
         """Give the memory back; the engine cannot run again."""
@@ -85,10 +85,12 @@ class Backend:
     """A device and how it loads a network.
 
     Attributes:
+        identity: name and library version: what another ledger would come from.
         load: (graph file, weights file, the network's inputs and outputs) to a ready engine.
     """
 
     name: str
+    identity: str
     device: Device
     load: Callable[[Path, Path, NetworkSpec], Engine]
 

@@ -22,7 +22,7 @@ TEXT_ENCODER = "text_encoder"
 """The network that makes embeddings of prompts; a bundle may have none."""
 
 # One folder of the bundle and one plain name: nothing that climbs, hides or names a drive.
-_BUNDLE_PATH = re.compile(r"(?:graphs|reference|text)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_BUNDLE_PATH = re.compile(r"(?:graphs|reference|text|traces)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,12 +32,14 @@ class FileRecord:
 
     Attributes:
         stamp: SHA-256 over the first and the last 64 KiB.
+        in_store: whether it lies in the store that the bundle shares with others, under the same path there.
     """
 
     path: str
     size_bytes: int
     sha256: str
     stamp: str
+    in_store: bool = False
 
     def __post_init__(self) -> None:
         if not _BUNDLE_PATH.fullmatch(self.path) or ".." in self.path:

@@ -30,4 +30,4 @@ def test_the_head_bounds_large_images() -> None:
     need = call_memory(model_spec(published_dimensions("4k")), 1, 64, 64, 128)
     # Float32: a 4096 px map of 16 channels is 1 GiB; joined, convolved and activated there are six of them.
     assert 4 << 30 < 64 * need.head_row_bytes < 9 << 30
-    assert need.buffers_bytes == 4 * (3 * 3 * 4096 * 4096 + 2 * (4096 + 128) * 3840)
+    assert need.buffers_bytes == 4 * (3 * 3 * 4096 * 4096 + 4 * (4096 + 128) * 3840)

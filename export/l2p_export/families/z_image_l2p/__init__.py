@@ -12,6 +12,7 @@ from l2p_export.families.z_image_l2p.dimensions import (
     dimensions_from_shapes,
     expected_shapes,
     network_blocks,
+    network_shapes,
     shape_faults,
     shared_trunk,
 )
@@ -74,6 +75,10 @@ class ZImageModel:
     def blocks(self, network: str) -> tuple[str, ...]:
         """Names of its transformer blocks, as `layers.5`."""
         return network_blocks(network, self.dimensions)
+
+    def network_shapes(self, network: str) -> Shapes:
+        """Published name and shape of the tensors of one network."""
+        return network_shapes(network, self.dimensions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,15 @@ STAGES: Mapping[int, tuple[str, ...]] = {
 
 SINUSOID_WIDTH = 256
 
+# Tensors of each network outside its transformer blocks, by how their names begin.
+_OUTSIDE_BLOCKS: Mapping[str, tuple[str, ...]] = {
+    "caption": ("cap_embedder.", "cap_pad_token"),
+    "stem": ("all_x_embedder.", "x_pad_token", "t_embedder."),
+    "trunk": (),
+    "tail": (),
+    "head": ("local_decoder.",),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -178,6 +187,12 @@ def network_blocks(name: str, d: Dimensions) -> tuple[str, ...]:
         "head": [],
     }
     return tuple(blocks[name])
+
+
+def network_shapes(name: str, d: Dimensions) -> dict[str, tuple[int, ...]]:
+    """Published name to shape of the tensors of one network; the five together are `expected_shapes`."""
+    begins = (*(f"{block}." for block in network_blocks(name, d)), *_OUTSIDE_BLOCKS[name])
+    return {tensor: shape for tensor, shape in expected_shapes(d).items() if tensor.startswith(begins)}
 
 
 def shared_trunk(cut: range, equal_layers: tuple[int, ...]) -> tuple[int, int]:

@@ -1,0 +1,293 @@
+"""Finished pieces of work, found again by what went into them.
+
+A home is a folder, a bundle's own or a store that bundles share:
+
+    graphs/, traces/, reference/, text/    files that carry their digest in their names
+    stages/KEY.json                        the record of one finished stage; KEY is the digest of all that went in
+    .work/KEY/, .work/KEY.lock             a stage that is being made, and the lock of whoever makes it
+
+A record is written last and by one rename, so a kill at any moment leaves a stage finished or not begun.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l2p_runtime.bundle import FULL_HASH_BYTES, check_file, file_record
+from l2p_runtime.contract import FileRecord
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.errors import ArtifactError, HostError, L2PError
+
+STAGES, WORK = "stages", ".work"
+FOLDERS = ("graphs", "traces", "reference", "text")
+"""Where the files of stages lie."""
+
+DIGEST_DIGITS = 16
+"""Hexadecimal digits of a content digest in a file name; records hold all 64."""
+
+_SCHEMA = 1
+_RECORD_BYTES_MAX = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage.
+
+    Attributes:
+        key: digest of the kind and of all that went in.
+        kind: `graph`, `trace`, `digests`, `proof`.
+        label: what people call it, as `trunk.fp16`.
+        files: what it made.
+        facts: what else it found out, as JSON.
+    """
+
+    schema: int
+    key: str
+    kind: str
+    label: str
+    files: tuple[FileRecord, ...] = ()
+    facts: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a stage has just made: files in its work folder, to be moved to `folder`, with their digests; and facts."""
+
+    folder: str = ""
+    files: tuple[tuple[Path, str], ...] = ()
+    facts: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where stages are kept; `is_shared` when other bundles use it too."""
+
+    root: Path
+    is_shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageRunner:
+    """`run_stage` in the home of one build.
+
+    Attributes:
+        waiting: told that another process is making a stage that is wanted here.
+        keys: of every stage that was run, found or made; grows.
+    """
+
+    home: Home
+    waiting: Callable[[str], None] = lambda text: None
+    keys: list[str] = field(default_factory=list)
+
+    def __call__(self, kind: str, label: str, inputs: Mapping[str, object], make: Callable[[Path], Made]) -> Stage:
+        """The finished stage for these inputs: found, or made now."""
+        stage = run_stage(self.home, kind, label, inputs, make, self.waiting)
+        self.keys.append(stage.key)
+        return stage
+
+    def path(self, record: FileRecord) -> Path:
+        """Where a file of a stage lies."""
+        return self.home.root / record.path
+
+
+def stage_key(kind: str, inputs: Mapping[str, object]) -> str:
+    """Digest of a stage's kind and inputs; equal inputs give equal keys on every machine."""
+    text = json.dumps([_SCHEMA, kind, to_json(inputs)], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def run_stage(
+    home: Home,
+    kind: str,
+    label: str,
+    inputs: Mapping[str, object],
+    make: Callable[[Path], Made],
+    waiting: Callable[[str], None] = lambda text: None,
+) -> Stage:
+    """The finished stage for these inputs: found, or made now.
+
+    Two builds that want one stage at once make it once: the second waits.
+
+    Args:
+        home: where to look and to keep it.
+        kind: what sort of work it is.
+        label: what people call it.
+        inputs: all that decides the result, as JSON or specs.
+        make: does the work in the folder it is given, and says what it made.
+        waiting: told, once, that another process is making this stage.
+
+    Raises:
+        ArtifactError: a shared home holds the stage, but its files were changed.
+    """
+    key = stage_key(kind, inputs)
+    if (found := find_stage(home, key)) is not None:
+        return found
+    work = home.root / WORK / key
+    work.parent.mkdir(exist_ok=True)
+    with locked(work.with_suffix(".lock"), lambda: waiting(f"another build is making `{label}`; waiting for it")):
+        if (found := find_stage(home, key)) is not None:
+            return found
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            return _publish(home, Stage(_SCHEMA, key, kind, label), make(work), work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def find_stage(home: Home, key: str) -> Stage | None:
+    """A finished stage whose files are all there and unchanged; None when it is yet to be made.
+
+    Raises:
+        ArtifactError: in a shared home, a file was changed. In a bundle of its own it is simply made again.
+    """
+    stage = read_stage(home.root / STAGES / f"{key}.json")
+    if stage is None or stage.key != key:
+        return None
+    if not all((home.root / record.path).is_file() for record in stage.files):
+        return None
+    try:
+        for record in stage.files:
+            check_file(home.root, record, full=record.size_bytes <= FULL_HASH_BYTES)
+    except ArtifactError as error:
+        if not home.is_shared:
+            return None
+        raise ArtifactError(
+            f"the store `{home.root}` is damaged: {error}",
+            hint=f"`l2p-export store check {home.root} --remove` removes what is damaged; then build again",
+        ) from error
+    return stage
+
+
+def read_stage(path: Path) -> Stage | None:
+    """A record as it stands; None when there is none, or none that can be read."""
+    try:
+        if path.stat().st_size > _RECORD_BYTES_MAX:
+            return None
+        return from_json(Stage, json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError, L2PError):
+        return None
+
+
+def stages(root: Path) -> list[Stage]:
+    """Every readable record of a home."""
+    found = (read_stage(path) for path in sorted((root / STAGES).glob("*.json")))
+    return [stage for stage in found if stage is not None]
+
+
+def named_by_content(path: Path, name: str, sha256: str) -> Path:
+    """Rename a finished file to `name` with its digest put before the suffix."""
+    stem, _, suffix = name.rpartition(".")
+    target = path.with_name(f"{stem}.{sha256[:DIGEST_DIGITS]}.{suffix}")
+    return path.replace(target)
+
+
+def sweep_work(root: Path) -> list[Path]:
+    """Remove what killed builds left in `.work`; what a running one holds stays. Returns what was removed."""
+    work, removed = root / WORK, []
+    keys = {path.name.removesuffix(".lock") for path in work.iterdir()} if work.is_dir() else set()
+    for key in sorted(keys):
+        try:
+            with locked(work / f"{key}.lock"):
+                if (work / key).exists():
+                    removed.append(work / key)
+                    shutil.rmtree(work / key, ignore_errors=True)
+        except HostError:
+            continue
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+    return removed
+
+
+@contextmanager
+def locked(
+    path: Path,
+    waiting: Callable[[], None] | None = None,
+    *,
+    is_shared: bool = False,
+    busy: str = "another process holds a lock",
+) -> Iterator[None]:
+    """Hold a lock file; the kernel drops it with the process, however that ends, and the file goes with the lock.
+
+    Args:
+        path: the lock file.
+        waiting: told that somebody else holds it, before waiting for it; without it, that is an error.
+        is_shared: others may hold it too.
+        busy: what the error says.
+
+    Raises:
+        HostError: somebody else holds it.
+    """
+    handle = _acquire(path, waiting, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX, busy)
+    try:
+        yield
+    finally:
+        if not is_shared:
+            path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(path: Path, waiting: Callable[[], None] | None, mode: int, busy: str) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, mode | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or waiting is None:
+                    raise HostError(busy, hint="wait for it, then try again") from error
+                waiting()
+                fcntl.flock(handle, mode)
+            # Whoever held it has unlinked the file that was opened here; then the lock locks nothing.
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _publish(home: Home, stage: Stage, made: Made, work: Path) -> Stage:
+    records = []
+    for file, sha256 in made.files:
+        target = home.root / made.folder / file.name
+        target.parent.mkdir(exist_ok=True)
+        file.replace(target)
+        records.append(file_record(home.root, target, sha256, in_store=home.is_shared))
+    if made.files:
+        sync_folder(home.root / made.folder)
+    finished = Stage(stage.schema, stage.key, stage.kind, stage.label, tuple(records), to_json(made.facts))
+    write_json(home.root / STAGES / f"{stage.key}.json", finished, work)
+    return finished
+
+
+def write_json(path: Path, data: Any, work: Path) -> None:
+    """Write a spec as JSON: in the folder `work` first, then into place by one rename."""
+    partial = work / path.name
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(to_json(data), file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    path.parent.mkdir(exist_ok=True)
+    partial.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

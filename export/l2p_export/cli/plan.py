@@ -1,0 +1,92 @@
+"""`l2p-export plan`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from l2p_engines.forecast import PRECISIONS
+from l2p_export.cli.console import json_option, print_json
+from l2p_runtime import UsageError
+
+
+@click.command("plan")
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    help="Built-in name or .toml path; repeatable. The variant's own by default.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(PRECISIONS),
+    default=PRECISIONS,
+    help="Repeatable; all by default.",
+)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    help="WIDTHxHEIGHT in pixels; repeatable. The profile's preferred and largest by default.",
+)
+@click.option("--device", help="Card by name, as 'RTX 4090'.")
+@click.option("--vram", help="Memory of a card, as 12GiB, instead of its name.")
+@click.option("--memory", help="Host memory to count with, as 24GiB; what is free here by default.")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
+)
+@click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
+@json_option
+def command(
+    checkpoint: Path | None,
+    profiles: tuple[str, ...],
+    precisions: tuple[str, ...],
+    sizes: tuple[str, ...],
+    device: str | None,
+    vram: str | None,
+    memory: str | None,
+    source: Path | None,
+    text_encoder: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Forecast what CHECKPOINT will take to build and to draw with, from its header.
+
+    Without CHECKPOINT, the published model of the profile's variant is planned; nothing needs to be downloaded. Tells
+    tokens, operations, weights, activations, what a build takes of memory and disk, and what fits a card.
+    """
+    from l2p_engines.cards import find_card
+    from l2p_export.cli.plan_text import forecast_lines
+    from l2p_export.planning import forecast, read_subject
+    from l2p_runtime.contract.codec import to_json
+    from l2p_runtime.memory import available_host_bytes, parse_bytes
+
+    if device is not None and vram is not None:
+        raise UsageError("both --device and --vram were given", hint="give the card's name, or its memory alone")
+    card = find_card(device) if device is not None else None
+    vram_bytes = parse_bytes(vram) if vram is not None else card.vram_bytes if card is not None else None
+    memory_bytes = parse_bytes(memory) if memory is not None else available_host_bytes()
+    sizes_px = tuple(_size(text) for text in sizes)
+    subject = read_subject(checkpoint, profiles, source, text_encoder)
+    found = forecast(subject, precisions, sizes_px, card=card, vram_bytes=vram_bytes, memory_bytes=memory_bytes)
+    if as_json:
+        facts = to_json(found)
+        # Names and shapes of 545 tensors are the checkpoint's, and `inspect` tells them.
+        del facts["subject"]["weights"]
+        print_json(facts)
+        return
+    for line in forecast_lines(found):
+        click.echo(line)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width in pixels."""
+    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
+    if match is None:
+        raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
+    return int(match[2]), int(match[1])

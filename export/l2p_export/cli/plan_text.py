@@ -1,0 +1,279 @@
+"""The forecast as people read it: a few aligned tables, each under a line that says what it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
+
+from l2p_engines.fitting import STEP_NETWORKS, Fit, Setting
+from l2p_engines.forecast import CallSize, HostNeeds
+from l2p_export.cli.console import format_bytes
+from l2p_export.planning import BuildForecast, DeviceForecast, Forecast, Placement
+
+_ONE = "one network at a time"
+_ALL = "all networks"
+
+
+def forecast_lines(found: Forecast) -> Iterator[str]:
+    """The whole report, line by line."""
+    yield from _model(found)
+    yield from _operations(found)
+    yield from _weights(found)
+    yield from _activations(found)
+    yield from _build(found.build)
+    if found.card is not None:
+        yield from _device(found.card, _card_title(found.card))
+        yield from _bounds(found.card)
+    else:
+        where = f"On the processor, with {_size(found.cpu.memory_bytes)} of memory; activations are float32 there"
+        yield from _device(found.cpu, where)
+        yield "  A card was not named; --device 'RTX 4090' or --vram 12GiB tells what fits one."
+    yield ""
+    yield "Only a GPU can tell seconds, the workspace of the kernels an engine picks, and its accuracy: not forecast."
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    """Rows in columns of equal width, the first row as heads.
+
+    Args:
+        rows: cells; all rows are of one length.
+        left: how many columns are set flush left; the others are set flush right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield f"  {'   '.join(cells)}".rstrip()
+
+
+def _model(found: Forecast) -> Iterator[str]:
+    subject = found.subject
+    spec, sampling = subject.spec, subject.sampling
+    parameters = sum(weights.parameters for network, weights in found.weights.items() if network != "text_encoder")
+    yield f"{spec.family} {spec.variant}: {parameters:,} parameters, patches of {spec.patch_px} px"
+    if subject.checkpoint:
+        known = f", which has the shapes of {subject.known_as}" if subject.known_as else ""
+        yield f"  checkpoint  {subject.checkpoint}{known}"
+    else:
+        yield f"  checkpoint  none given: these are the known shapes of {subject.known_as}, nothing was read"
+    for profile in subject.profiles:
+        height, width, caption = profile.height_px, profile.width_px, profile.caption_tokens
+        sizes = f"{width.min}x{height.min} to {width.max}x{height.max}"
+        yield f"  profile     {profile.name}: {sizes} px, captions of {caption.min} to {caption.max} tokens"
+    forwards = {1: "one forward a step", 2: "two forwards a step"}[found.forwards_per_step]
+    yield f"  sampling    {sampling.steps} steps, guidance {sampling.guidance:g}: {forwards}"
+
+
+def _operations(found: Forecast) -> Iterator[str]:
+    yield from _head("Tokens, and TFLOP of one forward (a multiply-add is 2 FLOP)")
+    rows: list[tuple[str, ...]] = [
+        ("image", "caption", "image tokens", "sequence", "linear", "attention", "U-Net", "total")
+    ]
+    for item in found.calls:
+        total = item.total
+        flops = (_tera(count) for count in (total.linear, total.attention, total.unet, total.total))
+        tokens = (f"{item.tokens.caption:,}", f"{item.tokens.image:,}", f"{item.tokens.sequence:,}")
+        rows.append((_image(item.call), *tokens, *flops))
+    yield from table(rows, left=1)
+    outside = [_image(item.call) for item in found.calls if not item.in_profile]
+    if outside:
+        yield f"  {', '.join(outside)}: outside the profiles; graphs take it, an engine does not."
+
+
+def _weights(found: Forecast) -> Iterator[str]:
+    yield from _head("Weights")
+    rows: list[tuple[str, ...]] = [("network", "tensors", "parameters", *found.precisions)]
+    for network, weights in found.weights.items():
+        sizes = (_size(weights.bytes[precision]) for precision in found.precisions)
+        rows.append((network, f"{weights.tensors:,}", f"{weights.parameters:,}", *sizes))
+    total = [sum(weights.bytes[precision] for weights in found.weights.values()) for precision in found.precisions]
+    tensors = sum(weights.tensors for weights in found.weights.values())
+    parameters = sum(weights.parameters for weights in found.weights.values())
+    rows.append(("total", f"{tensors:,}", f"{parameters:,}", *map(_size, total)))
+    yield from table(rows, left=1)
+
+
+def _activations(found: Forecast) -> Iterator[str]:
+    yield from _head("Memory of one call beside the weights, in an engine, with the longest caption")
+    rows: list[tuple[str, ...]] = [("image", "precision", "buffers", "transformer", "head, whole", "head, a token row")]
+    longest = _longest_captions(item.call for item in found.calls)
+    for item in (item for item in found.calls if item.call in longest):
+        for precision, memory in item.memory.items():
+            whole = item.tokens.rows * memory.head_row_bytes
+            sizes = (memory.buffers_bytes, memory.tokens_bytes, whole, memory.head_row_bytes)
+            rows.append((_image(item.call), precision, *map(_size, sizes)))
+    yield from table(_grouped(rows, 1), left=2)
+    halo = found.subject.spec.head.halo_rows
+    cut = f"stripes of the head read {halo} more token rows on each side" if halo is not None else "the head runs whole"
+    # Attention in float32 is decomposed in engines and on the processor alike.
+    yield f"  fp32 holds attention scores whole; {cut}."
+
+
+def _build(build: BuildForecast) -> Iterator[str]:
+    yield from _head("A build: host memory and disk")
+    rows: list[tuple[str, ...]] = [("precision", "memory, graphs", "memory, engines", "disk, graphs", "disk, engines")]
+    named = [*build.each.items(), *([("all of them", build.together)] if len(build.each) > 1 else [])]
+    for name, needs in named:
+        sizes = (needs.export, needs.engine, needs.graphs, needs.engines)
+        rows.append((name, *map(_size, sizes)))
+    yield from table(rows, left=1)
+    yield f"  Free here: {_size(build.memory_bytes)} of memory, {_size(build.disk_bytes)} of disk."
+    for what, engines in (("graphs", False), ("graphs and engines", True)):
+        yield f"  {_build_verdict(build, what, engines=engines)}"
+
+
+def _build_verdict(build: BuildForecast, what: str, *, engines: bool) -> str:
+    """Whether a build fits, and which precisions would, found by trying each alone."""
+
+    def lacks(needs: HostNeeds) -> str:
+        memory = needs.memory if engines else needs.export
+        disk = needs.disk if engines else needs.disk - needs.engines
+        short = [
+            f"{_size(need)} of {kind}"
+            for kind, need, free in (("memory", memory, build.memory_bytes), ("disk", disk, build.disk_bytes))
+            if need > free
+        ]
+        return " and ".join(short)
+
+    of = "" if len(build.each) == 1 else " of all precisions"
+    short = lacks(build.together)
+    if not short:
+        return f"{what.capitalize()}{of} fit."
+    alone = [precision for precision, needs in build.each.items() if not lacks(needs)]
+    if len(build.each) == 1:
+        return f"{what.capitalize()} do not fit: they need {short}."
+    instead = f"alone {_words(alone)} would" if alone else "nor does any precision alone"
+    return f"{what.capitalize()}{of} do not fit: they need {short}; {instead}."
+
+
+def _device(device: DeviceForecast, title: str) -> Iterator[str]:
+    longest = _longest_captions(placement.call for placement in device.placements)
+    placements = [placement for placement in device.placements if placement.call in longest]
+    if not placements:
+        return
+    yield from _head(title)
+    rows: list[tuple[str, ...]] = [("image", "precision", _ALL, _ONE)]
+    for placement in placements:
+        cells = ("does not run there", "")
+        if placement.runs:
+            cells = (_fit(placement.all_networks), _fit(placement.one_network))
+        rows.append((_image(placement.call), placement.precision, *cells))
+    yield from table(_grouped(rows, 1), left=4)
+    failing = [placement for placement in placements if placement.runs and not placement.all_networks.fits]
+    if not failing:
+        return
+    yield "  Where all networks do not fit, these would:"
+    rows = [(_image(placement.call), placement.precision, _instead(placement)) for placement in failing]
+    yield from (f"  {line}" for line in table(_grouped(rows, 1), left=3))
+    if any(setting.residence == "one" for placement in failing for setting in placement.instead):
+        # Rounded down, so that the budget is no more than there is.
+        budget = math.floor(device.budget_bytes / (1 << 30) * 10) / 10
+        yield f"  Networks take turns by themselves where all do not fit; generate --memory-budget {budget:g}GiB sets the limit."
+
+
+def _instead(placement: Placement) -> str:
+    wanted = Setting(placement.call, placement.precision, "all")
+    found = [_setting(setting, wanted) for setting in placement.instead]
+    return "; or ".join(found) or f"nothing that was tried: it takes {_size(placement.one_network.needed_bytes)}"
+
+
+def _setting(setting: Setting, wanted: Setting) -> str:
+    """What differs from what was wanted, as people set it."""
+    parts = []
+    if setting.call != wanted.call:
+        parts.append(f"--size {_image(setting.call)}")
+    if setting.precision != wanted.precision:
+        parts.append(f"--precision {setting.precision}")
+    if setting.residence != wanted.residence:
+        parts.append(_ONE)
+    return ", ".join(parts)
+
+
+def _bounds(device: DeviceForecast) -> Iterator[str]:
+    card = device.card
+    if card is None:
+        yield "  BF16 runs from sm80, FP8 from sm89. With the card's name (--device) there are bounds of time too."
+        return
+    yield from _head(f"Lower bounds of time on {card.name}: arithmetic, not a measurement; what runs is slower")
+    rows: list[tuple[str, ...]] = [
+        ("image", "caption", "precision", *(f"{network} ms" for network in STEP_NETWORKS), "step s", "image s")
+    ]
+    for bound in device.bounds:
+        networks = [bound.networks[network] for network in STEP_NETWORKS]
+        times = [f"{item.seconds * 1e3:,.0f}{'' if item.compute_seconds is not None else '*'}" for item in networks]
+        total = (f"{bound.step_seconds:,.2f}", f"{bound.image_seconds:,.1f}")
+        rows.append((_image(bound.call), f"{bound.call.caption_tokens:,}", bound.precision, *times, *total))
+    yield from table(_grouped(rows, 2), left=3)
+    peaks = [f"{name} {peak:g} TFLOPS" for name, peak in (("FP16", card.fp16_tflops), ("FP8", card.fp8_tflops)) if peak]
+    dense = " Peaks are dense, with float32 accumulation; fp32 counts as TF32." if peaks else ""
+    yield f"  From {', '.join([*peaks, f'{card.bandwidth_gb_s:g} GB/s'])}.{dense}"
+    yield "  Weights and borders move once; what moves inside a network is left out, most of all in the head."
+    if any(item.compute_seconds is None for bound in device.bounds for item in bound.networks.values()):
+        yield "  *: the table has no peak for this card, so bandwidth alone bounds it."
+
+
+def _card_title(device: DeviceForecast) -> str:
+    name = f"{device.card.name} (sm{device.card.sm})" if device.card is not None else "A card"
+    kept = _size(device.memory_bytes - device.budget_bytes)
+    return f"{name} with {_size(device.memory_bytes)}, {kept} of them kept for driver and desktop"
+
+
+def _fit(fit: Fit) -> str:
+    if not fit.fits:
+        return f"no, at least {_size(fit.needed_bytes)}"
+    return f"{_size(fit.needed_bytes)}, head {'whole' if fit.stripes == 1 else f'in {fit.stripes} stripes'}"
+
+
+def _grouped(rows: Sequence[tuple[str, ...]], key: int) -> list[list[str]]:
+    """Join neighbours that differ in the precision alone, as fp16 and bf16 often do, and blank what repeats.
+
+    Args:
+        rows: the heads and the cells.
+        key: how many columns stand before the precision; they are blank where they say the same as the row above.
+    """
+    joined = []
+    for rest, group in groupby(rows, key=lambda row: (row[:key], row[key + 1 :])):
+        joined.append([*rest[0], " ".join(row[key] for row in group), *rest[1]])
+    shown = joined[:1]
+    for above, row in pairwise(joined):
+        shown.append([*([""] * key if above[:key] == row[:key] else row[:key]), *row[key:]])
+    return shown
+
+
+def _longest_captions(calls: Iterable[CallSize]) -> set[CallSize]:
+    """The call with the longest caption of each image size: captions change memory little."""
+    longest: dict[tuple[int, int, int], CallSize] = {}
+    for call in calls:
+        size = (call.height_px, call.width_px, call.batch)
+        if size not in longest or call.caption_tokens > longest[size].caption_tokens:
+            longest[size] = call
+    return set(longest.values())
+
+
+def _head(text: str) -> Iterator[str]:
+    yield ""
+    yield text
+
+
+def _image(call: CallSize) -> str:
+    batch = f" x {call.batch}" if call.batch > 1 else ""
+    return f"{call.width_px}x{call.height_px}{batch}"
+
+
+def _size(value: int) -> str:
+    return format_bytes(value)
+
+
+def _tera(flops: int) -> str:
+    """TFLOP to three digits: 323, 56.5, 0.83."""
+    value = flops / 1e12
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.01 else 5
+    return f"{value:,.{digits}f}"
+
+
+def _words(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,38 @@
+"""Weights kept the way they are multiplied: `MatMul(x, Transpose(W))` becomes `MatMul(x, W.T)`.
+
+torch keeps a linear layer's weight as [out, in], ONNX multiplies by [in, out]. Left in the graph, each Transpose is
+either run, or folded into a copy of the weight by whoever loads the graph: 2.9 GB for a graph of 1.4 GB in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+SUFFIX = ".T"
+"""Ends the name of a weight that is stored transposed; what stands before is its published name."""
+
+
+def store_transposed(model: ir.Model) -> None:
+    """Replace every Transpose of a weight matrix by a weight of the transposed shape, in place."""
+    graph = model.graph
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or weight.const_value is not None or weight.shape is None:
+            continue
+        if list(node.attributes["perm"].as_ints()) != [1, 0]:
+            continue
+        name = f"{weight.name}{SUFFIX}"
+        turned = graph.initializers.get(name)
+        if turned is None:
+            rows, columns = weight.shape
+            turned = ir.Value(name=name, shape=ir.Shape([columns, rows]), type=weight.type)
+            graph.initializers.add(turned)
+        node.outputs[0].replace_all_uses_with(turned)
+        graph.remove(node, safe=True)
+        if not weight.uses():
+            del graph.initializers[weight.name or ""]
+
+
+def published_name(name: str) -> str:
+    """The published name of a weight as the graph calls it."""
+    return name.removesuffix(SUFFIX)
