@@ -6,13 +6,12 @@ time and do not count.
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
+
+from measure import run_measured
 
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes, published_dimensions
 from l2p_runtime.tensorfile import header_bytes
@@ -30,26 +29,11 @@ def main() -> None:
 
 def _report(what: str, arguments: list[Path], out: Path) -> None:
     command = [sys.executable, "-m", "l2p_export", "import", *map(str, arguments), "--out", str(out), "--quiet"]
-    started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, _anonymous_bytes(process.pid))
-            time.sleep(0.005)
-    seconds = time.perf_counter() - started
+    measured = run_measured(command)
     print(
-        f"{what}: {out.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s, "
-        f"peak anonymous {peak / 1e6:.0f} MB, exit code {process.returncode}"
+        f"{what}: {out.stat().st_size / 1e9:.2f} GB in {measured.whole.seconds:.1f} s, "
+        f"peak anonymous {measured.whole.peak_bytes / 1e6:.0f} MB, exit code {measured.code}"
     )
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    match = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(match[1]) * 1024 if match else 0
 
 
 def _write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:

@@ -33,7 +33,9 @@ def main() -> None:
     print("| tokens | seconds | TFLOP | GFLOP/s |\n| --- | --- | --- | --- |")
     for tokens, taken in seconds.items():
         print(f"| {tokens:,} | {taken:.2f} | {_flops(tokens) / 1e12:.2f} | {_flops(tokens) / taken / 1e9:.0f} |")
-    print(f"\nsaved: {1 - seconds[few] / seconds[many]:.2%} measured, {1 - _flops(few) / _flops(many):.2%} by arithmetic")
+    print(
+        f"\nsaved: {1 - seconds[few] / seconds[many]:.2%} measured, {1 - _flops(few) / _flops(many):.2%} by arithmetic"
+    )
     print(PAPER)
 
 

@@ -40,12 +40,20 @@ The fused one has a text encoder too.
 
 @dataclass
 class Bundles:
-    """Builds each kind of bundle once, on first use; later kinds build while earlier ones are tested."""
+    """Builds each kind of bundle once, on first use; later kinds build while earlier ones are tested.
+
+    All are built in one store, so that equal networks are traced once, and packed into bundles of their own.
+    """
 
     root: Path
     logs: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
     _done: dict[str, threading.Event] = field(default_factory=lambda: {kind: threading.Event() for kind in KINDS})
     _slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))
+
+    @property
+    def store(self) -> Path:
+        """What all kinds were built in; a test's own build finds its traces there and takes seconds."""
+        return self.root / "store"
 
     def path(self, kind: str) -> Path:
         """The finished bundle of a kind."""
@@ -77,8 +85,13 @@ class Bundles:
                 command += ["--text-encoder", str(write_text_encoder(self.root / "qwen3"))]
             for precision in precisions:
                 command += ["--precision", precision]
-            command += ["--out", str(self.root / kind)]
-            self.logs[kind] = subprocess.run(command, capture_output=True, text=True, check=False)
+            shared = self.root / "shared" / kind
+            command += ["--store", str(self.store), "--out", str(shared)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                packing = [sys.executable, "-m", "l2p_export", "pack", str(shared), "--out", str(self.root / kind)]
+                result = subprocess.run(packing, capture_output=True, text=True, check=False)
+            self.logs[kind] = result
         self._done[kind].set()
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from l2p_runtime.errors import UsageError
 
-_GIB = 1 << 30
-_GB = 10**9
+_MIB, _GIB = 1 << 20, 1 << 30
 # With error correction on, as these ship, GDDR6 keeps a sixteenth for itself.
 _ECC = 15 / 16
 _NOISE_WORDS = re.compile(r"nvidia|geforce|tesla|quadro|generation|edition|graphics|gpu|hbm\w*|sxm\d?")
@@ -56,7 +55,7 @@ class Card:
 
 
 # Peaks: NVIDIA's architecture white papers (Turing, GA102, Ada, RTX Blackwell) and data sheets (A10, L4, L40S, A100,
-# H100, H200); figures stated with sparsity are halved.
+# H100, H200); figures stated with sparsity are halved. HBM cards: memory as the driver shows it.
 CARDS: tuple[Card, ...] = (
     Card("RTX 2080 Ti", 11 * _GIB, 75, 616, 53.8),
     Card("RTX 3060 12GB", 12 * _GIB, 86, 360, aliases=("rtx3060",)),
@@ -82,12 +81,12 @@ CARDS: tuple[Card, ...] = (
     Card("A10", int(24 * _GIB * _ECC), 86, 600, 125.0),
     Card("L4", int(24 * _GIB * _ECC), 89, 300, 121.0, 242.5),
     Card("L40S", int(48 * _GIB * _ECC), 89, 864, 362.0, 733.0),
-    Card("A100 40GB", 40 * _GB, 80, 1555, 312.0, aliases=("a100pcie40gb",)),
-    Card("A100 80GB", 80 * _GB, 80, 2039, 312.0, aliases=("a100",)),
-    Card("A100 80GB PCIe", 80 * _GB, 80, 1935, 312.0, aliases=("a100pcie80gb",)),
-    Card("H100 SXM", 80 * _GB, 90, 3350, 989.4, 1978.9, aliases=("h100", "h10080gb")),
-    Card("H100 PCIe", 80 * _GB, 90, 2000, 756.0, 1513.0, aliases=("h100pcie80gb",)),
-    Card("H200", 141 * _GB, 90, 4800, 989.4, 1978.9, aliases=("h200141gb",)),
+    Card("A100 40GB", 40960 * _MIB, 80, 1555, 312.0, aliases=("a100pcie40gb",)),
+    Card("A100 80GB", 81920 * _MIB, 80, 2039, 312.0, aliases=("a100",)),
+    Card("A100 80GB PCIe", 81920 * _MIB, 80, 1935, 312.0, aliases=("a100pcie80gb",)),
+    Card("H100 SXM", 81559 * _MIB, 90, 3350, 989.4, 1978.9, aliases=("h100", "h10080gb")),
+    Card("H100 PCIe", 81559 * _MIB, 90, 2000, 756.0, 1513.0, aliases=("h100pcie80gb",)),
+    Card("H200", 143771 * _MIB, 90, 4800, 989.4, 1978.9, aliases=("h200141gb",)),
 )
 
 
@@ -101,12 +100,13 @@ def find_card(text: str) -> Card:
     known = {spelling: card for card in CARDS for spelling in _spellings(card)}
     if wanted in known:
         return known[wanted]
-    near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.6)
+    near = [spelling for spelling in known if len(spelling) > 3 and spelling in wanted]
+    near = near or difflib.get_close_matches(wanted, known, n=4, cutoff=0.6)
     names = dict.fromkeys(known[spelling].name for spelling in near) or {card.name: None for card in CARDS}
     raise UsageError(
         f"there is no card `{text[:80]}` in the table",
-        hint=f"{'did you mean' if near else 'known cards:'} {', '.join(names)}{'?' if near else ''}"
-        " For any other card give its memory: --vram 12GiB",
+        hint=f"{'the nearest are' if near else 'known cards are'} {', '.join(names)}; for another give its memory: "
+        "--vram 12GiB",
     )
 
 

@@ -1,8 +1,8 @@
 """A store: one folder whose stages and files many bundles share, so that a trunk is written once (design section 6).
 
-    l2p-store.json          makes the folder a store
-    bundles/DIGEST.json     where a bundle lies that uses it; what no bundle uses can be pruned
-    graphs/, stages/, ...   as in any home of stages
+l2p-store.json          makes the folder a store
+bundles/DIGEST.json     where a bundle lies that uses it; what no bundle uses can be pruned
+graphs/, stages/, ...   as in any home of stages
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ def open_store(root: Path) -> Iterator[Home]:
         (root / WORK).mkdir(exist_ok=True)
         if not marker.is_file():
             write_json(marker, _SCHEMA, root / WORK)
-        with locked(root / _LOCK, is_shared=True, busy=f"the store `{root}` is being checked or pruned"):
-            yield Home(root.resolve(), is_shared=True)
-    except PermissionError as error:
-        raise HostError(f"cannot write the store `{root}`: {error.strerror}", hint="choose another --store") from error
+    except OSError as error:
+        raise HostError(
+            f"cannot write the store `{root}`: {error.strerror or error}", hint="choose another --store"
+        ) from error
+    with locked(root / _LOCK, is_shared=True, busy=f"the store `{root}` is being checked or pruned"):
+        yield Home(root.resolve(), is_shared=True)
 
 
 def register_bundle(store: Home, bundle: Path, digest: str) -> None:
@@ -111,9 +113,7 @@ def prune_store(root: Path, *, older_than_seconds: float = 0.0, dry_run: bool = 
         HostError: no store, or a build is using it.
     """
     with _alone(require_store(root)):
-        entries = [
-            entry for entry in list_store(root) if not entry.used_by and entry.age_seconds >= older_than_seconds
-        ]
+        entries = [entry for entry in list_store(root) if not entry.used_by and entry.age_seconds >= older_than_seconds]
         if dry_run:
             return entries
         for entry in entries:

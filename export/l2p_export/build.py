@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.plans import PLANS, PrecisionPlan
+from l2p_engines.forecast import host_needs
 from l2p_engines.profiles import load_profile
 from l2p_engines.stages import STAGES, Home, StageRunner, find_stage
 from l2p_engines.store import open_store, register_bundle
@@ -45,6 +47,7 @@ from l2p_runtime.contract import (
     manifest_to_bytes,
 )
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
     from l2p_export.progress import Reporter
@@ -155,6 +158,7 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
         ParityError: a graph is further from torch than its threshold; nothing is committed.
     """
     _require_libraries()
+    _require_memory(plan)
     backend = open_backend(plan.backend)
     if not plan.is_trained:
         reporter.note(UNTRAINED)
@@ -215,7 +219,8 @@ def _weight_digests(loaded: LoadedModel, run: StageRunner, reporter: Reporter) -
 def _graphs(
     plan: BuildPlan, run: StageRunner, digests: WeightDigests, reporter: Reporter
 ) -> tuple[list[GraphRecord], list[FileRecord]]:
-    graphs, files = [], []
+    graphs: list[GraphRecord] = []
+    files: list[FileRecord] = []
     model, tensors = plan.loaded.model, plan.loaded.checkpoint.tensors
     left_bytes = sum(
         weight_bytes(model, spec.name, precision)
@@ -236,8 +241,25 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+def _require_memory(plan: BuildPlan) -> None:
+    """Refuse at once what the memory that is free cannot hold.
+
+    Raises:
+        HostError: says how much is needed and how much is free.
+    """
+    sources = [plan.loaded.checkpoint.tensors, plan.text_encoder.tensors if plan.text_encoder else {}]
+    # A matrix is read whole as float32 to be stored transposed.
+    largest = max(4 * math.prod(tensor.shape) for tensors in sources for tensor in tensors.values())
+    needed, free = host_needs({}, largest).memory, available_host_bytes()
+    if needed > free:
+        raise HostError(
+            f"the build needs about {needed:,} bytes of memory, {free:,} are free",
+            hint="close other programs, or raise the limit that holds this process (ulimit -v, the container's memory)",
+        )
+
+
 def _require_libraries() -> None:
-    """Fail at once, by name, when the exporting half is not installed; a build with nothing to do imports none of it."""
+    """Fail at once, by name, when the exporting half is not installed; a build with nothing to do loads none of it."""
     for module in ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes"):
         if importlib.util.find_spec(module) is None:
             raise HostError(

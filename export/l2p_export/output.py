@@ -50,7 +50,6 @@ class OutputFolder:
         self.tidy(stage_keys)
         return Bundle(self.root, manifest, bundle_digest(data), store)
 
-
     def tidy(self, stage_keys: Collection[str]) -> None:
         """Remove what the manifest does not name, and records of other stages than these."""
         _sweep(self.root, stage_keys)
@@ -72,10 +71,11 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / _LOCK, busy=f"another build is writing `{root}`"):
+            before = {path.stem for path in (root / STAGES).glob("*")}
             try:
                 yield OutputFolder(root)
             except (ArtifactError, ParityError, UsageError):
-                _sweep(root)
+                _sweep(root, before)
                 raise
             finally:
                 _sweep_leftovers(root)
@@ -127,11 +127,8 @@ def _remove_empty(folders: list[Path]) -> None:
         folder.rmdir()
 
 
-def _sweep(root: Path, stage_keys: Collection[str] | None = None) -> None:
-    """Remove what the manifest does not name: files, and records of stages that made such files.
-
-    With `stage_keys`, every other record goes too.
-    """
+def _sweep(root: Path, stage_keys: Collection[str]) -> None:
+    """Remove what the manifest does not name, and every record of a stage but those of `stage_keys` that it does."""
     named = _named_files(root)
     if named is None:
         return
@@ -139,7 +136,7 @@ def _sweep(root: Path, stage_keys: Collection[str] | None = None) -> None:
     kept = {
         stage.key
         for stage in stages(root)
-        if own.issuperset(record.path for record in stage.files) and (stage_keys is None or stage.key in stage_keys)
+        if stage.key in stage_keys and own.issuperset(record.path for record in stage.files)
     }
     for record in (root / STAGES).glob("*"):
         if record.stem not in kept:

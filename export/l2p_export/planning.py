@@ -38,7 +38,7 @@ from l2p_engines.forecast import (
 )
 from l2p_engines.profiles import load_profile
 from l2p_export.checkpoint import fingerprint
-from l2p_export.families import Model
+from l2p_export.families import FAMILIES, Model
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, published_dimensions
 from l2p_export.loading import load_model
@@ -283,8 +283,6 @@ def _published_model(profiles: Sequence[Profile]) -> Model:
 
 
 def _known_as(model: Model) -> str:
-    from l2p_export.families import FAMILIES
-
     mark = fingerprint(model.shapes)
     return next((name for name in (family.known_as(mark) for family in FAMILIES) if name), "")
 

@@ -108,9 +108,7 @@ def prove(
     return Proof(facts.references, stage.files, facts.ledger)
 
 
-def _references(
-    loaded: LoadedModel, cases: Sequence[Case], reporter: Reporter
-) -> dict[str, dict[str, NDArray[Any]]]:
+def _references(loaded: LoadedModel, cases: Sequence[Case], reporter: Reporter) -> dict[str, dict[str, NDArray[Any]]]:
     inputs = {case.name: case_inputs(loaded.model.spec, case, seed) for seed, case in enumerate(cases)}
     with reporter.stage("reference in torch float32", len(cases) * len(loaded.model.networks), "calls") as advance:
         return run_reference(loaded, inputs, advance)

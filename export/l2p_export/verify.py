@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from l2p_export.text_encoder.build import verify_text
-from l2p_export.verification import END_TO_END, Case, case_inputs, compare_graphs
+from l2p_export.verification import END_TO_END, Case, case_inputs, compare_graphs, not_run
 from l2p_runtime.backends import Engine, open_backend
 from l2p_runtime.contract import LedgerEntry, ReferenceCase
-from l2p_runtime.errors import ArtifactError
+from l2p_runtime.errors import ArtifactError, UnsupportedError
 from l2p_runtime.tensorfile import open_tensorfile
 
 if TYPE_CHECKING:
@@ -38,8 +38,11 @@ def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Repo
             return opened.load(bundle.path(record.graph), bundle.path(record.weights), networks[network])
 
         with reporter.stage(f"ledger {ref.name}", len(references) * len(networks), "calls") as advance:
-            ledger += compare_graphs(ref.name, networks, references, load, advance)
-        ledger += verify_text(bundle, opened, ref.name)
+            try:
+                ledger += compare_graphs(ref.name, networks, references, load, advance)
+                ledger += verify_text(bundle, opened, ref.name)
+            except UnsupportedError as error:
+                ledger += not_run(ref.name, list(references), str(error))
     cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
     chosen = {f"torch float32 -> {ref.name} graph" for ref in plans}
     left = dict.fromkeys(

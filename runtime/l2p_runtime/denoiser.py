@@ -125,13 +125,12 @@ def predict(
         for (condition, work, _), rope in zip(prompts, ropes, strict=True):
             inputs = {"image": image, "time": time, "caption": condition.caption, **rope}
             stem.run(inputs, {"tokens": work.tokens, "modulation": work.modulation})
-            check()
     for network in ("trunk", "tail"):
         with denoiser.use(network) as layers:
             for (_, work, _), rope in zip(prompts, ropes, strict=True):
                 read, written = (work.tokens, work.other) if network == "trunk" else (work.other, work.tokens)
-                layers.run({"tokens": read, "modulation": work.modulation, **rope}, {"tokens_out": written})
                 check()
+                layers.run({"tokens": read, "modulation": work.modulation, **rope}, {"tokens_out": written})
     patch_px = denoiser.model.patch_px
     grid = image.shape[2] // patch_px, image.shape[3] // patch_px
     with denoiser.use("head") as head:

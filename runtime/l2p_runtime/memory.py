@@ -50,8 +50,11 @@ def call_memory(model: ModelSpec, batch: int, rows: int, columns: int, caption_t
 
 
 def available_host_bytes() -> int:
-    """Memory the system could give now: the smaller of the kernel's estimate and what the control group leaves."""
-    available = _meminfo_available()
+    """Memory the system could give now: the least of the kernel's estimate and what the process's limits leave.
+
+    Limits are those of its control group and of `ulimit -v` and `-d`.
+    """
+    available = min(_meminfo_available(), _resource_limit_left())
     limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
     return min(available, limit - used) if limit and used else available
 
@@ -76,6 +79,21 @@ def _meminfo_available() -> int:
     except OSError:
         match = None
     return int(match[1]) * 1024 if match else 2**62
+
+
+def _resource_limit_left() -> int:
+    import resource
+
+    left = 2**62
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return left
+    for kind, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit, used = resource.getrlimit(kind)[0], re.search(rf"{field}:\s+(\d+) kB", status)
+        if limit != resource.RLIM_INFINITY and used is not None:
+            left = min(left, max(limit - int(used[1]) * 1024, 0))
+    return left
 
 
 def _read_number(path: str) -> int | None:

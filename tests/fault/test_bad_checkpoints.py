@@ -388,7 +388,7 @@ def test_nan_keeps_nothing(tmp_path: Path) -> None:
     bad = load_model(write_spoilt(tmp_path / "nan.safetensors", name, float("nan")))
     out, tensors = tmp_path / "out", {name: bad.checkpoint.tensors[name]}
     with pytest.raises(ArtifactError, match=f"`{name}` holds NaN or Inf"), open_output(out) as output:
-        write_weights(output.folder("graphs") / "x.partial", tensors, {name: "F32"}, lambda n: None)
+        write_weights(output.root / "x.partial", tensors, {name: "F32"}, lambda n: None)
     assert not out.exists()
 
 

@@ -63,7 +63,7 @@ def stop(process: subprocess.Popen[str], signum: int) -> tuple[int, str]:
 )
 def test_stopped_build(signum: int, code: int, word: str, tmp_path: Path, tiny_path: Path, profile: Path) -> None:
     out = tmp_path / "out"
-    with build(tiny_path, profile, out, until="`caption` ...") as process:
+    with build(tiny_path, profile, out, until="tracing `caption`") as process:
         found, stderr = stop(process, signum)
     assert found == code, stderr
     assert word in stderr
@@ -78,7 +78,8 @@ def test_killed_build_leaves_no_bundle(tmp_path: Path, tiny_path: Path, profile:
     assert not (out / "bundle.json").exists()
     result = run_cli("inspect", out)
     assert result.returncode == 4
-    assert "Traceback" not in result.stderr
+    assert "unfinished build" in result.stderr
+    assert "hint: run the same build again to finish it" in result.stderr
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_build_after_a_stopped_one(signum: int, tmp_path: Path, tiny_path: Path,
         stop(process, signum)
     result = run_cli("build", tiny_path, "--profile", profile, "--out", out)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["bundle.json", "graphs", "reference"]
+    assert sorted(path.name for path in out.iterdir()) == ["bundle.json", "graphs", "reference", "stages"]
     assert not list(out.rglob("*.partial"))
     assert run_cli("verify", out).returncode == 0
 

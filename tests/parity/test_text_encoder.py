@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Model
 
 from l2p_calib.plans import PLANS
-from l2p_export.output import open_output
+from l2p_engines.stages import Home, StageRunner
 from l2p_export.progress import Silent
 from l2p_export.text_encoder import TextEncoder, add_text_encoder, open_text_encoder
 from l2p_export.text_encoder.build import torch_text_encoder
@@ -51,14 +51,12 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = open_text_encoder(folder, WIDTH)
     plans = [PLANS["fp32"], PLANS["fp16"]]
-    # Opened by hand: leaving `open_output` without a manifest sweeps what was written.
-    with open_output(out / "bundle") as output:
-        record, files, ledger = add_text_encoder(ours, plans, output, open_backend("onnx"), Silent())
-        engines = {
-            g.plan: OnnxEngine(output.root / g.graph, output.root / g.weights, record.network) for g in record.graphs
-        }
-    assert record.paths == {file.path for file in files}
-    return Encoders(published, ours, engines, ledger)
+    run = StageRunner(Home(out))
+    parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
+    record = parts.record
+    engines = {g.plan: OnnxEngine(out / g.graph, out / g.weights, record.network) for g in record.graphs}
+    assert record.paths == {file.path for file in parts.files}
+    return Encoders(published, ours, engines, list(parts.ledger))
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

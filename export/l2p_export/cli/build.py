@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option("--profile", "profiles", multiple=True, required=True, help="Built-in name or .toml path; repeatable.")
 @click.option(
-    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True, help="fp32, fp16 or bf16; repeatable."
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("fp32",),
+    show_default=True,
+    help="fp32, fp16 or bf16; repeatable.",
 )
 @click.option("--backend", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True)
 @click.option(
@@ -53,7 +58,7 @@ def command(
     """
     from l2p_export.build import build, plan_build
 
-    inputs = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
+    inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
     with plan_build(checkpoint, profiles, precisions, backend, out, **inputs) as plan:
         if dry_run:
             _print_plan(plan, as_json=as_json)

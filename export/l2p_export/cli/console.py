@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -28,6 +29,16 @@ def json_option(command: Command) -> Command:
 def quiet_option(command: Command) -> Command:
     """`--quiet`: no progress."""
     return click.option("--quiet", "-q", is_flag=True, help="No progress on stderr; errors still show.")(command)
+
+
+def store_option(command: Command) -> Command:
+    """`--store`: where a bundle's shared files are."""
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        envvar="L2P_STORE",
+        help="Store of the bundle's shared files, if it is no longer the one it was built with.",
+    )(command)
 
 
 def dry_run_option(command: Command) -> Command:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, json_option, print_json, quiet_option
+from l2p_export.cli.console import Console, dry_run_option, json_option, print_json, quiet_option, store_option
 from l2p_runtime import UsageError, __version__
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--memory-budget", help="As 6GiB: weights, buffers and activations together.")
 @click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits a channel.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG file to write.")
+@store_option
 @json_option
 @dry_run_option
 @quiet_option
@@ -50,7 +51,7 @@ def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: boo
     from l2p_runtime.requests import image_request
 
     _check_out(out)
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, options["store"])
     height, width = _size(options["size"], opened)
     inputs = {
         "negative_prompt": options["negative"],
@@ -95,7 +96,8 @@ def _draw(
 
     height, width = size
     budget, plan = options["memory_budget"], options["plan"]
-    with Pipeline.open(bundle, backend=options["backend"], plan=plan, memory_budget=budget) as pipe:
+    places = {"backend": options["backend"], "store": options["store"]}
+    with Pipeline.open(bundle, plan=plan, memory_budget=budget, **places) as pipe:
         if not pipe.bundle.manifest.checkpoint.trained:
             console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
         steps = int(json.loads(text["parameters"])["steps"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from l2p_export.cli.console import format_bytes, json_option, print_json
+from l2p_export.cli.console import format_bytes, json_option, print_json, store_option
 from l2p_runtime.contract import MANIFEST_NAME
 
 
@@ -15,11 +15,12 @@ from l2p_runtime.contract import MANIFEST_NAME
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="Latent checkpoint to complete from and compare with.")
 @click.option("--digest", is_flag=True, help="Also hash the trunk, which reads its values.")
+@store_option
 @json_option
-def command(path: Path, source: Path | None, *, digest: bool, as_json: bool) -> None:
+def command(path: Path, source: Path | None, store: Path | None, *, digest: bool, as_json: bool) -> None:
     """Describe a checkpoint, adapter, LoRA, text encoder or bundle, from its header unless values are asked for."""
     if (path / MANIFEST_NAME).is_file():
-        facts = _bundle_facts(path)
+        facts = _bundle_facts(path, store)
     else:
         from l2p_export.describe import describe
 
@@ -36,11 +37,11 @@ def command(path: Path, source: Path | None, *, digest: bool, as_json: bool) -> 
             click.echo(f"{name}: {_text(name, value)}")
 
 
-def _bundle_facts(path: Path) -> dict[str, Any]:
+def _bundle_facts(path: Path, store: Path | None) -> dict[str, Any]:
     from l2p_runtime.bundle import open_bundle
     from l2p_runtime.contract.codec import to_json
 
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, store)
     manifest = bundle.manifest
     return {
         "bundle": str(path),
@@ -52,6 +53,7 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
         "profiles": [profile.name for profile in manifest.profiles],
         "sampling": to_json(manifest.sampling),
         "size_bytes": sum(record.size_bytes for record in manifest.files),
+        "store": str(bundle.store) if bundle.store else "none",
         "model": to_json(manifest.model),
         "networks": {
             spec.name: f"{_signature(spec.inputs)} -> {_signature(spec.outputs)}" for spec in manifest.networks

@@ -25,6 +25,8 @@ COMMANDS = {
     "generate": "Draw an image from a bundle.",
     "inspect": "Describe a checkpoint or a bundle.",
     "plan": "Forecast memory, disk and operations before anything is built.",
+    "pack": "Copy a bundle with only what a target needs.",
+    "store": "List, prune or check a folder that bundles share.",
     "verify": "Check a bundle's files and run its reference cases.",
 }
 """Command to the line that `--help` shows; each lives in the module of its name."""
@@ -105,8 +107,8 @@ def _report(error: BaseException) -> int:
 
 
 def _as_l2p_error(error: BaseException) -> L2PError:
-    if isinstance(error, MemoryError):
-        return HostError(f"out of memory: {error}", hint="draw a smaller image, or set --memory-budget")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return HostError(f"out of memory: {error}", hint="draw a smaller image, or give the process more memory")
     if isinstance(error, BrokenPipeError):
         return HostError("the reader of the output went away")
     if isinstance(error, OSError):

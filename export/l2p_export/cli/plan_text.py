@@ -109,7 +109,7 @@ def _activations(found: Forecast) -> Iterator[str]:
     halo = found.subject.spec.head.halo_rows
     cut = f"stripes of the head read {halo} more token rows on each side" if halo is not None else "the head runs whole"
     # Attention in float32 is decomposed in engines and on the processor alike.
-    yield f"  fp32 holds attention scores whole; {cut}."
+    yield f"  Attention scores are held whole in fp32 alone; {cut}."
 
 
 def _build(build: BuildForecast) -> Iterator[str]:
@@ -171,7 +171,7 @@ def _device(device: DeviceForecast, title: str) -> Iterator[str]:
     if any(setting.residence == "one" for placement in failing for setting in placement.instead):
         # Rounded down, so that the budget is no more than there is.
         budget = math.floor(device.budget_bytes / (1 << 30) * 10) / 10
-        yield f"  Networks take turns by themselves where all do not fit; generate --memory-budget {budget:g}GiB sets the limit."
+        yield f"  Networks take turns where all do not fit; generate --memory-budget {budget:g}GiB sets the limit."
 
 
 def _instead(placement: Placement) -> str:
@@ -203,8 +203,8 @@ def _bounds(device: DeviceForecast) -> Iterator[str]:
     ]
     for bound in device.bounds:
         networks = [bound.networks[network] for network in STEP_NETWORKS]
-        times = [f"{item.seconds * 1e3:,.0f}{'' if item.compute_seconds is not None else '*'}" for item in networks]
-        total = (f"{bound.step_seconds:,.2f}", f"{bound.image_seconds:,.1f}")
+        times = [_digits(item.seconds * 1e3) + ("" if item.compute_seconds is not None else "*") for item in networks]
+        total = (_digits(bound.step_seconds), _digits(bound.image_seconds))
         rows.append((_image(bound.call), f"{bound.call.caption_tokens:,}", bound.precision, *times, *total))
     yield from table(_grouped(rows, 2), left=3)
     peaks = [f"{name} {peak:g} TFLOPS" for name, peak in (("FP16", card.fp16_tflops), ("FP8", card.fp8_tflops)) if peak]
@@ -268,10 +268,13 @@ def _size(value: int) -> str:
 
 
 def _tera(flops: int) -> str:
-    """TFLOP to three digits: 323, 56.5, 0.83."""
-    value = flops / 1e12
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.01 else 5
-    return f"{value:,.{digits}f}"
+    return _digits(flops / 1e12)
+
+
+def _digits(value: float) -> str:
+    """Three digits, and no more than five behind the point: 1,413, 56.5, 0.83, 0.00085."""
+    behind = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 5
+    return f"{value:,.{behind}f}"
 
 
 def _words(names: Iterable[str]) -> str:

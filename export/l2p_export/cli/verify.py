@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_export.cli.console import Console, json_option, print_json, quiet_option
+from l2p_export.cli.console import Console, json_option, print_json, quiet_option, store_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--plan", help="Only this precision plan.")
+@store_option
 @json_option
 @quiet_option
-def command(bundle: Path, backend: str, plan: str | None, *, as_json: bool, quiet: bool) -> None:
+def command(bundle: Path, backend: str, plan: str | None, store: Path | None, *, as_json: bool, quiet: bool) -> None:
     """Hash every file of BUNDLE and run its reference cases on this machine.
 
     Exit code 4 when a file was changed, 5 when a result is further off than its threshold.
@@ -31,7 +32,7 @@ def command(bundle: Path, backend: str, plan: str | None, *, as_json: bool, quie
     from l2p_runtime.bundle import open_bundle, verify_files
 
     console = Console(quiet=quiet)
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, store)
     total = sum(record.size_bytes for record in opened.manifest.files)
     with console.stage("hashing files", total) as advance:
         verify_files(opened, advance)

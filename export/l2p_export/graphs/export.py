@@ -127,12 +127,10 @@ def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Mo
 
 def traced_bytes(graph: ir.Model) -> bytes:
     """A traced graph as ONNX; its weights have names, dtypes and shapes, and lie nowhere."""
-    import onnx_ir as ir
-
     for name, value in graph.graph.initializers.items():
         if value.const_value is None and value.shape is not None and value.dtype is not None:
             value.const_value = _external(name, _NOWHERE, 0, 0, value.dtype, value.shape)
-    return ir.serde.serialize_model(graph).SerializeToString(deterministic=True)
+    return _serialized(graph)
 
 
 def write_graph(
@@ -210,11 +208,18 @@ def _save(graph: ir.Model, places: Mapping[str, TensorInfo], weights: Path, stem
             raise InternalError(f"weight `{name}` of the traced graph has no dtype")
         shape = ir.Shape(info.shape)
         value.const_value = _external(name, weights.name, info.offset, info.size_bytes, value.dtype, shape)
-    data = ir.serde.serialize_model(graph).SerializeToString(deterministic=True)
+    data = _serialized(graph)
     digest = hashlib.sha256(data).hexdigest()
     path = stem.with_name(f"{stem.name}.{digest[:DIGEST_DIGITS]}.onnx")
     _write(path, data)
     return digest, path
+
+
+def _serialized(graph: ir.Model) -> bytes:
+    import onnx_ir as ir
+
+    data: bytes = ir.serde.serialize_model(graph).SerializeToString(deterministic=True)
+    return data
 
 
 def _external(

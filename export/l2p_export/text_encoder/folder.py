@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from l2p_export.tensors import TensorSource
+    from l2p_export.tensors import FileTensor
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 TOKENIZER_NAME = "tokenizer.json"
@@ -37,7 +37,7 @@ class TextEncoder:
 
     folder: Path
     config: TextEncoderConfig
-    tensors: Mapping[str, TensorSource]
+    tensors: Mapping[str, FileTensor]
     tokenizer: Path
 
     @property
@@ -107,7 +107,7 @@ def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
     return TextEncoder(folder, config, tensors, tokenizer_file)
 
 
-def _tensors(folder: Path, config: TextEncoderConfig) -> dict[str, TensorSource]:
+def _tensors(folder: Path, config: TextEncoderConfig) -> dict[str, FileTensor]:
     """The tensors that the network reads; the last layer, the final norm and an output head may be there or not."""
     stored = open_folder_tensors(folder, "model")
     prefix = "" if any(name.startswith("model.") for name in stored) else "model."

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_engines.cards import CARDS, find_card
+from l2p_engines.cards import CARDS, Card, find_card
 from l2p_runtime.errors import UsageError
 
 KNOWN = {
@@ -34,8 +34,8 @@ def test_usual_spellings_are_understood(text: str, name: str) -> None:
 
 
 @given(st.sampled_from(CARDS), st.sampled_from(["{}", "NVIDIA {}", "nvidia geforce {}", " {} "]), st.booleans())
-def test_every_card_is_found_by_its_name(card: object, form: str, lower: bool) -> None:
-    name = form.format(card.name)  # type: ignore[attr-defined]
+def test_every_card_is_found_by_its_name(card: Card, form: str, lower: bool) -> None:
+    name = form.format(card.name)
     assert find_card(name.lower().replace(" ", "") if lower else name) is card
 
 
@@ -55,10 +55,7 @@ def test_other_cards_are_not_taken_for_a_known_one(text: str) -> None:
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_figures_are_plausible(card: object) -> None:
-    from l2p_engines.cards import Card
-
-    assert isinstance(card, Card)
+def test_figures_are_plausible(card: Card) -> None:
     assert 8 << 30 <= card.vram_bytes <= 192 << 30
     assert card.sm in (75, 80, 86, 89, 90, 120, 121)
     assert 200 <= card.bandwidth_gb_s <= 8000

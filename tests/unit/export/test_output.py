@@ -15,7 +15,8 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
     def fail() -> None:
         with open_output(root) as output:
-            (output.folder("graphs") / "x.onnx").write_bytes(b"x")
+            (output.root / "graphs").mkdir()
+            (output.root / "graphs" / "x.onnx").write_bytes(b"x")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

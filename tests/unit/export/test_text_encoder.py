@@ -19,8 +19,8 @@ from l2p_calib.plans import PLANS
 from l2p_export.checkpoint import fingerprint
 from l2p_export.families.z_image_l2p import PUBLISHED
 from l2p_export.families.z_image_l2p.sources import text_encoder_shapes
+from l2p_export.graphs.export import weight_bytes
 from l2p_export.text_encoder import open_text_encoder
-from l2p_export.text_encoder.build import weight_bytes
 from l2p_export.text_encoder.dimensions import TextEncoderDimensions, network_shapes, parse_config, read_config
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError
 from parity.text_models import WIDTH, train_tokenizer, write_qwen3
@@ -158,7 +158,8 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 def test_weight_bytes(good: Path) -> None:
     encoder = open_text_encoder(good, WIDTH)
-    assert weight_bytes(encoder, PLANS["fp32"]) == 2 * weight_bytes(encoder, PLANS["fp16"]) > 0
+    full, half = (weight_bytes(encoder, "text_encoder", PLANS[plan]) for plan in ("fp32", "fp16"))
+    assert full == 2 * half > 0
     assert encoder.network.outputs[0].shape == ("B", "L", WIDTH)
 
 

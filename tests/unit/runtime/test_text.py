@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import Bundles, run_cli
 from l2p_calib.plans import PLANS
+from l2p_engines.stages import Home, StageRunner
 from l2p_export.output import open_output
 from l2p_export.progress import Silent
 from l2p_export.text_encoder import add_text_encoder, open_text_encoder
@@ -171,9 +172,10 @@ def bundle(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open_output(root) as output:
         manifest = open_bundle(root).manifest
         plans = [PLANS[plan.name] for plan in manifest.plans]
-        record, files, ledger = add_text_encoder(encoder, plans, output, open_backend("onnx"), Silent())
-        everything = tuple(sorted((*manifest.files, *files), key=lambda item: item.path))
-        output.commit(replace(manifest, text=record, files=everything, ledger=(*manifest.ledger, *ledger)))
+        parts = add_text_encoder(StageRunner(Home(root)), encoder, plans, open_backend("onnx"), Silent())
+        everything = tuple(sorted((*manifest.files, *parts.files), key=lambda item: item.path))
+        ledger = (*manifest.ledger, *parts.ledger)
+        output.commit(replace(manifest, text=parts.record, files=everything, ledger=ledger), None, ())
     return root
 
 

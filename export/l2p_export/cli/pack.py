@@ -1,0 +1,58 @@
+"""`l2p-export pack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from l2p_export.cli.console import (
+    Console,
+    dry_run_option,
+    format_bytes,
+    json_option,
+    print_json,
+    quiet_option,
+    store_option,
+)
+
+
+@click.command("pack")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", help="Keep only plans that run there: onnx-cpu. Without it, all.")
+@click.option("--plan", "plans", multiple=True, help="Keep only this precision plan; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@store_option
+@json_option
+@dry_run_option
+@quiet_option
+def command(
+    bundle: Path,
+    target: str | None,
+    plans: tuple[str, ...],
+    out: Path,
+    store: Path | None,
+    *,
+    as_json: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Copy BUNDLE with only what a target needs, into a folder that needs no store.
+
+    Every file is hashed as it is copied.
+    """
+    from l2p_export.output import require_bundle_or_nothing
+    from l2p_export.pack import pack, pack_manifest
+    from l2p_runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle, store)
+    manifest = pack_manifest(opened.manifest, target, plans)
+    require_bundle_or_nothing(out)
+    size_bytes = sum(record.size_bytes for record in manifest.files)
+    facts = {"out": str(out), "plans": [plan.name for plan in manifest.plans], "bytes": size_bytes}
+    if not dry_run:
+        facts["digest"] = pack(opened, manifest, out, Console(quiet=quiet)).digest
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(f"would write {out}: {format_bytes(size_bytes)}" if dry_run else out)

@@ -1,0 +1,131 @@
+"""`l2p-export store`: what bundles share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_runtime import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from l2p_engines.store import StoreEntry
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+@click.group("store")
+def command() -> None:
+    """Look at, clean and check a folder that `build --store` shares between bundles."""
+
+
+@command.command("ls")
+@click.argument("store", type=click.Path(path_type=Path))
+@json_option
+def ls(store: Path, *, as_json: bool) -> None:
+    """List every finished stage in STORE, largest first, and how many bundles use it."""
+    from l2p_engines.store import list_store
+
+    entries = list_store(store)
+    if as_json:
+        print_json({"store": str(store), "stages": [_facts(entry) for entry in entries]})
+        return
+    click.echo(f"{'kind':<8} {'what':<28} {'bytes':>10} {'age':>8}  used by")
+    for entry in entries:
+        users = f"{len(entry.used_by)} bundles" if len(entry.used_by) != 1 else entry.used_by[0]
+        click.echo(
+            f"{entry.stage.kind:<8} {entry.stage.label[:28]:<28} {format_bytes(entry.size_bytes):>10} "
+            f"{_age(entry.age_seconds):>8}  {users if entry.used_by else '-'}"
+        )
+    click.echo(f"{len(entries)} stages, {format_bytes(sum(entry.size_bytes for entry in entries))}")
+
+
+@command.command("prune")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--older-than", default="0s", show_default=True, help="Only what was made that long ago: 30d, 12h.")
+@json_option
+@dry_run_option
+def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None:
+    """Remove from STORE what no bundle uses.
+
+    A bundle counts as long as it lies where it was built. Copies made by `pack` hold their own files.
+    """
+    from l2p_engines.store import prune_store
+
+    gone = prune_store(store, older_than_seconds=_seconds(older_than), dry_run=dry_run)
+    _print_gone(store, gone, "would remove" if dry_run else "removed", as_json=as_json)
+
+
+@command.command("check")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--remove", is_flag=True, help="Remove what is damaged; the next build makes it again.")
+@json_option
+@quiet_option
+def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
+    """Hash every file in STORE and clear what killed builds left. Exit code 4 when something is damaged."""
+    from l2p_engines.store import check_store, store_bytes
+
+    with Console(quiet=quiet).stage("hashing files", store_bytes(store)) as advance:
+        found = check_store(store, remove=remove, advance=advance)
+    if as_json:
+        print_json(
+            {
+                "store": str(store),
+                "files": found.files,
+                "bytes": found.size_bytes,
+                "damaged": dict(found.damaged),
+                "leftovers_removed": list(found.removed),
+            }
+        )
+    else:
+        for path in found.removed:
+            click.echo(f"removed a leftover: {path}")
+        for path, what in found.damaged:
+            click.echo(f"{'removed' if remove else 'damaged'}: {path}: {what}")
+        click.echo(f"{found.files} files, {format_bytes(found.size_bytes)}, {len(found.damaged)} damaged")
+    if found.damaged:
+        raise ArtifactError(
+            f"{len(found.damaged)} files of the store `{store}` were damaged" + (" and are removed" if remove else ""),
+            hint="build the bundles that used them again"
+            if remove
+            else f"`l2p-export store check {store} --remove` removes them; then build again",
+        )
+
+
+def _print_gone(store: Path, gone: Sequence[StoreEntry], verb: str, *, as_json: bool) -> None:
+    freed = sum(entry.size_bytes for entry in gone)
+    if as_json:
+        print_json({"store": str(store), "bytes": freed, "stages": [_facts(entry) for entry in gone]})
+        return
+    for entry in gone:
+        click.echo(f"{verb} {entry.stage.kind} {entry.stage.label}, {format_bytes(entry.size_bytes)}")
+    click.echo(f"{verb} {len(gone)} stages, {format_bytes(freed)}")
+
+
+def _facts(entry: StoreEntry) -> dict[str, Any]:
+    return {
+        "kind": entry.stage.kind,
+        "label": entry.stage.label,
+        "key": entry.stage.key,
+        "bytes": entry.size_bytes,
+        "age_seconds": round(entry.age_seconds),
+        "files": [record.path for record in entry.stage.files],
+        "used_by": list(entry.used_by),
+    }
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,9})\s*([smhdw])", text.strip().lower())
+    if match is None:
+        raise UsageError(f"--older-than is {text!r}, expected a number and s, m, h, d or w, as 30d")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _age(seconds: float) -> str:
+    unit = next((unit for unit in ("w", "d", "h", "m") if seconds >= 2 * _UNITS[unit]), "s")
+    return f"{seconds / _UNITS[unit]:.0f} {unit}"
