@@ -4,12 +4,12 @@ BIN := .venv/bin
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint types bench clean
+.PHONY: help demo test test-slow test-gpu lint types bench bench-full clean
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo checkpoint, draw an image"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
-	@echo "make test-slow | test-gpu | lint | types | bench | clean"
+	@echo "make test-slow | test-gpu | lint | types | bench | bench-full | clean"
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -55,6 +55,12 @@ bench: .venv/test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/import_memory.py
+
+# Tens of minutes and of gigabytes each; docs/full-size.md has what they printed.
+bench-full: .venv/test
+	$(BIN)/python benchmarks/full_size.py
+	$(BIN)/python benchmarks/full_width.py
+	$(BIN)/python benchmarks/latent_ratio.py
 
 clean:
 	rm -rf .venv $(DEMO) build dist

@@ -90,7 +90,7 @@ def test_stripes_equal_the_whole(bundles: Bundles, kind: str, size: tuple[int, i
     with Pipeline.open(bundles.path(kind)) as pipe:
         whole = pipe.denoise(image, 0.25, embeds)
         model = pipe.bundle.manifest.model
-        weights = sum(engine.memory_bytes() for engine in pipe._denoiser.engines.values())
+        weights = sum(pipe._weight_bytes.values())
     grid = (size[0] // model.patch_px, size[1] // model.patch_px)
     need = call_memory(model, 1, *grid, 32)
     stripe_counts = []

@@ -110,7 +110,7 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "budget in parsecs": (2, ("--memory-budget", "12 parsecs"), ("'12 parsecs' is no size",)),
     "budget zero": (2, ("--memory-budget", "0"), ("'0' is no size",)),
     "budget negative": (2, ("--memory-budget", "-1GiB"), ("'-1GiB' is no size",)),
-    "budget under the weights": (3, ("--memory-budget", "1MiB"), ("weights of plan `fp32`", "1,048,576 bytes")),
+    "budget under the weights": (3, ("--memory-budget", "1MiB"), ("in plan `fp32` take", "1,048,576 bytes")),
     "budget under the buffers": (3, ("--memory-budget", "42MB", "--size", "1024x1024"), ("bytes", "memory budget")),
     "larger than any memory": (3, ("--size", "8192x8192"), ("8192x8192 needs", "for attention")),
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from l2p_export.graphs.simplify import simplify
 from l2p_export.graphs.transpose import store_transposed
 from l2p_export.graphs.unroll import unroll
 from l2p_runtime.contract import NetworkSpec, TensorSpec, split_dim
@@ -36,16 +37,13 @@ def trace_network(
         A graph whose initializers carry published names, dtype and shape, and no value.
     """
     import torch
-    from onnxscript import optimizer
 
     with torch.device("meta"), _quiet():
         model = _export(build(), spec, opset)
         for value in model.graph.initializers.values():
             value.const_value = None
         unroll(model, repeats)
-        weights = set(model.graph.initializers)
-        # Folding a weight would copy it into the graph under another name; what has no weight in it may fold.
-        optimizer.optimize_ir(model, should_fold=lambda node: None if weights.isdisjoint(_names(node)) else False)
+        simplify(model, set(model.graph.initializers))
     store_transposed(model)
     _strip(model, spec)
     return model
@@ -87,10 +85,6 @@ def _dynamic_axes(tensor: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]
         if symbol:
             axes[axis] = factor * dims[symbol] if factor > 1 else dims[symbol]
     return axes
-
-
-def _names(node: ir.Node) -> set[str]:
-    return {value.name for value in node.inputs if value is not None and value.name}
 
 
 def _strip(model: ir.Model, spec: NetworkSpec) -> None:
