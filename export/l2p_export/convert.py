@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from l2p_engines.stages import locked
 from l2p_export.loading import trunk_digest
 from l2p_export.quantized import canonical_dtype
 from l2p_export.weights import write_weights
@@ -39,8 +40,18 @@ def write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, a
 
     Raises:
         ArtifactError: a weight is NaN or Inf, or the checkpoint belongs to another trunk.
-        HostError: the disk has no room.
+        HostError: the disk has no room, or another import writes that file.
     """
+    with locked(out.with_name(f".{out.name}.lock"), busy=f"another import is writing `{out}`"):
+        return _write_checkpoint(loaded, out, spelling, advance)
+
+
+def output_bytes(tensors: Mapping[str, TensorSource]) -> int:
+    """Bytes that tensors take when written again."""
+    return sum(math.prod(source.shape) * ITEM_BYTES[canonical_dtype(source)] for source in tensors.values())
+
+
+def _write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, advance: Callable[[int], None]) -> str:
     digest = trunk_digest(loaded)
     tensors = _spelled(loaded, spelling)
     needed, free = output_bytes(tensors) + _SPARE_BYTES, shutil.disk_usage(out.parent).free
@@ -54,11 +65,6 @@ def write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, a
     finally:
         partial.unlink(missing_ok=True)
     return digest
-
-
-def output_bytes(tensors: Mapping[str, TensorSource]) -> int:
-    """Bytes that tensors take when written again."""
-    return sum(math.prod(source.shape) * ITEM_BYTES[canonical_dtype(source)] for source in tensors.values())
 
 
 def _spelled(loaded: LoadedModel, spelling: TargetSpelling) -> dict[str, TensorSource]:

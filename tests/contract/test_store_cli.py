@@ -132,14 +132,9 @@ def test_two_adapters_share_all_but_the_head(adapters: tuple[Home, dict[str, str
     assert "reference in torch float32: done" in logs["other"]
     for network in ("caption", "stem", "trunk", "tail"):
         assert f"graph of `{network}`" not in logs["other"]
-        assert len(list((home.store / "graphs").glob(f"{network}.fp32.*.safetensors"))) >= 1
-    assert "tracing" not in logs["other"]
-
-
-def test_equal_networks_of_any_kind_are_one_file(adapters: tuple[Home, dict[str, str]]) -> None:
-    home = adapters[0]
-    used = {path for name in ("one", "other") for pair in graphs(home.root / name).values() for path in pair}
-    assert len([path for path in used if ".safetensors" in path]) == 6
+        assert f"tracing `{network}`" not in logs["other"]
+    used = {path for bundle in (one, other) for pair in bundle.values() for path in pair}
+    assert len([path for path in used if path.endswith(".safetensors")]) == 6
     assert all((home.store / path).is_file() for path in used)
 
 
@@ -174,11 +169,9 @@ def test_a_store_that_moved_has_to_be_told(home: Home, tmp_path: Path, monkeypat
         "pack": ("--out", tmp_path / "packed"),
     }
     for name, options in commands.items():
-        refuse(
-            run_cli(name, home.root / "one", *options),
-            *(4, "keeps 22 files in a shared store and the one it points to does not know it", str(home.store)),
-            *("hint: give the store with --store DIR", "l2p-export pack"),
-        )
+        told = run_cli(name, home.root / "one", *options)
+        refuse(told, 4, "keeps 22 files in a shared store and the one it points to does not know it", str(home.store))
+        refuse(told, 4, "hint: give the store with --store DIR", "l2p-export pack")
         result = run_cli(name, home.root / "one", *options, "--store", moved)
         assert result.returncode == 0, result.stderr
     refuse(run_cli("inspect", home.root / "one", "--store", tmp_path), 3, f"`{tmp_path}` is no store")
@@ -214,10 +207,13 @@ POINTERS = {
 
 
 @pytest.mark.parametrize("case", POINTERS)
-def test_a_pointer_that_leads_nowhere_is_refused(case: str, home: Home) -> None:
-    pointer = home.root / "one" / ".store"
-    pointer.write_bytes(POINTERS[case].replace(b"STORE", os.fsencode(home.store)))
-    result = run_cli("inspect", home.root / "one", cwd=home.root)
+def test_a_pointer_that_leads_nowhere_is_refused(
+    case: str, adapters: tuple[Home, dict[str, str]], tmp_path: Path
+) -> None:
+    home = adapters[0]
+    shutil.copytree(home.root / "one", tmp_path / "one")
+    (tmp_path / "one" / ".store").write_bytes(POINTERS[case].replace(b"STORE", os.fsencode(home.store)))
+    result = run_cli("inspect", tmp_path / "one", cwd=home.root)
     refuse(result, 4, "keeps 22 files in a shared store", "hint: give the store with --store DIR")
     assert len(result.stderr) < 2000
     assert "\x1b" not in result.stderr
@@ -271,8 +267,7 @@ def test_a_build_into_another_store_lets_the_first_one_go(home: Home) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_a_build_without_a_store_takes_the_files_back(home: Home) -> None:
-    # An own home has to make everything anew; one that has the stages is what such a build leaves.
+def test_a_build_over_a_bundle_of_its_own_files_leaves_them_to_the_store(home: Home) -> None:
     packed = home.root / "packed"
     assert run_cli("pack", home.root / "one", "--out", packed).returncode == 0
     result = home.build("one", *BOTH, out=packed)
@@ -324,7 +319,7 @@ def test_builds_at_once_make_each_stage_once(home: Home) -> None:
     for name in ("a", "b"):
         open_bundle(home.root / name)
     assert run_cli("store", "check", home.store).returncode == 0
-    assert not any((home.store / ".work").iterdir()) if (home.store / ".work").exists() else True
+    assert list((home.store / ".work").glob("*")) == []
 
 
 def test_a_store_has_to_be_one(home: Home, tmp_path: Path) -> None:
@@ -407,8 +402,9 @@ def test_pruning_says_what_goes_and_keeps_what_is_used(home: Home) -> None:
 
 
 @pytest.mark.parametrize("age", ["soon", "-1d", "1", "1.5h", "1y", "", "9999999999d", "\u0661d"])
-def test_an_age_is_a_number_and_a_unit(age: str, home: Home) -> None:
-    refuse(run_cli("store", "prune", home.store, "--older-than", age), 2, "--older-than", "expected a number")
+def test_an_age_is_a_number_and_a_unit(age: str, adapters: tuple[Home, dict[str, str]]) -> None:
+    result = run_cli("store", "prune", adapters[0].store, "--dry-run", "--older-than", age)
+    refuse(result, 2, "--older-than", "expected a number")
 
 
 def test_a_store_in_use_is_left_alone(home: Home) -> None:
