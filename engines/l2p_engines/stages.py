@@ -16,7 +16,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ FOLDERS = ("graphs", "traces", "reference", "text")
 DIGEST_DIGITS = 16
 """Hexadecimal digits of a content digest in a file name; records hold all 64."""
 
+_KEY = re.compile(r"[0-9a-f]{64}")
 _SCHEMA = 1
 _RECORD_BYTES_MAX = 16 << 20
 
@@ -83,15 +87,23 @@ class StageRunner:
     Attributes:
         waiting: told that another process is making a stage that is wanted here.
         keys: of every stage that was run, found or made; grows.
+        made: `kind label` of every stage that was made; grows.
     """
 
     home: Home
     waiting: Callable[[str], None] = lambda text: None
     keys: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
 
     def __call__(self, kind: str, label: str, inputs: Mapping[str, object], make: Callable[[Path], Made]) -> Stage:
         """The finished stage for these inputs: found, or made now."""
-        stage = run_stage(self.home, kind, label, inputs, make, self.waiting)
+
+        def noted(work: Path) -> Made:
+            made = make(work)
+            self.made.append(f"{kind} {label}")
+            return made
+
+        stage = run_stage(self.home, kind, label, inputs, noted, self.waiting)
         self.keys.append(stage.key)
         return stage
 
@@ -140,7 +152,9 @@ def run_stage(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
-            return _publish(home, Stage(_SCHEMA, key, kind, label), make(work), work)
+            # A label may be a file name, which is bytes; what is no UTF-8 in it cannot be kept as text.
+            stage = Stage(_SCHEMA, key, kind, label.encode(errors="replace").decode())
+            return _publish(home, stage, make(work), work)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -152,9 +166,7 @@ def find_stage(home: Home, key: str) -> Stage | None:
         ArtifactError: in a shared home, a file was changed. In a bundle of its own it is simply made again.
     """
     stage = read_stage(home.root / STAGES / f"{key}.json")
-    if stage is None or stage.key != key:
-        return None
-    if not all((home.root / record.path).is_file() for record in stage.files):
+    if stage is None or not all((home.root / record.path).is_file() for record in stage.files):
         return None
     try:
         for record in stage.files:
@@ -170,13 +182,17 @@ def find_stage(home: Home, key: str) -> Stage | None:
 
 
 def read_stage(path: Path) -> Stage | None:
-    """A record as it stands; None when there is none, or none that can be read."""
+    """A record as it stands; None when there is none, none that can be read, or one that belongs to another name."""
     try:
-        if path.stat().st_size > _RECORD_BYTES_MAX:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _RECORD_BYTES_MAX:
             return None
-        return from_json(Stage, json.loads(path.read_bytes()))
+        stage = from_json(Stage, json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError, L2PError):
         return None
+    # The key becomes a file name again where records are removed.
+    is_own = stage.schema == _SCHEMA and stage.key == path.stem and _KEY.fullmatch(stage.key)
+    return stage if is_own else None
 
 
 def stages(root: Path) -> list[Stage]:
@@ -193,10 +209,17 @@ def named_by_content(path: Path, name: str, sha256: str) -> Path:
 
 
 def sweep_work(root: Path) -> list[Path]:
-    """Remove what killed builds left in `.work`; what a running one holds stays. Returns what was removed."""
+    """Remove what killed builds left in `.work`; a stage that a running one makes stays. Returns what was removed.
+
+    Call it where no other process writes records: under the lock of a bundle, or alone in a store.
+    """
     work, removed = root / WORK, []
-    keys = {path.name.removesuffix(".lock") for path in work.iterdir()} if work.is_dir() else set()
-    for key in sorted(keys):
+    entries = sorted(work.iterdir()) if work.is_dir() else []
+    for path in entries:
+        if path.suffix != ".lock" and not path.is_dir():
+            removed.append(path)
+            path.unlink(missing_ok=True)
+    for key in sorted({path.name.removesuffix(".lock") for path in entries} - {path.name for path in removed}):
         try:
             with locked(work / f"{key}.lock"):
                 if (work / key).exists():
@@ -275,9 +298,10 @@ def _publish(home: Home, stage: Stage, made: Made, work: Path) -> Stage:
 
 def write_json(path: Path, data: Any, work: Path) -> None:
     """Write a spec as JSON: in the folder `work` first, then into place by one rename."""
-    partial = work / path.name
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(to_json(data), file, ensure_ascii=False)
+    # Two processes may write the same record at once.
+    partial = work / f"{path.name}.{secrets.token_hex(8)}"
+    with partial.open("w", encoding="ascii") as file:
+        json.dump(to_json(data), file)
         file.flush()
         os.fsync(file.fileno())
     path.parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ graphs/, stages/, ...   as in any home of stages
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -24,11 +25,13 @@ from l2p_runtime.bundle import (
     check_file,
     require_store,
 )
-from l2p_runtime.contract import MANIFEST_NAME, Manifest, bundle_digest, manifest_from_bytes
+from l2p_runtime.contract import MANIFEST_NAME, FileRecord, Manifest, bundle_digest, manifest_from_bytes
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
 
 _LOCK = ".lock"
+_OWN = {_LOCK, STORE_BUNDLES, STORE_MARKER, STAGES, WORK, *FOLDERS}
 _SCHEMA = {"schema": 1}
+_PLACE_DIGITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ def open_store(root: Path) -> Iterator[Home]:
         HostError: it cannot be written, or is being pruned.
     """
     marker = root / STORE_MARKER
-    if root.exists() and not marker.is_file() and (not root.is_dir() or any(root.iterdir())):
+    # A store whose making was killed has folders of its own and no marker yet.
+    if root.exists() and not marker.is_file() and (not root.is_dir() or {e.name for e in root.iterdir()} - _OWN):
         raise UsageError(f"`{root}` is no store and not empty", hint="give --store an empty or a new folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -77,16 +81,25 @@ def open_store(root: Path) -> Iterator[Home]:
 
 
 def register_bundle(store: Home, bundle: Path, digest: str) -> None:
-    """Let a store know a bundle, and the bundle its store; before the bundle's manifest is replaced."""
-    work = store.root / WORK
+    """Let a store know a bundle, and the bundle its store; nothing is written that is so already.
+
+    Call it before the bundle's manifest is replaced: until then, the bundle that is there needs its own store, so
+    earlier stores stay on its list.
+    """
+    work, folder = store.root / WORK, str(bundle.resolve())
     work.mkdir(exist_ok=True)
-    write_json(store.root / STORE_BUNDLES / f"{digest}.json", {"path": str(bundle.resolve())}, work)
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:_PLACE_DIGITS]
+    record = store.root / STORE_BUNDLES / f"{digest}.{place}.json"
+    if _registered(record) != Path(folder):
+        write_json(record, {"path": folder}, work)
     pointer = bundle / STORE_POINTER
-    # Earlier stores stay on the list: until its manifest is replaced, the bundle that is there needs its own.
-    lines = dict.fromkeys([os.fsencode(store.root), *(pointer.read_bytes().split(b"\n") if pointer.is_file() else [])])
-    partial = bundle / f"{STORE_POINTER}.partial"
-    partial.write_bytes(b"\n".join([line for line in lines if line][:STORES_MAX]) + b"\n")
-    partial.replace(pointer)
+    old = pointer.read_bytes() if pointer.is_file() and not pointer.is_symlink() else b""
+    lines = dict.fromkeys([os.fsencode(store.root), *old.split(b"\n")])
+    new = b"\n".join([line for line in lines if line][:STORES_MAX]) + b"\n"
+    if new != old:
+        partial = bundle / f"{STORE_POINTER}.partial"
+        partial.write_bytes(new)
+        partial.replace(pointer)
 
 
 def list_store(root: Path) -> list[StoreEntry]:
@@ -142,14 +155,12 @@ def check_store(root: Path, *, remove: bool, advance: Callable[[int], None]) -> 
     with _alone(require_store(root)):
         removed = [path.relative_to(root).as_posix() for path in sweep_work(root)]
         damaged: dict[str, str] = {}
-        known: set[str] = set()
-        for stage in stages(root):
-            known |= {record.path for record in stage.files}
-            for record in stage.files:
-                try:
-                    check_file(root, record, full=True, advance=advance)
-                except ArtifactError as error:
-                    damaged[record.path] = str(error)
+        known = _records(root)
+        for record in known.values():
+            try:
+                check_file(root, record, full=True, advance=advance)
+            except ArtifactError as error:
+                damaged[record.path] = str(error)
         damaged |= {
             path.relative_to(root).as_posix(): "cannot be read as the record of a stage" for path in _unreadable(root)
         }
@@ -167,8 +178,8 @@ def check_store(root: Path, *, remove: bool, advance: Callable[[int], None]) -> 
 
 
 def store_bytes(root: Path) -> int:
-    """Bytes of all files that stages of a store name: what `check_store` hashes."""
-    return sum(_size(stage) for stage in stages(require_store(root)))
+    """Bytes of all files that stages and bundles of a store name: what `check_store` hashes."""
+    return sum(record.size_bytes for record in _records(require_store(root)).values())
 
 
 def _alone(root: Path) -> AbstractContextManager[None]:
@@ -180,45 +191,71 @@ def _remove_damaged(root: Path, names: set[str]) -> None:
         if names & {record.path for record in stage.files}:
             (root / STAGES / f"{stage.key}.json").unlink(missing_ok=True)
     for name in names:
-        (root / name).unlink(missing_ok=True)
+        if not (root / name).is_dir():
+            (root / name).unlink(missing_ok=True)
+
+
+def _records(root: Path) -> dict[str, FileRecord]:
+    """Path to record of every file that a stage names, or that a bundle names and that is there.
+
+    A bundle's files count though their stage is lost; one that is gone is for the bundle to miss.
+    """
+    of_bundles = (
+        record
+        for _, manifest in _bundles(root)
+        for record in manifest.files
+        if record.in_store and (root / record.path).exists()
+    )
+    of_stages = (record for stage in stages(root) for record in stage.files)
+    return {record.path: record for record in (*of_bundles, *of_stages)}
 
 
 def _users(root: Path) -> dict[str, list[str]]:
     """Path of a file in the store to the bundles that use it."""
     users: dict[str, list[str]] = {}
-    for folder, manifest in _bundles(root).values():
+    for folder, manifest in _bundles(root):
         for record in manifest.files:
             if record.in_store:
                 users.setdefault(record.path, []).append(str(folder))
     return users
 
 
-def _bundles(root: Path) -> dict[str, tuple[Path, Manifest]]:
-    """Digest of each registered bundle that is where it was built, to its folder and manifest."""
-    found = {}
-    for path in sorted((root / STORE_BUNDLES).glob("*.json")):
-        try:
-            folder = Path(json.loads(path.read_bytes())["path"])
-            data = (folder / MANIFEST_NAME).read_bytes()
-            if bundle_digest(data) == path.stem:
-                found[path.stem] = (folder, manifest_from_bytes(data))
-        except (OSError, ValueError, KeyError, TypeError, L2PError):
-            continue
-    return found
+def _bundles(root: Path) -> list[tuple[Path, Manifest]]:
+    """Folder and manifest of each registered bundle that is where it was built."""
+    return [found for path in sorted((root / STORE_BUNDLES).glob("*.json")) if (found := _bundle(path)) is not None]
+
+
+def _bundle(registration: Path) -> tuple[Path, Manifest] | None:
+    folder = _registered(registration)
+    if folder is None:
+        return None
+    try:
+        data = (folder / MANIFEST_NAME).read_bytes()
+        is_this = bundle_digest(data) == registration.name.partition(".")[0]
+        return (folder, manifest_from_bytes(data)) if is_this else None
+    except (OSError, ValueError, L2PError):
+        return None
+
+
+def _registered(registration: Path) -> Path | None:
+    """The folder that a registration names; None when it cannot be read."""
+    try:
+        return Path(json.loads(registration.read_bytes())["path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _dead_registrations(root: Path) -> list[Path]:
-    alive = _bundles(root).keys()
-    return [path for path in (root / STORE_BUNDLES).glob("*.json") if path.stem not in alive]
+    return [path for path in (root / STORE_BUNDLES).glob("*") if not path.is_dir() and _bundle(path) is None]
 
 
 def _unreadable(root: Path) -> list[Path]:
     readable = {f"{stage.key}.json" for stage in stages(root)}
-    return [path for path in (root / STAGES).glob("*") if path.name not in readable]
+    return [path for path in (root / STAGES).glob("*") if path.name not in readable and not path.is_dir()]
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (root / folder).glob("*"))
+    return sorted(path for folder in FOLDERS for path in (root / folder).glob("*") if not path.is_dir())
 
 
 def _size(stage: Stage) -> int:

@@ -90,10 +90,16 @@ class BuildPlan:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a build left; `is_new` is False when the bundle was there already, whole and the same."""
+    """What a build left.
+
+    Attributes:
+        is_new: False when the same bundle was there already.
+        made: stages that had to be made; none when there was nothing to do.
+    """
 
     bundle: Bundle
     is_new: bool
+    made: tuple[str, ...]
 
 
 @contextmanager
@@ -173,12 +179,13 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
             require_disk(run.home.root, sum(plan.weight_bytes(item) for item in plan.plans) + SPARE_DISK_BYTES)
         manifest = _run_stages(plan, run, backend, reporter)
         data, folder = manifest_to_bytes(manifest), store.root if store else None
-        if data == output.committed():
-            output.tidy(run.keys)
-            return Built(Bundle(output.root, manifest, bundle_digest(data), folder), is_new=False)
         if store is not None:
             register_bundle(store, output.root, bundle_digest(data))
-        return Built(output.commit(manifest, folder, run.keys), is_new=True)
+        made = tuple(label for label in run.made if not label.startswith("digests "))
+        if data == output.committed():
+            output.tidy(run.keys)
+            return Built(Bundle(output.root, manifest, bundle_digest(data), folder), is_new=False, made=made)
+        return Built(output.commit(manifest, folder, run.keys), is_new=True, made=made)
 
 
 def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: Reporter) -> Manifest:

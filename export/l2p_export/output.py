@@ -17,7 +17,8 @@ from l2p_runtime.errors import ArtifactError, HostError, L2PError, ParityError, 
 _LOCK = ".build.lock"
 _MANIFEST_PARTIAL = f".{MANIFEST_NAME}.partial"
 _POINTER_PARTIAL = f"{STORE_POINTER}.partial"
-_OWN = (*FOLDERS, STAGES, WORK, MANIFEST_NAME, STORE_POINTER, _LOCK, _MANIFEST_PARTIAL, _POINTER_PARTIAL)
+_FOLDERS = (*FOLDERS, STAGES, WORK)
+_OWN = (*_FOLDERS, MANIFEST_NAME, STORE_POINTER, _LOCK, _MANIFEST_PARTIAL, _POINTER_PARTIAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,9 @@ def require_bundle_or_nothing(root: Path) -> None:
     if root.is_symlink() or (root.exists() and not root.is_dir()):
         raise UsageError(f"`{root}` is not a folder", hint="choose another --out")
     if root.is_dir():
-        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in _OWN)
+        foreign = sorted(
+            e.name for e in root.iterdir() if e.name not in _OWN or (e.name in _FOLDERS and e.is_symlink())
+        )
         if foreign:
             raise UsageError(
                 f"`{root}` holds other files ({', '.join(foreign[:3])}), expected a bundle or nothing",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.plans import PLANS
+from l2p_engines.stages import WORK
 from l2p_export.output import open_output, require_disk
 from l2p_runtime.contract import GraphRecord, Manifest
 from l2p_runtime.errors import ArtifactError, UsageError
@@ -74,18 +75,22 @@ def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> B
         HostError: no room on the disk, or another build writes there.
         UsageError: `out` is the bundle itself or holds something else.
     """
-    if out.resolve() == bundle.root.resolve():
-        raise UsageError(f"--out `{out}` is the bundle itself", hint="choose another folder")
+    if bundle.root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"--out `{out}` is the bundle itself or inside it", hint="choose another folder")
     records = {record.path: record for record in bundle.manifest.files}
     total = sum(record.size_bytes for record in manifest.files)
     with open_output(out) as output:
         require_disk(output.root, total + _SPARE_BYTES)
         with reporter.stage(f"copying into `{out}`", total) as advance:
+            partial = output.root / WORK / "copy"
+            partial.parent.mkdir(exist_ok=True)
             for record in manifest.files:
-                target = output.root / record.path
-                target.parent.mkdir(exist_ok=True)
-                source = bundle.home(records[record.path]) / record.path
-                if _copy(source, target, advance) != record.sha256:
+                source, target = bundle.home(records[record.path]) / record.path, output.root / record.path
+                # Beside what is there: an older copy stays whole, and a hard link keeps what it leads to.
+                if _copy(source, partial, advance) == record.sha256:
+                    target.parent.mkdir(exist_ok=True)
+                    partial.replace(target)
+                else:
                     raise ArtifactError(
                         f"`{source}` was changed after it was built: its digest differs", hint="build the bundle again"
                     )

@@ -24,7 +24,7 @@ STORE_MARKER = "l2p-store.json"
 STORE_POINTER = ".store"
 """The file of a bundle that says where its store is. It is believed only if that store knows the bundle."""
 STORE_BUNDLES = "bundles"
-"""The folder of a store that holds `DIGEST.json` for every bundle that uses it."""
+"""The folder of a store that holds `DIGEST.*.json` for every bundle that uses it."""
 
 STORES_MAX = 4
 """Stores that a pointer may name, the latest first."""
@@ -161,12 +161,12 @@ def _find_store(root: Path, digest: str, store: Path | None, shared: int) -> Pat
     if store is not None:
         return require_store(store)
     pointed = []
-    if (root / STORE_POINTER).is_file():
+    if (root / STORE_POINTER).is_file() and not (root / STORE_POINTER).is_symlink():
         with (root / STORE_POINTER).open("rb") as file:
             lines = file.read(_POINTER_BYTES_MAX).split(b"\n")[:STORES_MAX]
         pointed = [Path(os.fsdecode(line)) for line in lines if line and b"\0" not in line]
     for path in pointed:
-        if path.is_absolute() and (path / STORE_BUNDLES / f"{digest}.json").is_file():
+        if path.is_absolute() and _knows(path, digest):
             return require_store(path)
     listed = ", ".join(f"`{ascii(str(path))[1:-1][:200]}`" for path in pointed)
     found = f"the one it points to does not know it ({listed})" if listed else "does not say which"
@@ -176,7 +176,16 @@ def _find_store(root: Path, digest: str, store: Path | None, shared: int) -> Pat
     )
 
 
+def _knows(store: Path, digest: str) -> bool:
+    try:
+        return any((store / STORE_BUNDLES).glob(f"{digest}.*.json"))
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
 def _no_bundle(root: Path) -> ArtifactError:
+    if (root / STORE_MARKER).is_file():
+        return ArtifactError(f"`{root}` is a store", hint="give a bundle; `l2p-export store ls` says what uses it")
     if (root / "stages").is_dir():
         return ArtifactError(f"`{root}` holds an unfinished build", hint="run the same build again to finish it")
     what = "has no bundle.json" if root.is_dir() else "does not exist"

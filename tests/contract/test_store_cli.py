@@ -425,7 +425,7 @@ def test_a_damaged_store_is_told_checked_and_mended(home: Home) -> None:
     assert (home.root / "one" / "bundle.json").exists()
 
     checked = run_cli("store", "check", home.store)
-    refuse(checked, 4, "1 files of the store", "were damaged", hint)
+    refuse(checked, 4, "damaged files in the store", "were damaged", hint)
     assert f"damaged: {name}: " in checked.stdout
     assert checked.stdout.splitlines()[-1].endswith(", 1 damaged")
     checked = run_cli("store", "check", home.store, "--json", "--quiet")

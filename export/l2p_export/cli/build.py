@@ -66,7 +66,8 @@ def command(
         console = Console(quiet=quiet)
         built = build(plan, console)
     if not built.is_new:
-        console.done(f"`{built.bundle.root}` is up to date: nothing to do")
+        done = f"made again: {', '.join(built.made)}" if built.made else "nothing to do"
+        console.done(f"`{built.bundle.root}` is up to date: {done}")
     if as_json:
         print_json(_result(built))
     else:
@@ -100,6 +101,7 @@ def _result(built: Built) -> dict[str, object]:
     return {
         "bundle": str(bundle.root),
         "changed": built.is_new,
+        "made": list(built.made),
         "digest": bundle.digest,
         "variant": manifest.model.variant,
         "trained": manifest.checkpoint.trained,

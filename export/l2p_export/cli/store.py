@@ -90,7 +90,7 @@ def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
         click.echo(f"{found.files} files, {format_bytes(found.size_bytes)}, {len(found.damaged)} damaged")
     if found.damaged:
         raise ArtifactError(
-            f"{len(found.damaged)} files of the store `{store}` were damaged" + (" and are removed" if remove else ""),
+            f"damaged files in the store `{store}`: {len(found.damaged)}" + (", now removed" if remove else ""),
             hint="build the bundles that used them again"
             if remove
             else f"`l2p-export store check {store} --remove` removes them; then build again",
