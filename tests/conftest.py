@@ -134,4 +134,4 @@ def write_profile(path: Path, patch: int) -> Path:
 def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `l2p-export` as a user does."""
     command = [sys.executable, "-m", "l2p_export", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=False, cwd=cwd)
