@@ -55,6 +55,10 @@ class Bundles:
         """What all kinds were built in; a test's own build finds its traces there and takes seconds."""
         return self.root / "store"
 
+    def shared(self, kind: str) -> Path:
+        """The bundle of a kind whose files lie in the store; `path` waits for it."""
+        return self.root / "shared" / kind
+
     def path(self, kind: str) -> Path:
         """The finished bundle of a kind."""
         assert self._done[kind].wait(timeout=550)
@@ -85,12 +89,12 @@ class Bundles:
                 command += ["--text-encoder", str(write_text_encoder(self.root / "qwen3"))]
             for precision in precisions:
                 command += ["--precision", precision]
-            shared = self.root / "shared" / kind
+            shared = self.shared(kind)
             command += ["--store", str(self.store), "--out", str(shared)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode == 0:
-                packing = [sys.executable, "-m", "l2p_export", "pack", str(shared), "--out", str(self.root / kind)]
-                result = subprocess.run(packing, capture_output=True, text=True, check=False)
+                packed = run_cli("pack", shared, "--out", self.root / kind)
+                result = result if packed.returncode == 0 else packed
             self.logs[kind] = result
         self._done[kind].set()
 

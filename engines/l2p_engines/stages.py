@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l2p_runtime.bundle import FULL_HASH_BYTES, check_file, file_record
+from l2p_runtime.bundle import BUILD_STAGES, FULL_HASH_BYTES, check_file, file_record
 from l2p_runtime.contract import FileRecord
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, L2PError
 
-STAGES, WORK = "stages", ".work"
+STAGES, WORK = BUILD_STAGES, ".work"
 FOLDERS = ("graphs", "traces", "reference", "text")
 """Where the files of stages lie."""
 

@@ -1,8 +1,8 @@
 """A store: one folder whose stages and files many bundles share, so that a trunk is written once (design section 6).
 
-l2p-store.json          makes the folder a store
-bundles/DIGEST.json     where a bundle lies that uses it; what no bundle uses can be pruned
-graphs/, stages/, ...   as in any home of stages
+l2p-store.json             makes the folder a store
+bundles/DIGEST.PLACE.json  where a bundle lies that uses it; what no bundle uses can be pruned
+graphs/, stages/, ...      as in any home of stages
 """
 
 from __future__ import annotations

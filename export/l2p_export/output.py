@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2p_engines.stages import FOLDERS, STAGES, WORK, locked, stages, sweep_work, sync_folder
-from l2p_runtime.bundle import STORE_POINTER, Bundle
+from l2p_runtime.bundle import BUILD_LOCK, STORE_POINTER, Bundle
 from l2p_runtime.contract import MANIFEST_NAME, Manifest, bundle_digest, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, ParityError, UsageError
 
-_LOCK = ".build.lock"
 _MANIFEST_PARTIAL = f".{MANIFEST_NAME}.partial"
 _POINTER_PARTIAL = f"{STORE_POINTER}.partial"
 _FOLDERS = (*FOLDERS, STAGES, WORK)
-_OWN = (*_FOLDERS, MANIFEST_NAME, STORE_POINTER, _LOCK, _MANIFEST_PARTIAL, _POINTER_PARTIAL)
+_OWN = (*_FOLDERS, MANIFEST_NAME, STORE_POINTER, BUILD_LOCK, _MANIFEST_PARTIAL, _POINTER_PARTIAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
     created = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root / _LOCK, busy=f"another build is writing `{root}`"):
+        with locked(root / BUILD_LOCK, busy=f"another build is writing `{root}`"):
             before = {path.stem for path in (root / STAGES).glob("*")}
             try:
                 yield OutputFolder(root)
@@ -81,7 +80,7 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
             finally:
                 _sweep_leftovers(root)
     except OSError as error:
-        if error.filename is None or Path(os.fsdecode(error.filename)) not in (root, root / _LOCK, *created):
+        if error.filename is None or Path(os.fsdecode(error.filename)) not in (root, root / BUILD_LOCK, *created):
             raise
         raise HostError(f"cannot write `{root}`: {error.strerror or error}", hint="choose another --out") from error
     finally:

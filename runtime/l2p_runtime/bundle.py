@@ -22,6 +22,8 @@ FULL_HASH_BYTES = 64 << 20
 STORE_MARKER = "l2p-store.json"
 """The file that makes a folder a store."""
 STORE_POINTER = ".store"
+BUILD_LOCK = ".build.lock"
+BUILD_STAGES = "stages"
 """The file of a bundle that says where its store is. It is believed only if that store knows the bundle."""
 STORE_BUNDLES = "bundles"
 """The folder of a store that holds `DIGEST.*.json` for every bundle that uses it."""
@@ -186,7 +188,7 @@ def _knows(store: Path, digest: str) -> bool:
 def _no_bundle(root: Path) -> ArtifactError:
     if (root / STORE_MARKER).is_file():
         return ArtifactError(f"`{root}` is a store", hint="give a bundle; `l2p-export store ls` says what uses it")
-    if (root / "stages").is_dir():
+    if (root / BUILD_STAGES).is_dir() or (root / BUILD_LOCK).is_file():
         return ArtifactError(f"`{root}` holds an unfinished build", hint="run the same build again to finish it")
     what = "has no bundle.json" if root.is_dir() else "does not exist"
     return ArtifactError(f"`{root}` {what}", hint="give a folder that `l2p-export build` wrote")

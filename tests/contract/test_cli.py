@@ -33,7 +33,7 @@ def embeddings(tmp_path: Path) -> Path:
 
 def test_build_prints_the_bundle_and_nothing_else(bundles: Bundles) -> None:
     path = bundles.path("tiny-16")
-    assert bundles.logs["tiny-16"].stdout == f"{path}\n"
+    assert bundles.logs["tiny-16"].stdout == f"{bundles.shared('tiny-16')}\n"
     assert "fp16 graph of `trunk`: done in" in bundles.logs["tiny-16"].stderr
     assert sorted(entry.name for entry in path.iterdir()) == ["bundle.json", "graphs", "reference"]
 

@@ -54,9 +54,10 @@ def whole(bundles: Bundles) -> Path:
 def shared(bundles: Bundles, whole: Path, tmp_path: Path) -> Shared:
     """A copy of a bundle that was built in a store, and of what it uses there."""
     copy = Shared(tmp_path / "shared", tmp_path / "store")
-    shutil.copytree(bundles.root / "shared" / "tiny-16", copy.bundle)
+    shutil.copytree(bundles.shared("tiny-16"), copy.bundle)
     opened = open_bundle(copy.bundle)
-    for name in ("l2p-store.json", f"bundles/{opened.digest}.json", *(r.path for r in opened.manifest.files)):
+    (registration,) = bundles.store.glob(f"bundles/{opened.digest}.*.json")
+    for name in ("l2p-store.json", f"bundles/{registration.name}", *(r.path for r in opened.manifest.files)):
         (copy.store / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundles.store / name, copy.store / name)
     (copy.bundle / ".store").write_bytes(os.fsencode(copy.store))

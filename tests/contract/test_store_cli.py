@@ -425,7 +425,7 @@ def test_a_damaged_store_is_told_checked_and_mended(home: Home) -> None:
     assert (home.root / "one" / "bundle.json").exists()
 
     checked = run_cli("store", "check", home.store)
-    refuse(checked, 4, "damaged files in the store", "were damaged", hint)
+    refuse(checked, 4, f"damaged files in the store `{home.store}`: 1\n", hint)
     assert f"damaged: {name}: " in checked.stdout
     assert checked.stdout.splitlines()[-1].endswith(", 1 damaged")
     checked = run_cli("store", "check", home.store, "--json", "--quiet")
@@ -433,7 +433,7 @@ def test_a_damaged_store_is_told_checked_and_mended(home: Home) -> None:
     assert json.loads(checked.stdout)["damaged"].keys() == {name}
 
     removed = run_cli("store", "check", home.store, "--remove")
-    refuse(removed, 4, "and are removed", "hint: build the bundles that used them again")
+    refuse(removed, 4, "now removed", "hint: build the bundles that used them again")
     assert f"removed: {name}: " in removed.stdout
     clean = run_cli("store", "check", home.store)
     assert clean.returncode == 0, clean.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def condition(
     model = ZImageModel(d)
     spec = next(spec for spec in model.networks if spec.name == "caption")
     engine = TorchEngine(load_network("caption", d, state), spec)
-    denoiser = Denoiser(model.spec, HostDevice(), {"caption": engine})
+    denoiser = Denoiser(model.spec, HostDevice(), lambda _: nullcontext(engine))
     return encode_caption(denoiser, prompt_embeds, rows, columns, "native")
 
 

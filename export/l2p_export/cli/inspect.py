@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import format_bytes, json_option, print_json, store_option
+from l2p_runtime.bundle import BUILD_LOCK, BUILD_STAGES, STORE_MARKER
 from l2p_runtime.contract import MANIFEST_NAME
 
 
@@ -19,7 +20,7 @@ from l2p_runtime.contract import MANIFEST_NAME
 @json_option
 def command(path: Path, source: Path | None, store: Path | None, *, digest: bool, as_json: bool) -> None:
     """Describe a checkpoint, adapter, LoRA, text encoder or bundle, from its header unless values are asked for."""
-    if (path / MANIFEST_NAME).is_file():
+    if any((path / name).exists() for name in (MANIFEST_NAME, BUILD_LOCK, BUILD_STAGES, STORE_MARKER)):
         facts = _bundle_facts(path, store)
     else:
         from l2p_export.describe import describe

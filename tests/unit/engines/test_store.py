@@ -368,7 +368,7 @@ def test_a_check_hashes_the_files_of_a_bundle_though_their_stage_is_lost(root: P
 def test_a_registration_that_cannot_be_read_keeps_nothing(root: Path, tmp_path: Path, data: bytes) -> None:
     bundle(root, tmp_path / "one")
     graph(root, "head", 2)
-    path = root / "bundles" / f"{'0' * 64}.json"
+    path = root / "bundles" / f"{'0' * 64}.{'0' * 16}.json"
     path.write_bytes(data)
     assert labels(prune_store(root)) == ["graph head.fp32"]
     assert not path.exists()

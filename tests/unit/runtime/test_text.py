@@ -23,9 +23,9 @@ from l2p_export.progress import Silent
 from l2p_export.text_encoder import add_text_encoder, open_text_encoder
 from l2p_export.text_encoder.build import verify_text
 from l2p_runtime import Pipeline
-from l2p_runtime.backends import open_backend
+from l2p_runtime.backends import Engine, open_backend
 from l2p_runtime.bundle import open_bundle
-from l2p_runtime.contract import manifest_from_bytes, manifest_to_bytes
+from l2p_runtime.contract import NETWORKS, NetworkSpec, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.text import CHAT_TEMPLATE, PROMPT_CHARACTERS_MAX, Tokenizer, load_tokenizer
 from parity.text_models import WIDTH, published_tokenizer, published_tokens, train_tokenizer, write_qwen3
@@ -267,18 +267,25 @@ def test_an_encoder_that_does_not_fit_beside_the_networks_takes_turns_with_them(
         expected = pipe.generate("fox", **arguments)
         pipe.close()
     with Pipeline.open(bundle) as pipe:
-        held = sum(engine.memory_bytes() for engine in pipe._denoiser.engines.values())
         watch = Watch(pipe)
         needed = record_bytes(pipe)
-        pipe._memory_budget_bytes = held + needed - 1
+        networks = sum(pipe._weight_bytes.values())
+        pipe._memory_budget_bytes = networks + needed - 1
         made = pipe.encode(["fox"])
         assert watch.events[:3] == ["load text_encoder", "run text_encoder", "close text_encoder"]
-        assert watch.events[3:] == [f"load {name}" for name in ("caption", "stem", "trunk", "tail", "head")]
+        assert watch.events[3:] == [f"load {name}" for name in NETWORKS]
+        pipe._memory_budget_bytes = networks + needed
+        pipe.encode(["dog"])
+        assert watch.events[8:] == [
+            "load text_encoder",
+            "run text_encoder",
+            "close text_encoder",
+        ], "what fits stays"
         pipe._memory_budget_bytes = None
         assert np.array_equal(pipe.generate(**arguments, prompt_embeds=made[0]), expected)
         pipe._memory_budget_bytes = needed - 1
         with pytest.raises(HostError, match="text encoder's weights take"):
-            pipe.encode(["dog"])
+            pipe.encode(["cat"])
 
 
 def record_bytes(pipe: Pipeline) -> int:
@@ -287,18 +294,27 @@ def record_bytes(pipe: Pipeline) -> int:
     return (pipe.bundle.root / text.graph(pipe.plan).weights).stat().st_size
 
 
-def test_networks_that_cannot_come_back_close_the_pipeline(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_that_cannot_come_back_are_told_and_tried_again(bundle: Path) -> None:
+    arguments: dict[str, Any] = {"height": 16, "width": 16, "steps": 1, "guidance": 1.0}
     with Pipeline.open(bundle) as pipe:
-        pipe._memory_budget_bytes = record_bytes(pipe)
+        expected = pipe.generate("fox", **arguments)
+    with Pipeline.open(bundle) as pipe:
+        backend = pipe._backend
 
-        def refuse(*arguments: object) -> None:
-            raise HostError("no memory")
+        def load(graph: Path, weights: Path, spec: NetworkSpec) -> Engine:
+            if spec.name == "trunk":
+                raise HostError("no memory")
+            return backend.load(graph, weights, spec)
 
-        monkeypatch.setattr("l2p_runtime.pipeline._load_networks", refuse)
+        pipe._backend = replace(backend, load=load)
+        pipe._memory_budget_bytes = sum(pipe._weight_bytes.values()) + record_bytes(pipe) - 1
         with pytest.raises(HostError, match="no memory"):
             pipe.encode(["fox"])
-        with pytest.raises(UsageError, match="pipeline is closed"):
-            pipe.encode(["fox"])
+        assert not pipe._engines, "what was loaded before the trunk is closed"
+        with pytest.raises(HostError, match="no memory"):
+            pipe.generate("fox", **arguments)
+        pipe._backend = backend
+        assert np.array_equal(pipe.generate("fox", **arguments), expected)
 
 
 def test_too_long_prompts_are_refused_or_cut(bundle: Path) -> None:
