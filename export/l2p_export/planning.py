@@ -43,6 +43,7 @@ from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, published_dimensions
 from l2p_export.loading import load_model
 from l2p_export.metadata import sampling_defaults
+from l2p_export.reference import reference_bytes
 from l2p_export.text_encoder import open_text_encoder
 from l2p_runtime.contract import TEXT_ENCODER, ModelSpec, Profile, Sampling
 from l2p_runtime.errors import UsageError
@@ -61,6 +62,7 @@ class Subject:
         checkpoint: the file; empty when none was given.
         known_as: the published checkpoint it has the shapes of; empty for another.
         weights: network to its tensors, a text encoder's among them.
+        reference_bytes: host memory that it takes to run the model in torch, a block at a time.
     """
 
     checkpoint: str
@@ -69,6 +71,7 @@ class Subject:
     sampling: Sampling
     profiles: tuple[Profile, ...]
     weights: NetworkShapes
+    reference_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,15 @@ class BuildForecast:
     Attributes:
         each: by precision, built alone.
         together: all precisions in one build.
+        reference_bytes: host memory beyond the exporter's own, to compare graphs with torch; a build that lacks it
+            leaves that out and says so.
         memory_bytes: host memory that is free.
         disk_bytes: disk that is free in the current folder.
     """
 
     each: Mapping[str, HostNeeds]
     together: HostNeeds
+    reference_bytes: int
     memory_bytes: int
     disk_bytes: int
 
@@ -218,6 +224,7 @@ def read_subject(
         sampling=sampling_defaults(metadata, read[0].sampling),
         profiles=read,
         weights=weights,
+        reference_bytes=reference_bytes(model),
     )
 
 
@@ -261,7 +268,7 @@ def forecast(
         weights=_weights(subject.weights, ordered),
         calls=calls,
         forwards_per_step=forwards,
-        build=_build_forecast(subject.weights, ordered, memory_bytes),
+        build=_build_forecast(subject, ordered, memory_bytes),
         cpu=DeviceForecast(None, memory_bytes, memory_bytes, on_cpu, ()),
         card=on_card,
     )
@@ -330,7 +337,8 @@ def _weights(weights: NetworkShapes, precisions: Sequence[str]) -> dict[str, Net
     }
 
 
-def _build_forecast(weights: NetworkShapes, precisions: Sequence[str], memory_bytes: int) -> BuildForecast:
+def _build_forecast(subject: Subject, precisions: Sequence[str], memory_bytes: int) -> BuildForecast:
+    weights = subject.weights
     sizes = {
         precision: {(network, precision): size for network, size in weight_bytes(weights, precision).items()}
         for precision in precisions
@@ -341,6 +349,7 @@ def _build_forecast(weights: NetworkShapes, precisions: Sequence[str], memory_by
         together=host_needs(
             {key: size for part in sizes.values() for key, size in part.items()}, max(largest.values()), 1
         ),
+        reference_bytes=subject.reference_bytes,
         memory_bytes=memory_bytes,
         disk_bytes=shutil.disk_usage(Path.cwd()).free,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from l2p_calib.ledger import THRESHOLDS, require_passed
 from l2p_engines.stages import Made, StageRunner, named_by_content
 from l2p_export.digests import toolchain
-from l2p_export.reference import resident_bytes, run_reference
+from l2p_export.reference import reference_bytes, run_reference
 from l2p_export.verification import (
     CORNER_PIXELS_MAX,
     Case,
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
     from l2p_export.loading import LoadedModel
     from l2p_export.progress import Reporter
     from l2p_runtime.backends import Backend, Engine
-
-# A block's weights as read and as float32, and what libraries and activations of a small case take.
-_BLOCK_COPIES = 2
-_SPARE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +137,7 @@ def _choose(
     loaded: LoadedModel, small: Sequence[Case], corners: Sequence[Case]
 ) -> tuple[list[Case], list[tuple[str, list[str]]]]:
     """Cases that this machine runs, and the names of the others with the reason."""
-    needed, available = _BLOCK_COPIES * resident_bytes(loaded) + _SPARE_BYTES, available_host_bytes()
+    needed, available = reference_bytes(loaded.model), available_host_bytes()
     if needed > available:
         # The figure of the moment stays out of the reason: it would make each build another one.
         reason = f"a block in float32 takes about {needed:,} bytes here, more than are free"

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from l2p_export.families import Model
     from l2p_export.loading import LoadedModel
     from l2p_export.tensors import TensorSource
 
     Tensors = Mapping[str, NDArray[Any]]
+
+_WEIGHT_COPIES = 2
+_ACTIVATION_BYTES = 256 << 20
 
 
 def run_reference(
@@ -68,17 +72,20 @@ def torch_network(loaded: LoadedModel, network: str) -> nn.Module:
     return module
 
 
-def resident_bytes(loaded: LoadedModel) -> int:
-    """Float32 bytes of the weights that are in memory at once: the largest block, or all that is outside of blocks."""
+def reference_bytes(model: Model) -> int:
+    """Host memory that the reference takes for small images, from shapes alone.
+
+    A block's weights as read and as float32, beside what is outside of blocks, and what activations take.
+    """
     most = 0
     for network in NETWORKS:
-        blocks = loaded.model.blocks(network)
+        blocks = model.blocks(network)
         sizes = dict.fromkeys((*blocks, ""), 0)
-        for name, shape in loaded.model.network_shapes(network).items():
+        for name, shape in model.network_shapes(network).items():
             block = next((block for block in blocks if name.startswith(f"{block}.")), "")
             sizes[block] += 4 * math.prod(shape)
         most = max(most, sizes[""] + max((sizes[block] for block in blocks), default=0))
-    return most
+    return _WEIGHT_COPIES * most + _ACTIVATION_BYTES
 
 
 def _fill_while_running(block: nn.Module, prefix: str, tensors: Mapping[str, TensorSource]) -> None:

@@ -123,6 +123,8 @@ def _build(build: BuildForecast) -> Iterator[str]:
     yield f"  Free here: {_size(build.memory_bytes)} of memory, {_size(build.disk_bytes)} of disk."
     for what, engines in (("graphs", False), ("graphs and engines", True)):
         yield f"  {_build_verdict(build, what, engines=engines)}"
+    fits = "which fits" if build.reference_bytes <= build.memory_bytes else "which does not fit: they stay unchecked"
+    yield f"  Checking graphs against torch takes {_size(build.reference_bytes)} of memory, {fits}."
 
 
 def _build_verdict(build: BuildForecast, what: str, *, engines: bool) -> str:
