@@ -37,7 +37,7 @@ def run_measured(command: list[str]) -> Measured:
         thread = threading.Thread(target=_read_stages, args=(process, measured, current))
         thread.start()
         while process.poll() is None:
-            anonymous = anonymous_bytes(process.pid)
+            anonymous = tree_anonymous_bytes(process.pid)
             measured.whole.peak_bytes = max(measured.whole.peak_bytes, anonymous)
             for title in current[-1:]:
                 stage = measured.stages[title]
@@ -47,6 +47,15 @@ def run_measured(command: list[str]) -> Measured:
         measured.code = process.returncode
     measured.whole.seconds = time.perf_counter() - started
     return measured
+
+
+def tree_anonymous_bytes(pid: int) -> int:
+    """Memory of a process and of those that it started, that no file backs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        children = []
+    return anonymous_bytes(pid) + sum(tree_anonymous_bytes(int(child)) for child in children)
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:

@@ -53,6 +53,11 @@ class PrecisionPlan:
         return sum(math.prod(shape) * ITEM_BYTES[self.dtype(name)] for name, shape in shapes.items())
 
     @property
+    def dtypes(self) -> tuple[ComputeDType, ...]:
+        """Every dtype that it computes in."""
+        return tuple(dict.fromkeys([self.default, *(rule.dtype for rule in self.rules)]))
+
+    @property
     def opset(self) -> int:
         """ONNX operator set of the plan's graphs.
 

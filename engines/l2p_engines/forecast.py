@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from l2p_runtime.contract import ModelSpec
-from l2p_runtime.memory import CallMemory, call_memory
+from l2p_runtime.memory import CallMemory, call_memory, fused_call_memory
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 NetworkShapes: TypeAlias = Mapping[str, Shapes]
@@ -168,26 +168,10 @@ def largest_tensor_bytes(weights: NetworkShapes, precision: str) -> int:
 
 
 def engine_memory(model: ModelSpec, call: CallSize, precision: str) -> CallMemory:
-    """What one call takes besides weights in an engine with fused attention.
-
-    Scores are never held and activations take 2 bytes, but tensors between networks stay float32. In fp32 attention
-    is decomposed, scores are held whole, and the figures are those of `call_memory`.
-    """
+    """What one call takes besides weights in an engine."""
     tokens = count_tokens(model, call)
-    plain = call_memory(model, call.batch, tokens.rows, tokens.columns, tokens.caption)
-    if precision == "fp32":
-        return plain
-    inner = tokens.sequence * (3 * model.ffn_width + 4 * model.width)
-    # The stem casts the image and then holds it as patches, beside the tokens it makes of them.
-    patches = 2 * 3 * call.height_px * call.width_px + tokens.image * model.width
-    row_px = model.patch_px * call.width_px
-    # A stripe's own copy of its pixels and tokens and what it predicts: float32, like all borders.
-    row_borders = _FLOAT_BYTES * call.batch * (6 * row_px + tokens.columns * model.width)
-    return CallMemory(
-        buffers_bytes=plain.buffers_bytes,
-        tokens_bytes=_HALF_BYTES * call.batch * max(inner, patches),
-        head_row_bytes=plain.head_row_bytes * _HALF_BYTES // _FLOAT_BYTES + row_borders,
-    )
+    size = (model, call.batch, tokens.rows, tokens.columns, tokens.caption)
+    return call_memory(*size) if precision == "fp32" else fused_call_memory(*size)
 
 
 def border_bytes(model: ModelSpec, call: CallSize) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 A home is a folder, a bundle's own or a store that bundles share:
 
-    graphs/, traces/, reference/, text/    files that carry their digest in their names
+    graphs/, engines/, traces/, ...        files that carry their digest in their names
     stages/KEY.json                        the record of one finished stage; KEY is the digest of all that went in
     .work/KEY/, .work/KEY.lock             a stage that is being made, and the lock of whoever makes it
 
@@ -32,7 +32,7 @@ from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, L2PError
 
 STAGES, WORK = BUILD_STAGES, ".work"
-FOLDERS = ("graphs", "traces", "reference", "text")
+FOLDERS = ("graphs", "engines", "traces", "reference", "text")
 """Where the files of stages lie."""
 
 DIGEST_DIGITS = 16
@@ -49,7 +49,7 @@ class Stage:
 
     Attributes:
         key: digest of the kind and of all that went in.
-        kind: `graph`, `trace`, `digests`, `proof`.
+        kind: `graph`, `engine`, `trace`, `digests`, `proof`.
         label: what people call it, as `trunk.fp16`.
         files: what it made.
         facts: what else it found out, as JSON.

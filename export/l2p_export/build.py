@@ -1,6 +1,6 @@
 """From a checkpoint to a bundle.
 
-    checkpoint -> digests -> graphs -> proof (reference and ledger) -> bundle.json
+    checkpoint -> digests -> graphs -> proof (reference and ledger) -> engines -> bundle.json
 
 Each arrow is a stage that is found again by what went into it, so that a build that was stopped goes on, and one with
 nothing new does nothing. Replacing `bundle.json` is the only commit: whatever stops a build leaves the bundle that was
@@ -12,10 +12,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from l2p_engines.stages import STAGES, Home, StageRunner, find_stage
 from l2p_engines.store import open_store, register_bundle
 from l2p_export.demo import UNTRAINED, write_demo_checkpoint
 from l2p_export.digests import WeightDigests, weight_digests
+from l2p_export.engines import EngineWishes, build_engines, require_engine_resources, require_engines_possible
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
 from l2p_export.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
 from l2p_export.lora import parse_lora, trunk_layers_touched
@@ -38,6 +40,7 @@ from l2p_runtime.backends import open_backend
 from l2p_runtime.bundle import Bundle
 from l2p_runtime.contract import (
     SCHEMA,
+    TEXT_ENCODER,
     FileRecord,
     GraphRecord,
     Manifest,
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from l2p_runtime.backends import Backend
 
 
+LEDGER_BACKEND = "onnx"
+"""What runs graphs for the ledger."""
 SPARE_DISK_BYTES = 64 << 20
 """Room beside the weights for graphs, reference tensors and the file system's own bookkeeping."""
 
@@ -64,16 +69,17 @@ class BuildPlan:
 
     Attributes:
         store: folder of shared files; None for a bundle that holds all its own.
+        engines: what graphs are compiled for.
     """
 
     loaded: LoadedModel
     profiles: tuple[Profile, ...]
     plans: tuple[PrecisionPlan, ...]
     sampling: Sampling
-    backend: str
     out: Path
     text_encoder: TextEncoder | None = None
     store: Path | None = None
+    engines: EngineWishes = field(default_factory=EngineWishes)
 
     @property
     def is_trained(self) -> bool:
@@ -86,6 +92,14 @@ class BuildPlan:
         if self.text_encoder is not None:
             shapes |= self.text_encoder.shapes
         return plan.weight_bytes(shapes)
+
+    def network_bytes(self) -> dict[tuple[str, str], int]:
+        """(network, plan) to the bytes of its weights."""
+        model = self.loaded.model
+        shapes = {spec.name: model.network_shapes(spec.name) for spec in model.networks}
+        if self.text_encoder is not None:
+            shapes[TEXT_ENCODER] = self.text_encoder.shapes
+        return {(name, plan.name): plan.weight_bytes(found) for name, found in shapes.items() for plan in self.plans}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +121,9 @@ def plan_build(
     checkpoint: Path | None,
     profiles: tuple[str, ...],
     precisions: tuple[str, ...],
-    backend: str,
     out: Path | None,
     *,
+    engines: EngineWishes | None = None,
     source: Path | None = None,
     loras: tuple[str, ...] = (),
     text_encoder: Path | None = None,
@@ -123,8 +137,8 @@ def plan_build(
         checkpoint: file or folder; None for the demo checkpoint.
         profiles: names or paths, all of one patch size.
         precisions: names of plain plans.
-        backend: what runs the graphs for the ledger: `auto` or a backend by name.
         out: folder to write; named after checkpoint and profiles when None.
+        engines: what graphs are compiled for; None for graphs alone.
         source: latent checkpoint to complete the checkpoint from and to compare it with.
         loras: to merge, as `FILE:STRENGTH`.
         text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
@@ -152,7 +166,9 @@ def plan_build(
         sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
         require_bundle_or_nothing(out or Path(name))
         text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
-        yield BuildPlan(loaded, read, plans, sampling, backend, out or Path(name), text, store)
+        wishes = engines or EngineWishes()
+        require_engines_possible(wishes, loaded.model.spec, read, plans)
+        yield BuildPlan(loaded, read, plans, sampling, out or Path(name), text, store, wishes)
 
 
 def build(plan: BuildPlan, reporter: Reporter) -> Built:
@@ -165,7 +181,7 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
     """
     _require_libraries()
     _require_memory(plan)
-    backend = open_backend(plan.backend)
+    backend = open_backend(LEDGER_BACKEND)
     if not plan.is_trained:
         reporter.note(UNTRAINED)
     touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.spec.trunk_layers)
@@ -176,7 +192,10 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
         run = StageRunner(store or Home(output.root), reporter.note)
         if not (run.home.root / STAGES).is_dir():
             # Before the weights are hashed, which takes a minute for the published ones.
-            require_disk(run.home.root, sum(plan.weight_bytes(item) for item in plan.plans) + SPARE_DISK_BYTES)
+            needed = sum(plan.weight_bytes(item) for item in plan.plans) + SPARE_DISK_BYTES
+            require_disk(run.home.root, needed)
+            free = shutil.disk_usage(run.home.root).free - needed
+            require_engine_resources(plan.engines, plan.network_bytes(), free, str(run.home.root))
         manifest = _run_stages(plan, run, backend, reporter)
         data, folder = manifest_to_bytes(manifest), store.root if store else None
         if store is not None:
@@ -198,6 +217,13 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
     if plan.text_encoder is not None:
         text = add_text_encoder(run, plan.text_encoder, plan.plans, backend, reporter)
     files += [*proof.files, *(text.files if text else ())]
+    networks = {spec.name: spec for spec in (*loaded.model.networks, *((text.record.network,) if text else ()))}
+    to_compile = [(networks[graph.network], graph) for graph in (*graphs, *(text.record.graphs if text else ()))]
+    records = {record.path: record for record in files}
+    engines = build_engines(
+        run, plan.engines, loaded.model.spec, plan.profiles, plan.plans, to_compile, records, reporter
+    )
+    files += engines.files
     return Manifest(
         schema=SCHEMA,
         producer=f"l2p-export {__version__}",
@@ -210,8 +236,9 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
         graphs=tuple(graphs),
         references=proof.references,
         files=tuple(sorted(files, key=lambda record: record.path)),
-        ledger=(*proof.ledger, *(text.ledger if text else ())),
+        ledger=(*proof.ledger, *(text.ledger if text else ()), *engines.ledger),
         text=text.record if text else None,
+        engines=engines.records,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from l2p_calib.plans import PLANS
 from l2p_engines.stages import WORK
 from l2p_export.output import open_output, require_disk
-from l2p_runtime.contract import GraphRecord, Manifest
+from l2p_runtime.contract import PORTABLE, EngineRecord, GraphRecord, Manifest, target_from_spelling
 from l2p_runtime.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -26,45 +26,94 @@ TARGETS: dict[str, Callable[[str], bool]] = {
     # ONNX Runtime has no bfloat16 kernels on the CPU (tensorrt.md 4).
     "onnx-cpu": lambda plan: plan not in PLANS or PLANS[plan].default != "bfloat16",
 }
-"""What a bundle can be packed for, to whether a plan runs there."""
+"""What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""
 
 
 def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) -> Manifest:
-    """The manifest of a copy: chosen plans, their graphs, files and ledger entries, all of them its own.
+    """The manifest of a copy: chosen plans, what they run from, files and ledger entries, all of them its own.
 
     Args:
         manifest: of the whole bundle.
-        target: a key of `TARGETS`; None for any machine.
+        target: a key of `TARGETS`, which keeps graphs alone; an engine target, as `rtx-sm89` or `rtx1.7-sm89`, which
+            keeps its engines in place of graphs; None for all that there is.
         plans: plans to keep; all when empty.
 
     Raises:
         UsageError: no such target or plan, or no plan that runs on the target.
     """
-    if target is not None and target not in TARGETS:
-        raise UsageError(f"there is no target `{target}`", hint=f"targets: {', '.join(TARGETS)}")
     chosen = [manifest.plan(name).name for name in plans] or [plan.name for plan in manifest.plans]
-    kept = [name for name in chosen if target is None or TARGETS[target](name)]
+    engines = _engines(manifest, target, chosen)
+    if target is None:
+        kept = chosen
+    elif target in TARGETS:
+        kept = [name for name in chosen if TARGETS[target](name)]
+    else:
+        kept = list(dict.fromkeys(record.plan for record in engines))
     if not kept:
         raise UsageError(
             f"none of {', '.join(chosen)} runs on `{target}`", hint="build the bundle with another --precision too"
         )
+    keeps_graphs = target is None or target in TARGETS
 
     def of_kept(graphs: tuple[GraphRecord, ...]) -> tuple[GraphRecord, ...]:
         return tuple(record for record in graphs if record.plan in kept)
 
     graphs = of_kept(manifest.graphs)
     text = replace(manifest.text, graphs=of_kept(manifest.text.graphs)) if manifest.text else None
-    used = {path for record in graphs for path in (record.graph, record.weights)}
-    used |= {case.file for case in manifest.references} | (text.paths if text else set())
+    used = {case.file for case in manifest.references} | (text.documents if text else set())
+    used |= {record.engine for record in engines}
+    if keeps_graphs:
+        for record in (*graphs, *(text.graphs if text else ())):
+            if manifest.has_graph(record.network, record.plan):
+                used |= {record.graph, record.weights}
+            elif target is not None:
+                raise UsageError(
+                    f"the bundle has no graph of `{record.network}`: it was packed for engines",
+                    hint="pack the bundle that it was packed from",
+                )
     stages = tuple(f" {name} graph" for name in kept)
+    built = {f"{record.plan} graph -> {record.target} engine" for record in engines}
     return replace(
         manifest,
         plans=tuple(plan for plan in manifest.plans if plan.name in kept),
         graphs=graphs,
         text=text,
         files=tuple(replace(record, in_store=False) for record in manifest.files if record.path in used),
-        ledger=tuple(entry for entry in manifest.ledger if entry.stage.endswith(stages)),
+        ledger=tuple(e for e in manifest.ledger if e.stage.endswith(stages) or e.stage in built),
+        engines=engines,
     )
+
+
+def _engines(manifest: Manifest, target: str | None, plans: Sequence[str]) -> tuple[EngineRecord, ...]:
+    """The engines that a copy keeps: for an engine target, one of each network of every plan that has them all.
+
+    Raises:
+        UsageError: the bundle has no engine for such a target.
+    """
+    records = tuple(record for record in manifest.engines if record.plan in plans)
+    if target is None:
+        return records
+    if target in TARGETS:
+        return ()
+    have = tuple(dict.fromkeys(record.target for record in manifest.engines))
+    wanted = [spelling for spelling in have if target.lower() in _spellings(spelling)]
+    if not wanted:
+        there = ", ".join((*TARGETS, *have))
+        raise UsageError(
+            f"the bundle has nothing for a target `{target[:80]}`",
+            hint=f"it can be packed for {there}; for another, build it with --target first",
+        )
+    networks = {record.network for record in records}
+    found = [record for record in records if record.target == wanted[0]]
+    whole = [plan for plan in plans if {record.network for record in found if record.plan == plan} == networks]
+    return tuple(record for record in found if record.plan in whole)
+
+
+def _spellings(target: str) -> set[str]:
+    """`rtx1.7-sm89` and `rtx-sm89`; of a portable one, `portable` too."""
+    parsed = target_from_spelling(target)
+    short = f"{parsed.backend}-{parsed.compute_capability}"
+    return {target, short} | ({PORTABLE} if parsed.compute_capability == PORTABLE else set())
 
 
 def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> Bundle:

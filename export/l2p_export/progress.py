@@ -13,6 +13,9 @@ class Reporter(Protocol):
     def stage(self, title: str, total: int = 0, unit: str = "bytes") -> AbstractContextManager[Callable[[int], None]]:
         """Enter a stage; the function it gives is told how much was done since the last call."""
 
+    def phases(self, title: str) -> AbstractContextManager[Callable[[float, str], None]]:
+        """Enter a stage that tells which part of it is done, from 0 to 1, what it is doing, and at 1 what it made."""
+
     def note(self, text: str) -> None:
         """Say one line that the user should read."""
 
@@ -25,6 +28,12 @@ class Silent:
         """Do nothing."""
         del title, total, unit
         yield lambda amount: None
+
+    @contextmanager
+    def phases(self, title: str) -> Iterator[Callable[[float, str], None]]:
+        """Do nothing."""
+        del title
+        yield lambda fraction, what: None
 
     def note(self, text: str) -> None:
         """Do nothing."""

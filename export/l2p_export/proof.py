@@ -15,8 +15,9 @@ from l2p_export.verification import (
     CORNER_PIXELS_MAX,
     Case,
     case_inputs,
-    compare_graphs,
+    compare_networks,
     corner_cases,
+    graph_stage_name,
     not_run,
     small_cases,
 )
@@ -88,7 +89,12 @@ def prove(
     }
 
     def make(work: Path) -> Made:
-        ledger = [entry for plan in plans for reason, left in too_large for entry in not_run(plan, left, reason)]
+        ledger = [
+            entry
+            for plan in plans
+            for reason, left in too_large
+            for entry in not_run(graph_stage_name(plan), left, reason)
+        ]
         if not cases:
             return Made(facts=_Facts((), tuple(ledger)))
         references = _references(loaded, cases, reporter)
@@ -126,11 +132,12 @@ def _compare(
         record = graphs[network]
         return backend.load(run.path(files[record.graph]), run.path(files[record.weights]), networks[network])
 
+    stage = graph_stage_name(plan)
     with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
         try:
-            return compare_graphs(plan, networks, references, load, advance)
+            return compare_networks(stage, plan, networks, references, load, backend.device, advance)
         except UnsupportedError as error:
-            return not_run(plan, list(references), str(error))
+            return not_run(stage, list(references), str(error))
 
 
 def _choose(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from l2p_calib.ledger import compare
-from l2p_runtime.backends import Engine
+from l2p_runtime.backends import Device, Engine
 from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, NetworkSpec, Profile
 from l2p_runtime.positions import caption_tables, rope_tables
 
@@ -93,32 +93,45 @@ def network_inputs(network: str, case: Tensors, made: Tensors) -> dict[str, NDAr
     return {"tokens": made[before], "modulation": made["stem.modulation"], **rope}
 
 
-def compare_graphs(
+def graph_stage_name(plan: str) -> str:
+    """What the ledger calls the comparison of a plan's graphs."""
+    return f"torch float32 -> {plan} graph"
+
+
+def engine_stage_name(plan: str, target: str) -> str:
+    """What the ledger calls the comparison of a plan's engines."""
+    return f"torch float32 -> {plan} {target} engine"
+
+
+def compare_networks(
+    stage: str,
     plan: str,
     networks: Mapping[str, NetworkSpec],
     references: Mapping[str, Tensors],
     load: Callable[[str], Engine],
+    device: Device,
     advance: Callable[[int], None],
 ) -> list[LedgerEntry]:
-    """Run every case through a plan's graphs and measure each network alone and all of them in a row.
+    """Run every case through a plan's graphs or engines, each network alone and all of them in a row.
 
-    A network alone gets the reference's tensors; in a row, it gets what the plan's own graphs made.
+    A network alone gets the reference's tensors; in a row, it gets what the plan's own networks made.
 
     Args:
+        stage: what the ledger calls the comparison.
         plan: name of the plan, which names the threshold too.
         networks: inputs and outputs of each network.
         references: case name to its inputs and torch float32 outputs.
-        load: opens the plan's graph of a network; one is open at a time.
+        load: opens the plan's graph or engine of a network; one is open at a time.
+        device: where they run.
         advance: told 1 after each network and case.
     """
-    stage = f"torch float32 -> {plan} graph"
     made: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in references}
     entries = []
     for network in NETWORKS:
         engine = load(network)
         for name, reference in references.items():
-            alone = run_engine(engine, network_inputs(network, reference, reference))
-            chained = run_engine(engine, network_inputs(network, reference, made[name]))
+            alone = run_engine(engine, device, network_inputs(network, reference, reference))
+            chained = run_engine(engine, device, network_inputs(network, reference, made[name]))
             made[name] |= {f"{network}.{output}": value for output, value in chained.items()}
             for output in (spec.name for spec in networks[network].outputs):
                 expected = reference[f"{network}.{output}"]
@@ -132,17 +145,17 @@ def compare_graphs(
     return entries
 
 
-def not_run(plan: str, cases: Sequence[str], reason: str) -> list[LedgerEntry]:
+def not_run(stage: str, cases: Sequence[str], reason: str) -> list[LedgerEntry]:
     """Ledger entries for cases, by name, that this machine did not run; never counted as passed."""
-    stage = f"torch float32 -> {plan} graph"
     return [LedgerEntry(stage, END_TO_END, case, "not run", reason) for case in cases]
 
 
-def run_engine(engine: Engine, inputs: Tensors) -> dict[str, NDArray[Any]]:
+def run_engine(engine: Engine, device: Device, inputs: Tensors) -> dict[str, NDArray[Any]]:
     """Run one engine on host arrays."""
     import numpy as np
 
     sizes = engine.spec.sizes({name: value.shape for name, value in inputs.items()})
-    outputs = {spec.name: np.empty(spec.resolve(sizes), spec.dtype) for spec in engine.spec.outputs}
-    engine.run({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
-    return outputs
+    outputs = {spec.name: device.alloc(spec.resolve(sizes), spec.dtype) for spec in engine.spec.outputs}
+    engine.run({name: device.upload(np.ascontiguousarray(value)) for name, value in inputs.items()}, outputs)
+    device.synchronize()
+    return {name: device.download(value) for name, value in outputs.items()}

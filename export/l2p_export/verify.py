@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from l2p_export.text_encoder.build import verify_text
-from l2p_export.verification import END_TO_END, Case, case_inputs, compare_graphs, not_run
-from l2p_runtime.backends import Engine, open_backend
+from l2p_export.verification import (
+    END_TO_END,
+    Case,
+    case_inputs,
+    compare_networks,
+    engine_stage_name,
+    graph_stage_name,
+    not_run,
+)
+from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import LedgerEntry, ReferenceCase
-from l2p_runtime.errors import ArtifactError, UnsupportedError
+from l2p_runtime.errors import ArtifactError, UnsupportedError, UsageError
+from l2p_runtime.networks import load_network, open_for, require_sizes, runnable_plans
+from l2p_runtime.stripes import Stripe
 from l2p_runtime.tensorfile import open_tensorfile
 
 if TYPE_CHECKING:
@@ -19,39 +29,65 @@ if TYPE_CHECKING:
 
 
 def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Reporter) -> list[LedgerEntry]:
-    """Run a bundle's stored cases on this machine; what only the build could run is listed as not run.
+    """Run a bundle's stored cases on this machine; what it does not run is listed as not run.
+
+    Args:
+        bundle: the bundle.
+        backend: a backend by name, or `auto`; engine backends run engines, others graphs.
+        plan: only this precision plan; None for all that the backend has files for.
+        reporter: shows where it stands.
 
     Raises:
-        ArtifactError: no such plan, or a damaged reference file.
+        ArtifactError: nothing for the backend, or a damaged reference file.
+        UsageError: no such plan.
         HostError: the backend cannot run here.
     """
     manifest = bundle.manifest
-    opened = open_backend(backend)
-    networks = {spec.name: spec for spec in manifest.networks}
-    references = {case.name: _read_case(bundle, case) for case in manifest.references}
-    plans = [manifest.plan(plan)] if plan else manifest.plans
-    ledger: list[LedgerEntry] = []
-    for ref in plans:
-
-        def load(network: str, name: str = ref.name) -> Engine:
-            record = manifest.graph(network, name)
-            return opened.load(bundle.path(record.graph), bundle.path(record.weights), networks[network])
-
-        with reporter.stage(f"ledger {ref.name}", len(references) * len(networks), "calls") as advance:
-            try:
-                ledger += compare_graphs(ref.name, networks, references, load, advance)
-                ledger += verify_text(bundle, opened, ref.name)
-            except UnsupportedError as error:
-                ledger += not_run(ref.name, list(references), str(error))
+    opened, first = open_for(bundle, backend, 0, plan)
+    plans = [first] if plan else runnable_plans(manifest, opened)
+    ledger = [entry for name in plans for entry in _verify_plan(bundle, opened, name, reporter)]
+    run = {entry.stage for entry in ledger}
     cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
-    chosen = {f"torch float32 -> {ref.name} graph" for ref in plans}
-    left = dict.fromkeys(
-        (e.stage, e.case, e.status) for e in manifest.ledger if e.case not in cases and e.stage in chosen
-    )
-    return ledger + [
-        LedgerEntry(stage, END_TO_END, case, "not run", f"no stored reference; `{status}` when the bundle was built")
-        for stage, case, status in left
+    chosen = {graph_stage_name(plan)} if plan else {graph_stage_name(ref.name) for ref in manifest.plans}
+    left = [
+        entry
+        for entry in manifest.ledger
+        if (entry.stage in chosen and (entry.stage not in run or entry.case not in cases))
+        or (entry.stage.endswith(" engine") and (plan is None or entry.stage.startswith(f"{plan} ")))
     ]
+    once = dict.fromkeys((e.stage, END_TO_END if e.stage in chosen else e.network, e.case, e.status) for e in left)
+    return ledger + [
+        LedgerEntry(stage, network, case, "not run", f"not run here; `{status}` when the bundle was built")
+        for stage, network, case, status in once
+    ]
+
+
+def _verify_plan(bundle: Bundle, backend: Backend, plan: str, reporter: Reporter) -> list[LedgerEntry]:
+    """The ledger of one plan's graphs, or of its engines where the backend runs these."""
+    manifest, model = bundle.manifest, bundle.manifest.model
+    target = backend.target
+    stage = graph_stage_name(plan) if target is None else engine_stage_name(plan, target.spelling)
+    networks = {spec.name: spec for spec in manifest.networks}
+    references, refused = {}, []
+    for case in manifest.references:
+        rows, columns = case.height_px // model.patch_px, case.width_px // model.patch_px
+        tokens = model.padded(case.caption_tokens)
+        try:
+            require_sizes(manifest, backend, plan, 1, (rows, columns), tokens, (Stripe(0, rows, 0, rows),))
+        except UsageError as error:
+            refused += not_run(stage, [case.name], str(error))
+        else:
+            references[case.name] = _read_case(bundle, case)
+
+    def load(network: str) -> Engine:
+        return load_network(bundle, backend, network, plan)
+
+    with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
+        try:
+            found = compare_networks(stage, plan, networks, references, load, backend.device, advance)
+            return [*found, *verify_text(bundle, backend, stage, plan), *refused]
+        except UnsupportedError as error:
+            return [*not_run(stage, list(references), str(error)), *refused]
 
 
 def _read_case(bundle: Bundle, case: ReferenceCase) -> dict[str, NDArray[Any]]:

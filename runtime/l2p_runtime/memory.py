@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_FLOAT_BYTES = 4
+_FLOAT_BYTES, _HALF_BYTES = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,28 @@ def call_memory(model: ModelSpec, batch: int, rows: int, columns: int, caption_t
         buffers_bytes=_FLOAT_BYTES * batch * buffers,
         tokens_bytes=_FLOAT_BYTES * batch * max(scores, inner),
         head_row_bytes=int(_FLOAT_BYTES * batch * model.head.peak_values_per_px * row_px),
+    )
+
+
+def fused_call_memory(model: ModelSpec, batch: int, rows: int, columns: int, caption_tokens: int) -> CallMemory:
+    """Forecast one denoising call in an engine with fused attention, in float16 or smaller.
+
+    Scores are never held and activations take 2 bytes, but tensors between networks stay float32. In float32,
+    attention is decomposed, scores are held whole, and the figures are those of `call_memory`.
+    """
+    plain = call_memory(model, batch, rows, columns, caption_tokens)
+    image = rows * columns
+    padded = model.padded(image)
+    inner = (padded + caption_tokens) * (3 * model.ffn_width + 4 * model.width)
+    # The stem casts the image and then holds it as patches, beside the tokens it makes of them.
+    patches = 2 * 3 * image * model.patch_px**2 + image * model.width
+    row_px = model.patch_px * columns * model.patch_px
+    # A stripe's own copy of its pixels and tokens and what it predicts: float32, like all borders.
+    row_borders = _FLOAT_BYTES * batch * (6 * row_px + columns * model.width)
+    return CallMemory(
+        buffers_bytes=plain.buffers_bytes,
+        tokens_bytes=_HALF_BYTES * batch * max(inner, patches),
+        head_row_bytes=plain.head_row_bytes * _HALF_BYTES // _FLOAT_BYTES + row_borders,
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from l2p_runtime.backends import Array, Backend, Engine, open_backend
+from l2p_runtime.backends import Array, Backend, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
-from l2p_runtime.contract import NETWORKS
+from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.errors import CancelledError, HostError, InternalError, L2PError, UsageError
-from l2p_runtime.memory import parse_bytes
+from l2p_runtime.memory import call_memory, fused_call_memory, parse_bytes
+from l2p_runtime.networks import engine_record, head_rows_max, load_network, network_bytes, open_for, require_sizes
 from l2p_runtime.requests import (
     PixelDType,
     Rng,
@@ -48,12 +49,21 @@ class Pipeline:
     A pipeline serves one call at a time; open several for several threads.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, plan: str, memory_budget_bytes: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        plan: str,
+        memory_budget_bytes: int | None,
+        *,
+        owns_device: bool = False,
+    ) -> None:
         self.bundle = bundle
         self.plan = plan
         self._backend = backend
         self._denoiser = Denoiser(bundle.manifest.model, backend.device, self._use)
-        self._weight_bytes = _weight_bytes(bundle, plan)
+        self._weight_bytes = network_bytes(bundle, backend, plan)
+        self._text_bytes = self._weight_bytes.pop(TEXT_ENCODER, 0)
         self._engines: dict[str, Engine] = {}
         self._keeps_networks = False
         self._tokenizer: Tokenizer | None = None
@@ -61,6 +71,7 @@ class Pipeline:
         self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
         self._memory_budget_bytes = memory_budget_bytes
         self._closed = False
+        self._owns_device = owns_device
 
     @classmethod
     def open(
@@ -76,9 +87,9 @@ class Pipeline:
 
         Args:
             path: folder that `l2p-export build` wrote.
-            backend: `auto`, or a backend by name.
+            backend: a backend by name; `auto` takes the fastest that runs here and that the bundle has files for.
             device: index of the device, where there are several.
-            plan: precision plan; the bundle's first when None.
+            plan: precision plan; the first of the bundle's that the backend runs when None.
             memory_budget: bytes for weights, buffers and activations together, as a number or as `6GiB`: networks
                 are loaded one at a time if they must, and the pixel head runs in stripes that fit. Without it, what the
                 device has free.
@@ -91,17 +102,25 @@ class Pipeline:
         """
         budget = parse_bytes(str(memory_budget)) if memory_budget is not None else None
         bundle = open_bundle(Path(path), Path(store) if store is not None else None)
-        name = bundle.manifest.plan(plan).name
-        pipeline = cls(bundle, open_backend(backend, device), name, budget)
-        limit, sizes = pipeline._limit_bytes(), pipeline._weight_bytes
-        largest = max(sizes, key=lambda network: sizes[network])
-        if sizes[largest] > limit:
-            raise HostError(
-                f"the weights of `{largest}` in plan `{name}` take {sizes[largest]:,} bytes, {limit:,} bytes are there",
-                hint="raise the memory budget, or use a plan of lower precision",
-            )
-        if sum(sizes.values()) <= limit:
-            pipeline._keep_networks()
+        opened, name = open_for(bundle, backend, device, plan)
+        try:
+            pipeline = cls(bundle, opened, name, budget, owns_device=True)
+            pipeline._load_what_fits()
+        except BaseException:
+            opened.device.close()
+            raise
+        return pipeline
+
+    @classmethod
+    def on_backend(cls, bundle: Bundle, backend: Backend, plan: str, memory_budget_bytes: int | None = None) -> Self:
+        """The same for a bundle and a backend that are open already; `close` leaves the device open.
+
+        Raises:
+            ArtifactError: the bundle lacks the plan's files for the backend.
+            HostError: the largest network exceeds the budget.
+        """
+        pipeline = cls(bundle, backend, plan, memory_budget_bytes)
+        pipeline._load_what_fits()
         return pipeline
 
     def denoise(
@@ -249,9 +268,16 @@ class Pipeline:
             self._count(prompt, truncate_prompt)
         return self._embed(prompts, truncate_prompt)
 
+    @property
+    def keeps_networks(self) -> bool:
+        """Whether all networks are in memory; otherwise each is loaded when its turn comes."""
+        return self._keeps_networks
+
     def close(self) -> None:
         """Give all memory back; further calls are refused."""
         self._release_networks()
+        if self._owns_device and not self._closed:
+            self._backend.device.close()
         self._closed = True
         self._encoded, self._tokenizer = {}, None
 
@@ -288,8 +314,7 @@ class Pipeline:
         text, tokenizer = self.bundle.manifest.text, self._tokenizer
         if text is None or tokenizer is None:
             raise InternalError("texts reached the encoder without a tokenizer")
-        record = text.graph(self.plan)
-        weights = next(file.size_bytes for file in self.bundle.manifest.files if file.path == record.weights)
+        weights = self._text_bytes
         limit = self._limit_bytes()
         if weights > limit:
             raise HostError(
@@ -299,8 +324,7 @@ class Pipeline:
         makes_room = self._keeps_networks and weights > self._free_bytes()
         if makes_room:
             self._release_networks()
-        graph, file = self.bundle.path(record.graph), self.bundle.path(record.weights)
-        encoder = self._backend.load(graph, file, text.network)
+        encoder = self._load(TEXT_ENCODER)
         try:
             embeds = encode_prompts(encoder, tokenizer, texts, self._backend.device, truncate=truncate)
         finally:
@@ -322,6 +346,23 @@ class Pipeline:
         finally:
             engine.close()
 
+    def _load_what_fits(self) -> None:
+        """Load all networks, or none where they are to take turns.
+
+        Raises:
+            HostError: the largest of them exceeds the budget.
+        """
+        limit, sizes = self._limit_bytes(), self._weight_bytes
+        largest = max(sizes, key=lambda network: sizes[network])
+        if sizes[largest] > limit:
+            raise HostError(
+                f"the weights of `{largest}` in plan `{self.plan}` take {sizes[largest]:,} bytes, {limit:,} bytes are "
+                "there",
+                hint="raise the memory budget, or use a plan of lower precision",
+            )
+        if sum(sizes.values()) <= limit:
+            self._keep_networks()
+
     def _keep_networks(self) -> None:
         """Load all networks, to stay; all or none."""
         try:
@@ -338,28 +379,33 @@ class Pipeline:
         self._engines, self._keeps_networks = {}, False
 
     def _load(self, network: str) -> Engine:
-        manifest = self.bundle.manifest
-        record = manifest.graph(network, self.plan)
-        graph, weights = self.bundle.path(record.graph), self.bundle.path(record.weights)
-        return self._backend.load(graph, weights, manifest.network(network))
+        return load_network(self.bundle, self._backend, network, self.plan)
 
     def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int) -> tuple[Stripe, ...]:
         """Cut the head for a call; where all networks and the call do not fit together, the networks take turns.
 
         Raises:
             HostError: the call does not fit even so.
+            UsageError: engines were not built for this size.
         """
         model, sizes = self._denoiser.model, self._weight_bytes
+        manifest, backend, plan = self.bundle.manifest, self._backend, self.plan
+        fused = backend.load_engine is not None and plan != "fp32"
+        need = (fused_call_memory if fused else call_memory)(model, batch, *grid, tokens)
+        head_rows = None
+        if backend.load_engine is not None:
+            head_rows = head_rows_max(engine_record(manifest, backend, "head", plan), batch, grid[1])
+        stripes = None
         if self._keeps_networks:
             free = self._free_bytes()
-            try:
-                return plan_call(model, batch, grid, tokens, free, free)
-            except HostError:
-                pass
-        limit, head = self._limit_bytes(), sizes["head"]
-        others = max(size for network, size in sizes.items() if network != "head")
-        stripes = plan_call(model, batch, grid, tokens, limit - others, limit - head)
-        self._release_networks()
+            with suppress(HostError):
+                stripes = plan_call(model, grid, need, free, free, head_rows)
+        if stripes is None:
+            limit, head = self._limit_bytes(), sizes["head"]
+            others = max(size for network, size in sizes.items() if network != "head")
+            stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
+            self._release_networks()
+        require_sizes(manifest, backend, plan, batch, grid, tokens, stripes)
         return stripes
 
     def _free_bytes(self) -> int:
@@ -387,12 +433,6 @@ class Pipeline:
         image = device.alloc((1, 3, height, width), "float32")
         device.launch("noise", image[0], seed, image_index)
         return image
-
-
-def _weight_bytes(bundle: Bundle, plan: str) -> dict[str, int]:
-    """Network to the bytes of its weights."""
-    sizes = {record.path: record.size_bytes for record in bundle.manifest.files}
-    return {record.network: sizes[record.weights] for record in bundle.manifest.graphs if record.plan == plan}
 
 
 def _float32(values: Sequence[float]) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from l2p_runtime.contract import Manifest, Sampling
 from l2p_runtime.errors import HostError, UsageError
-from l2p_runtime.memory import call_memory
+from l2p_runtime.memory import CallMemory
 from l2p_runtime.stripes import Stripe, plan_stripes
 
 if TYPE_CHECKING:
@@ -155,30 +155,37 @@ def check_time(time: object, batch: int) -> NDArray[np.float32]:
 
 
 def plan_call(
-    model: ModelSpec, batch: int, grid: tuple[int, int], caption_tokens: int, limit_bytes: int, head_limit_bytes: int
+    model: ModelSpec,
+    grid: tuple[int, int],
+    need: CallMemory,
+    limit_bytes: int,
+    head_limit_bytes: int,
+    head_rows: int | None = None,
 ) -> tuple[Stripe, ...]:
     """Cut the head so that one denoising call fits, or refuse before anything is allocated.
 
     Args:
         model: the model.
-        batch: images.
         grid: token rows and columns.
-        caption_tokens: padded.
+        need: what the call takes.
         limit_bytes: what a call may take while a transformer network runs.
         head_limit_bytes: what it may take while the head runs.
+        head_rows: the most token rows that the head takes at once; None for any number.
 
     Raises:
         HostError: the buffers, the attention or the smallest stripe do not fit.
     """
     rows, columns = grid
-    need = call_memory(model, batch, rows, columns, caption_tokens)
     if need.buffers_bytes + need.tokens_bytes > limit_bytes:
         raise HostError(
             f"{columns * model.patch_px}x{rows * model.patch_px} needs {need.buffers_bytes:,} bytes of buffers and "
             f"{need.tokens_bytes:,} bytes for attention, {max(limit_bytes, 0):,} bytes are there",
             hint="raise the memory budget, or draw a smaller image",
         )
-    return plan_stripes(model.head, rows, need.head_row_bytes, head_limit_bytes - need.buffers_bytes)
+    budget = head_limit_bytes - need.buffers_bytes
+    if head_rows is not None:
+        budget = min(budget, head_rows * need.head_row_bytes)
+    return plan_stripes(model.head, rows, need.head_row_bytes, budget)
 
 
 def _caption(manifest: Manifest, what: str, text: str | None, embeds: object) -> NDArray[np.float32] | str:

@@ -34,7 +34,8 @@ PROMPT_CHARACTERS_MAX = 1 << 20
 
 _TEMPLATE_BYTES_MAX = 64 << 10
 _PLACE = "{prompt}"
-_BATCH = 4
+PROMPTS_AT_ONCE = 4
+"""The most prompts that go through the text encoder in one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +159,8 @@ def encode_prompts(
     """
     rows = [tokenizer.tokens(prompt, truncate=truncate) for prompt in prompts]
     embeds: list[NDArray[np.float32]] = []
-    for start in range(0, len(rows), _BATCH):
-        embeds += _encode_batch(engine, rows[start : start + _BATCH], device)
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        embeds += _encode_batch(engine, rows[start : start + PROMPTS_AT_ONCE], device)
     return embeds
 
 

@@ -96,7 +96,7 @@ def test_stripes_equal_the_whole(bundles: Bundles, kind: str, size: tuple[int, i
     stripe_counts = []
     for rows in (9, 10):
         budget = weights + need.buffers_bytes + rows * need.head_row_bytes
-        stripes = plan_call(model, 1, grid, 32, budget - weights, budget - weights)
+        stripes = plan_call(model, grid, need, budget - weights, budget - weights)
         stripe_counts.append(len(stripes))
         with Pipeline.open(bundles.path(kind), memory_budget=budget) as pipe:
             assert np.abs(pipe.denoise(image, 0.25, embeds) - whole).max() <= 1e-6

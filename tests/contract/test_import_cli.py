@@ -96,7 +96,7 @@ def test_a_lora_changes_what_it_names_and_the_trunk(files: Path, tmp_path: Path)
 def test_build_takes_all_of_these_directly(files: Path) -> None:
     lora = f"{files / 'lora.safetensors'}:1"
     with plan_build(
-        files / "adapters.safetensors", ("1k",), ("fp32",), "auto", None, source=files / "pipe", loras=(lora,)
+        files / "adapters.safetensors", ("1k",), ("fp32",), None, source=files / "pipe", loras=(lora,)
     ) as plan:
         assert plan.loaded.equal_layers == (1, 2, 3, 4)
         assert plan.sampling.steps == 7

@@ -16,7 +16,7 @@ import l2p_runtime
 
 OURS = {"l2p_export", "l2p_calib", "l2p_engines"}
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "transformers", "diffusers", "safetensors", "scipy"}
-HEAVY |= {"ml_dtypes", "polygraphy", "tensorrt", "tensorrt_rtx"}
+HEAVY |= {"cuda", "ml_dtypes", "polygraphy", "tensorrt", "tensorrt_rtx"}
 
 
 def test_the_runtime_root_imports_the_standard_library_alone() -> None:
@@ -29,6 +29,12 @@ def test_the_pipeline_imports_numpy_and_nothing_else() -> None:
     loaded = _loaded_by("from l2p_runtime import Pipeline; import l2p_runtime.noise, l2p_runtime.png")
     foreign = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
     # NumPy 2.4 itself brings no other package.
+    assert foreign <= {"l2p_runtime", "numpy"}
+
+
+def test_listing_backends_loads_none_of_their_libraries() -> None:
+    loaded = _loaded_by("from l2p_runtime.backends import backend_names; assert len(backend_names()) == 4")
+    foreign = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
     assert foreign <= {"l2p_runtime", "numpy"}
 
 

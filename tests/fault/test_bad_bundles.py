@@ -252,7 +252,7 @@ def test_manifest_survives_its_own_bytes(good: Path) -> None:
 
 BAD_PATHS = [
     *("", ".", "..", "graphs", "graphs/", "graphs//x", "graphs/.", "graphs/..", "graphs/.hidden", "graphs/a/b"),
-    *("graphs/../x", "./graphs/x", "/graphs/x", "graphs/a..b", "C:/x", "graphs/C:x", "file:///x", "engines/x"),
+    *("graphs/../x", "./graphs/x", "/graphs/x", "graphs/a..b", "C:/x", "graphs/C:x", "file:///x", "engine/x"),
     *("graphs/x\n", "graphs/x ", "graphs/\u202ex", "graphs/" + "x" * 300, "Graphs/x", "graphs/~", "bundle.json"),
 ]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.engine_options import engine_options, read_engine_options
 
 if TYPE_CHECKING:
     from l2p_export.build import BuildPlan, Built
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="fp32, fp16 or bf16; repeatable.",
 )
-@click.option("--backend", type=click.Choice(["auto", "onnx"]), default="auto", show_default=True)
+@engine_options
 @click.option(
     "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
 )
@@ -39,7 +40,6 @@ def command(
     checkpoint: Path | None,
     profiles: tuple[str, ...],
     precisions: tuple[str, ...],
-    backend: str,
     source: Path | None,
     loras: tuple[str, ...],
     text_encoder: Path | None,
@@ -49,8 +49,9 @@ def command(
     as_json: bool,
     dry_run: bool,
     quiet: bool,
+    **engine_arguments: Any,
 ) -> None:
-    """Turn CHECKPOINT into a verified bundle of ONNX graphs.
+    """Turn CHECKPOINT into a verified bundle of ONNX graphs, and of engines when --target or --backend asks for them.
 
     Without CHECKPOINT, a small seeded checkpoint is made for the profile. It is untrained and draws noise.
 
@@ -59,7 +60,8 @@ def command(
     from l2p_export.build import build, plan_build
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
-    with plan_build(checkpoint, profiles, precisions, backend, out, **inputs) as plan:
+    inputs["engines"] = read_engine_options(**engine_arguments)
+    with plan_build(checkpoint, profiles, precisions, out, **inputs) as plan:
         if dry_run:
             _print_plan(plan, as_json=as_json)
             return
@@ -86,6 +88,7 @@ def _print_plan(plan: BuildPlan, *, as_json: bool) -> None:
                 "trained": plan.is_trained,
                 "weight_bytes": sizes,
                 "profiles": [profile.name for profile in plan.profiles],
+                "targets": [target.spelling for target in plan.engines.targets],
             }
         )
         return
@@ -94,6 +97,8 @@ def _print_plan(plan: BuildPlan, *, as_json: bool) -> None:
     click.echo(f"variant {model.variant}, {plan.loaded.checkpoint.parameters:,} parameters{trained}")
     for name, size in sizes.items():
         click.echo(f"{name}: {format_bytes(size)} of weights in {len(plan.loaded.model.networks)} graphs")
+    for target in plan.engines.targets:
+        click.echo(f"engines for {target.spelling}: about {format_bytes(sum(sizes.values()))}")
 
 
 def _result(built: Built) -> dict[str, object]:
@@ -106,6 +111,8 @@ def _result(built: Built) -> dict[str, object]:
         "variant": manifest.model.variant,
         "trained": manifest.checkpoint.trained,
         "plans": [plan.name for plan in manifest.plans],
+        "targets": list(dict.fromkeys(record.target for record in manifest.engines)),
+        "engines": len(manifest.engines),
         "bytes": sum(record.size_bytes for record in manifest.files),
         "bytes_in_store": sum(record.size_bytes for record in manifest.files if record.in_store),
         "ledger": {

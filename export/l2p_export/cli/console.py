@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from l2p_runtime import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,6 +51,18 @@ def dry_run_option(command: Command) -> Command:
     )
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels, from `WIDTHxHEIGHT`.
+
+    Raises:
+        UsageError: the text is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
+    if match is None:
+        raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
+    return int(match[2]), int(match[1])
+
+
 def print_json(data: object) -> None:
     """Write one JSON object to stdout."""
     click.echo(json.dumps(data, indent=1, ensure_ascii=False))
@@ -82,6 +97,26 @@ class Console:
         rate = f", {_amount(done / seconds, unit)}/s" if done and seconds >= _RATE_SECONDS else ""
         done_text = f", {_amount(done, unit)}{rate}" if done else ""
         self._write(f"{title}: done in {seconds:.1f} s{done_text}", final=True)
+
+    @contextmanager
+    def phases(self, title: str) -> Iterator[Callable[[float, str], None]]:
+        """Show which part of a stage is done, what it is doing, and how long it took."""
+        started = shown = time.monotonic()
+        result = ""
+
+        def tell(fraction: float, what: str) -> None:
+            nonlocal shown, result
+            result = f", {what}" if fraction >= 1 else ""
+            now = time.monotonic()
+            if now - shown >= (_REDRAW_SECONDS if self._redraws else _PLAIN_SECONDS):
+                shown = now
+                left = (now - started) * (1 - fraction) / fraction if fraction > 0 else 0.0
+                left_text = f", {_duration(left)} left" if now - started >= _RATE_SECONDS and left else ""
+                self._write(f"{title}: {fraction:.0%}{left_text}; {what}", final=not self._redraws)
+
+        self._write(title if self._redraws else f"{title} ...", final=not self._redraws)
+        yield tell
+        self._write(f"{title}: done in {time.monotonic() - started:.1f} s{result}", final=True)
 
     def done(self, text: str) -> None:
         """One line of progress that is complete in itself."""

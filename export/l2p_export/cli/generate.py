@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, json_option, print_json, quiet_option, store_option
+from l2p_export.cli.console import (
+    Console,
+    dry_run_option,
+    json_option,
+    parse_size,
+    print_json,
+    quiet_option,
+    store_option,
+)
 from l2p_runtime import UsageError, __version__
 
 if TYPE_CHECKING:
@@ -70,12 +77,11 @@ def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: boo
         sampling=sampling,
         **inputs,
     )
-    text = _text(opened, options, request.sampling)
     if dry_run:
-        _check_machine(options)
+        text = _text(opened, options, request.sampling, _check_machine(opened, options))
         _check_prompts(opened, request, truncate=options["truncate_prompt"])
     else:
-        _draw(bundle, out, (height, width), inputs | sampling, options, text, Console(quiet=quiet))
+        text = _draw(bundle, out, request, (height, width), inputs | sampling, options, Console(quiet=quiet))
     if as_json:
         print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})
     else:
@@ -85,12 +91,13 @@ def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: boo
 def _draw(
     bundle: Path,
     out: Path,
+    request: ImageRequest,
     size: tuple[int, int],
     inputs: dict[str, Any],
     options: dict[str, Any],
-    text: dict[str, str],
     console: Console,
-) -> None:
+) -> dict[str, str]:
+    """Draw and write; what the picture says of itself."""
     from l2p_runtime import Pipeline
     from l2p_runtime.png import write_png
 
@@ -100,8 +107,8 @@ def _draw(
     with Pipeline.open(bundle, plan=plan, memory_budget=budget, **places) as pipe:
         if not pipe.bundle.manifest.checkpoint.trained:
             console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
-        steps = int(json.loads(text["parameters"])["steps"])
-        with console.stage(f"drawing {width}x{height}", steps, "steps") as advance:
+        text = _text(pipe.bundle, options, request.sampling, pipe.plan)
+        with console.stage(f"drawing {width}x{height}", request.sampling.steps, "steps") as advance:
             pixels = pipe.generate(
                 options["prompt"],
                 height=height,
@@ -113,9 +120,10 @@ def _draw(
                 **inputs,
             )
     write_png(out, pixels, text)
+    return text
 
 
-def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling) -> dict[str, str]:
+def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str) -> dict[str, str]:
     """What the picture says of itself."""
     parameters = {
         "seed": options["seed"],
@@ -124,7 +132,7 @@ def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling) -> dict[s
         "shift": sampling.shift,
         "rng": options["rng"],
         "positions": options["positions"] or bundle.manifest.profiles[0].positions,
-        "plan": bundle.manifest.plan(options["plan"]).name,
+        "plan": plan,
         "bundle": bundle.digest,
         "trained": bundle.manifest.checkpoint.trained,
     }
@@ -143,20 +151,17 @@ def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
     if text is None:
         profile = bundle.manifest.profiles[0]
         return profile.height_px.opt, profile.width_px.opt
-    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
-    if match is None:
-        raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
-    return int(match[2]), int(match[1])
+    return parse_size(text)
 
 
-def _check_machine(options: dict[str, Any]) -> None:
-    """What drawing would refuse before it loads anything."""
-    from l2p_runtime.backends import open_backend
+def _check_machine(bundle: Bundle, options: dict[str, Any]) -> str:
+    """The plan that would be run; refuses what drawing would refuse before it loads anything."""
     from l2p_runtime.memory import parse_bytes
+    from l2p_runtime.networks import open_for
 
-    open_backend(options["backend"])
     if options["memory_budget"] is not None:
         parse_bytes(options["memory_budget"])
+    return open_for(bundle, options["backend"], 0, options["plan"])[1]
 
 
 def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> None:

@@ -44,6 +44,7 @@ def _bundle_facts(path: Path, store: Path | None) -> dict[str, Any]:
 
     bundle = open_bundle(path, store)
     manifest = bundle.manifest
+    sizes = {record.path: record.size_bytes for record in manifest.files}
     return {
         "bundle": str(path),
         "digest": bundle.digest,
@@ -58,6 +59,11 @@ def _bundle_facts(path: Path, store: Path | None) -> dict[str, Any]:
         "model": to_json(manifest.model),
         "networks": {
             spec.name: f"{_signature(spec.inputs)} -> {_signature(spec.outputs)}" for spec in manifest.networks
+        },
+        "engines": {
+            f"{record.network} in {record.plan} for {record.target}": f"{format_bytes(sizes[record.engine])}, built by "
+            f"version {record.library_version}"
+            for record in manifest.engines
         },
         "ledger": {
             f"{entry.stage}, {entry.network}, {entry.case}": entry.status

@@ -19,6 +19,7 @@ import click
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
 
 COMMANDS = {
+    "bench": "Measure a bundle's networks and a whole step on this machine.",
     "build": "Turn a checkpoint into a verified bundle.",
     "doctor": "Say what this machine can and cannot do.",
     "import": "Write one canonical checkpoint from whatever tool's files.",

@@ -19,7 +19,9 @@ from l2p_export.cli.console import (
 
 @click.command("pack")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", help="Keep only plans that run there: onnx-cpu. Without it, all.")
+@click.option(
+    "--target", help="What it is to run on: onnx-cpu keeps graphs, rtx-sm89 that target's engines. Without it, all."
+)
 @click.option("--plan", "plans", multiple=True, help="Keep only this precision plan; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @store_option
@@ -49,7 +51,8 @@ def command(
     manifest = pack_manifest(opened.manifest, target, plans)
     require_bundle_or_nothing(out)
     size_bytes = sum(record.size_bytes for record in manifest.files)
-    facts = {"out": str(out), "plans": [plan.name for plan in manifest.plans], "bytes": size_bytes}
+    facts: dict[str, object] = {"out": str(out), "plans": [plan.name for plan in manifest.plans], "bytes": size_bytes}
+    facts["targets"] = list(dict.fromkeys(record.target for record in manifest.engines))
     if not dry_run:
         facts["digest"] = pack(opened, manifest, out, Console(quiet=quiet)).digest
     if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import click
 
 from l2p_engines.forecast import PRECISIONS
-from l2p_export.cli.console import json_option, print_json
+from l2p_export.cli.console import json_option, parse_size, print_json
 from l2p_runtime import UsageError
 
 
@@ -71,7 +70,7 @@ def command(
     card = find_card(device) if device is not None else None
     vram_bytes = parse_bytes(vram) if vram is not None else card.vram_bytes if card is not None else None
     memory_bytes = parse_bytes(memory) if memory is not None else available_host_bytes()
-    sizes_px = tuple(_size(text) for text in sizes)
+    sizes_px = tuple(parse_size(text) for text in sizes)
     subject = read_subject(checkpoint, profiles, source, text_encoder)
     found = forecast(subject, precisions, sizes_px, card=card, vram_bytes=vram_bytes, memory_bytes=memory_bytes)
     if as_json:
@@ -82,11 +81,3 @@ def command(
         return
     for line in forecast_lines(found):
         click.echo(line)
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Height and width in pixels."""
-    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
-    if match is None:
-        raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
-    return int(match[2]), int(match[1])

@@ -14,12 +14,13 @@ from l2p_engines.stages import Made, Stage, StageRunner, named_by_content
 from l2p_export.digests import toolchain, weight_digests
 from l2p_export.graphs.export import graph_stage
 from l2p_export.tensors import read_tensor
-from l2p_export.verification import run_engine
+from l2p_export.verification import graph_stage_name, run_engine
 from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import TEXT_ENCODER, FileRecord, GraphRecord, LedgerEntry, TextRecord
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import ArtifactError, UnsupportedError
 from l2p_runtime.memory import available_host_bytes
+from l2p_runtime.networks import load_network
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 from l2p_runtime.text import CHAT_TEMPLATE, MAX_TOKENS
 
@@ -92,8 +93,14 @@ def add_text_encoder(
     return TextParts(record, (*files, tokenizer, template, *case), ledger)
 
 
-def verify_text(bundle: Bundle, backend: Backend, plan: str, advance: Any = lambda done: None) -> list[LedgerEntry]:
+def verify_text(bundle: Bundle, backend: Backend, stage: str, plan: str) -> list[LedgerEntry]:
     """Run the stored case of a bundle's text encoder under one plan; nothing without an encoder.
+
+    Args:
+        bundle: the bundle.
+        backend: what runs its graph or its engine.
+        stage: what the ledger calls the comparison.
+        plan: name of the plan.
 
     Raises:
         ArtifactError: the reference file is damaged.
@@ -103,16 +110,13 @@ def verify_text(bundle: Bundle, backend: Backend, plan: str, advance: Any = lamb
         return []
     if text.reference is None:
         reason = "no stored reference; the encoder did not fit the memory of the machine that built the bundle"
-        return [_not_run(plan, reason)]
+        return [_not_run(stage, reason)]
     case = _read_case(bundle, text)
-    record = text.graph(plan)
-    engine = backend.load(bundle.path(record.graph), bundle.path(record.weights), text.network)
+    engine = load_network(bundle, backend, TEXT_ENCODER, plan)
     try:
-        entry = _compare(case, run_engine(engine, _inputs(case)), plan)
+        return [_compare(case, run_engine(engine, backend.device, _inputs(case)), stage, plan)]
     finally:
         engine.close()
-    advance(1)
-    return [entry]
 
 
 def torch_text_encoder(encoder: TextEncoder) -> nn.Module:
@@ -164,21 +168,23 @@ def _prove(
     def make(work: Path) -> Made:
         if not fits:
             reason = f"the text encoder in float32 takes about {needed:,} bytes here, more than are free"
-            return Made(facts=_Facts(tuple(_not_run(record.plan, reason) for record in graphs)))
+            return Made(facts=_Facts(tuple(_not_run(graph_stage_name(record.plan), reason) for record in graphs)))
         with reporter.stage("text reference in torch float32", 1, "calls") as advance:
             case = _reference(encoder)
             advance(1)
         ledger = []
         for record in graphs:
             with reporter.stage(f"text ledger {record.plan}", 1, "calls") as advance:
+                stage = graph_stage_name(record.plan)
                 paths = run.path(files[record.graph]), run.path(files[record.weights])
                 try:
                     engine = backend.load(*paths, encoder.network)
                 except UnsupportedError as error:
-                    ledger.append(_not_run(record.plan, str(error)))
+                    ledger.append(_not_run(stage, str(error)))
                     continue
                 try:
-                    ledger.append(_compare(case, run_engine(engine, _inputs(case)), record.plan))
+                    made = run_engine(engine, backend.device, _inputs(case))
+                    ledger.append(_compare(case, made, stage, record.plan))
                 finally:
                     engine.close()
                 advance(1)
@@ -192,8 +198,8 @@ def _prove(
     return stage.files, from_json(_Facts, stage.facts).ledger
 
 
-def _not_run(plan: str, reason: str) -> LedgerEntry:
-    return LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "not run", reason)
+def _not_run(stage: str, reason: str) -> LedgerEntry:
+    return LedgerEntry(stage, TEXT_ENCODER, CASE, "not run", reason)
 
 
 def _reference(encoder: TextEncoder) -> dict[str, NDArray[Any]]:
@@ -215,11 +221,11 @@ def _inputs(case: Tensors) -> dict[str, NDArray[Any]]:
     return {"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]}
 
 
-def _compare(case: Tensors, made: Tensors, plan: str) -> LedgerEntry:
+def _compare(case: Tensors, made: Tensors, stage: str, plan: str) -> LedgerEntry:
     """Rows of padding are thrown away by the runtime, and are not compared."""
     real = case["attention_mask"] != 0
     expected, found = case["prompt_embeds"][real], made["prompt_embeds"][real]
-    return compare(expected, found, stage=_stage(plan), network=TEXT_ENCODER, case=CASE, plan=plan)
+    return compare(expected, found, stage=stage, network=TEXT_ENCODER, case=CASE, plan=plan)
 
 
 def _read_case(bundle: Bundle, text: TextRecord) -> dict[str, NDArray[Any]]:
@@ -239,7 +245,3 @@ def _read_case(bundle: Bundle, text: TextRecord) -> dict[str, NDArray[Any]]:
 
 
 _STORED = {"int64": "I64", "float32": "F32"}
-
-
-def _stage(plan: str) -> str:
-    return f"torch float32 -> {plan} graph"

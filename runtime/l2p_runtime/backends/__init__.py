@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.errors import HostError, InternalError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from l2p_runtime.contract import NetworkSpec
+    from l2p_runtime.contract import EngineRecord, NetworkSpec, Target
 
 
 class Array(Protocol):
@@ -23,6 +23,10 @@ class Array(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the values, a NumPy dtype."""
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +40,10 @@ class Array(Protocol):
 
 
 class Device(Protocol):
-    """Memory, copies and the few kernels that run between networks, on one stream."""
+    """Memory, copies and the few kernels that run between networks, on one stream.
+
+    A device takes no arrays but its own, whose class is not said here.
+    """
 
     name: str
 
@@ -46,13 +53,13 @@ class Device(Protocol):
     def upload(self, values: NDArray[Any]) -> Array:
         """A contiguous copy of host values on the device; may be the host array itself."""
 
-    def download(self, array: Array) -> NDArray[Any]:
+    def download(self, array: Any) -> NDArray[Any]:
         """The values on the host; may be the array itself."""
 
-    def contiguous(self, view: Array) -> Array:
+    def contiguous(self, view: Any) -> Array:
         """The view itself when its values lie one behind the other, else a copy."""
 
-    def copy(self, target: Array, source: Array) -> None:
+    def copy(self, target: Any, source: Any) -> None:
         """Copy values between equally shaped views."""
 
     def launch(self, kernel: str, *arguments: Any) -> None:
@@ -63,6 +70,9 @@ class Device(Protocol):
 
     def available_bytes(self) -> int:
         """Memory that could be allocated now."""
+
+    def close(self) -> None:
+        """Give everything back; neither the device nor its arrays may be used any more."""
 
 
 class Engine(Protocol):
@@ -87,24 +97,29 @@ class Backend:
     Attributes:
         identity: name and library version: what another ledger would come from.
         load: (graph file, weights file, the network's inputs and outputs) to a ready engine.
+        target: what engines must be built for to run here; None for a backend that runs graphs.
+        load_engine: (engine file, its record, the network's inputs and outputs) to a ready engine; None likewise.
     """
 
     name: str
     identity: str
     device: Device
     load: Callable[[Path, Path, NetworkSpec], Engine]
+    target: Target | None = None
+    load_engine: Callable[[Path, EngineRecord, NetworkSpec], Engine] | None = None
 
 
 def open_backend(name: str, device: int = 0) -> Backend:
     """Open a backend by name; `auto` takes the first that this machine can run, fastest first.
 
-    A backend is a module of this package with `PRIORITY` and `open_device(index) -> Backend`.
+    A backend is a module of this package with `PRIORITY` and `open_device(index) -> Backend`. The module `onnx_cuda` is
+    the backend `onnx-cuda`; both spellings are taken.
 
     Raises:
-        UsageError: no backend of that name.
+        UsageError: no backend, or no device, of that name.
         HostError: the backend's library or device is missing.
     """
-    available = _backends()
+    available, name = backend_names(), name.replace("_", "-")
     if name != "auto":
         if name not in available:
             raise UsageError(f"there is no backend `{name}`", hint=f"backends: auto, {', '.join(available)}")
@@ -118,12 +133,36 @@ def open_backend(name: str, device: int = 0) -> Backend:
     raise HostError(f"no backend can run here: {'; '.join(reasons)}", hint="pip install 'l2p-export[cpu]'")
 
 
-def _backends() -> list[str]:
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
+def backend_names() -> list[str]:
+    """Every backend, fastest first, whether or not it can run here."""
+    names = [module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__)]
     modules = [(name, _module(name)) for name in names]
     found = [(module.PRIORITY, name) for name, module in modules if hasattr(module, "PRIORITY")]
     return [name for _, name in sorted(found, reverse=True)]
 
 
+def require_arrays(spec: NetworkSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    """Refuse arrays that a network cannot be run on; an engine library would read or write past their end.
+
+    Raises:
+        UsageError: inputs of shapes that fit neither the spec nor each other.
+        InternalError: an input or output is missing, unknown, of another dtype than the spec's, or an output of another
+            shape than the inputs make.
+    """
+    sizes = spec.sizes({name: tuple(array.shape) for name, array in inputs.items()})
+    found = {name: tuple(array.shape) for name, array in outputs.items()}
+    wanted = {tensor.name: tensor.resolve(sizes) for tensor in spec.outputs}
+    if found != wanted:
+        raise InternalError(f"`{spec.name}` writes {_shapes(wanted)}; it was given {_shapes(found)}")
+    for tensor in (*spec.inputs, *spec.outputs):
+        dtype = (inputs if tensor.name in inputs else outputs)[tensor.name].dtype
+        if str(dtype) != tensor.dtype:
+            raise InternalError(f"`{tensor.name}` of `{spec.name}` is given as {dtype}, expected {tensor.dtype}")
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+
+
 def _module(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

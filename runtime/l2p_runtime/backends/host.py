@@ -67,6 +67,9 @@ class HostDevice:
         """Memory the system could give now, within the limits of this process's container."""
         return available_host_bytes()
 
+    def close(self) -> None:
+        """Arrays of the host go when nobody refers to them."""
+
 
 def noise(out: NDArray[np.float32], seed: int, image_index: int) -> None:
     """Fill out [3,H,W] with the standard normal noise of a seed (design section 9)."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.contract.engine import PORTABLE, EngineProfile, Target, short_version, target_from_spelling
 from l2p_runtime.contract.model import ModelSpec
 from l2p_runtime.contract.profile import Profile, Sampling
 from l2p_runtime.contract.tensors import NetworkSpec
@@ -22,7 +23,7 @@ TEXT_ENCODER = "text_encoder"
 """The network that makes embeddings of prompts; a bundle may have none."""
 
 # One folder of the bundle and one plain name: nothing that climbs, hides or names a drive.
-_BUNDLE_PATH = re.compile(r"(?:graphs|reference|text|traces)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_BUNDLE_PATH = re.compile(r"(?:engines|graphs|reference|text|traces)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -44,8 +45,8 @@ class FileRecord:
     def __post_init__(self) -> None:
         if not _BUNDLE_PATH.fullmatch(self.path) or ".." in self.path:
             raise ArtifactError(
-                f"path {self.path!r} is refused: files of a bundle lie in `graphs/`, `reference/` or `text/` under a "
-                "plain name",
+                f"path {self.path!r} is refused: files of a bundle lie in `graphs/`, `engines/`, `reference/` or "
+                "`text/` under a plain name",
                 hint="the manifest was edited or comes from somebody careless; build the bundle again",
             )
         if self.size_bytes < 0:
@@ -72,6 +73,36 @@ class GraphRecord:
     opset: int
     graph: str
     weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """One graph compiled for one target.
+
+    Attributes:
+        target: as `rtx1.7-sm89`.
+        library_version: of the library that built it, in full.
+        graph_sha256: of the graph that it was built from.
+        weights_sha256: of that graph's weights.
+        profiles: its optimization profiles, in its own order.
+        engine: path of the file.
+    """
+
+    network: str
+    plan: str
+    target: str
+    library_version: str
+    graph_sha256: str
+    weights_sha256: str
+    profiles: tuple[EngineProfile, ...]
+    engine: str
+
+    def __post_init__(self) -> None:
+        target = target_from_spelling(self.target)
+        if short_version(self.library_version) != target.library_version:
+            raise ArtifactError(f"`{self.engine}` is for {self.target} and built by version {self.library_version}")
+        if not self.profiles:
+            raise ArtifactError(f"`{self.engine}` has no optimization profile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +179,9 @@ class TextRecord:
             raise ArtifactError("the text encoder has other inputs and outputs than token numbers and embeddings")
 
     @property
-    def paths(self) -> set[str]:
-        """Every file of the bundle that it uses."""
-        paths = {path for graph in self.graphs for path in (graph.graph, graph.weights)}
-        return paths | {self.tokenizer, self.chat_template} | ({self.reference} if self.reference else set())
+    def documents(self) -> set[str]:
+        """Every file of the bundle that it uses beside its graphs."""
+        return {self.tokenizer, self.chat_template} | ({self.reference} if self.reference else set())
 
     def graph(self, plan: str) -> GraphRecord:
         """The graph under one plan."""
@@ -216,6 +246,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     ledger: tuple[LedgerEntry, ...]
     text: TextRecord | None = None
+    engines: tuple[EngineRecord, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.profiles or not self.plans:
@@ -227,14 +258,22 @@ class Manifest:
         if sorted(spec.name for spec in self.networks) != sorted(NETWORKS):
             raise ArtifactError(f"the bundle describes other networks than {', '.join(NETWORKS)}")
         paths = {record.path for record in self.files}
-        used = {path for graph in self.graphs for path in (graph.graph, graph.weights)}
-        used |= {case.file for case in self.references}
+        # A copy that was packed for a target has engines in place of their graphs.
+        built = {(record.network, record.plan) for record in self.engines}
+        used = {
+            path
+            for record in (*self.graphs, *(self.text.graphs if self.text is not None else ()))
+            if (record.network, record.plan) not in built or not paths.isdisjoint((record.graph, record.weights))
+            for path in (record.graph, record.weights)
+        }
+        used |= {case.file for case in self.references} | {record.engine for record in self.engines}
         if self.text is not None:
             self.text.check_model(self.model, self.plans)
-            used |= self.text.paths
+            used |= self.text.documents
         if used != paths or len(paths) != len(self.files):
             wrong = sorted(used ^ paths) or ["a path that stands twice"]
             raise ArtifactError(f"the file list does not match what the bundle uses: {', '.join(wrong)}")
+        self._check_engines()
         for profile in self.profiles:
             profile.check_model(self.model)
         failed = [f"{entry.network} on {entry.case}" for entry in self.ledger if entry.status == "failed"]
@@ -259,12 +298,67 @@ class Manifest:
         return found
 
     def graph(self, network: str, plan: str) -> GraphRecord:
-        """The graph of one network under one plan."""
+        """The graph of one network under one plan; of the text encoder, too."""
+        if network == TEXT_ENCODER and self.text is not None:
+            return self.text.graph(plan)
         return next(record for record in self.graphs if record.network == network and record.plan == plan)
 
+    def has_graph(self, network: str, plan: str) -> bool:
+        """Whether the graph's files are there; a copy that was packed for an engine target has none."""
+        graph = self.graph(network, plan).graph
+        return any(record.path == graph for record in self.files)
+
     def network(self, name: str) -> NetworkSpec:
-        """Inputs and outputs of one network."""
+        """Inputs and outputs of one network; of the text encoder, too."""
+        if name == TEXT_ENCODER and self.text is not None:
+            return self.text.network
         return next(spec for spec in self.networks if spec.name == name)
+
+    def engine(self, network: str, plan: str, target: Target) -> EngineRecord:
+        """The engine of one network under one plan that runs on a target: its own, or a portable one.
+
+        Raises:
+            ArtifactError: there is none; says what there is, and how to build one.
+        """
+        portable = Target(target.backend, target.library_version, PORTABLE).spelling if target.backend == "rtx" else ""
+        found = [record for record in self.engines if (record.network, record.plan) == (network, plan)]
+        for spelling in (target.spelling, portable):
+            for record in found:
+                if record.target == spelling:
+                    return record
+        have = ", ".join(dict.fromkeys(record.target for record in found)) or "none at all"
+        wanted = f"{target.backend}-{target.compute_capability}"
+        raise ArtifactError(
+            f"the bundle has no engine of `{network}` in plan `{plan}` for {target.spelling}; it has {have}",
+            hint=f"build it again with --backend {target.backend} --precision {plan} --target {wanted}",
+        )
+
+    def _check_engines(self) -> None:
+        """Check that engines are of this bundle's graphs, inputs and plans.
+
+        Raises:
+            ArtifactError: one is not.
+        """
+        digests = {record.path: record.sha256 for record in self.files}
+        plans = {plan.name for plan in self.plans}
+        networks = (*NETWORKS, *((TEXT_ENCODER,) if self.text is not None else ()))
+        seen = set()
+        for record in self.engines:
+            identity = (record.network, record.plan, record.target)
+            if record.network not in networks or record.plan not in plans or identity in seen:
+                raise ArtifactError(f"`{record.engine}` is an engine of a network or plan that the bundle has not")
+            seen.add(identity)
+            graph = self.graph(record.network, record.plan)
+            found = (digests.get(graph.graph), digests.get(graph.weights))
+            if found not in ((record.graph_sha256, record.weights_sha256), (None, None)):
+                raise ArtifactError(
+                    f"`{record.engine}` was built from another graph than `{graph.graph}`",
+                    hint="build the bundle again",
+                )
+            for profile in record.profiles:
+                shapes = {part.name: part.max for part in profile.inputs}
+                if shapes.keys() != {spec.name for spec in self.network(record.network).inputs}:
+                    raise ArtifactError(f"`{record.engine}` has other inputs than `{record.network}`")
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
@@ -288,7 +382,11 @@ def manifest_from_bytes(data: bytes) -> Manifest:
             f"`{MANIFEST_NAME}` has schema version {schema!r}, this version reads {SCHEMA}",
             hint="open it with the version of l2p-export that built it, or build it again",
         )
-    return from_json(Manifest, parsed)
+    try:
+        return from_json(Manifest, parsed)
+    except UsageError as error:
+        # Specs that are a caller's fault elsewhere are the file's fault here.
+        raise ArtifactError(f"`{MANIFEST_NAME}`: {error}", hint="build the bundle again") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

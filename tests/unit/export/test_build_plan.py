@@ -13,7 +13,7 @@ from l2p_runtime.errors import ArtifactError, UsageError
 
 
 def test_the_demo_is_made_for_the_profile_and_is_untrained(tmp_path: Path) -> None:
-    with plan_build(None, ("4k",), ("fp32", "fp16"), "auto", None) as plan:
+    with plan_build(None, ("4k",), ("fp32", "fp16"), None) as plan:
         assert plan.out == Path("demo-4k.bundle")
         assert plan.loaded.model.spec.variant == "4k"
         assert not plan.is_trained
@@ -29,25 +29,25 @@ def test_the_demo_is_the_same_every_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("profile", ["1k", "4k", "8k", "8k-zeroshot", "10k"])
 def test_every_built_in_profile_has_a_demo(profile: str) -> None:
-    with plan_build(None, (profile,), ("fp32",), "auto", None) as plan:
+    with plan_build(None, (profile,), ("fp32",), None) as plan:
         plan.profiles[0].check_model(plan.loaded.model.spec)
 
 
 def test_profiles_of_other_patches_are_refused(tiny_path: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="is for 64 px patches, the checkpoint has 16"),
-        plan_build(tiny_path, ("4k",), ("fp32",), "auto", None),
+        plan_build(tiny_path, ("4k",), ("fp32",), None),
     ):
         pass
     profile = str(write_profile(tmp_path / "mine.toml", 16))
-    with plan_build(tiny_path, (profile, profile), ("fp32",), "auto", None) as plan:
+    with plan_build(tiny_path, (profile, profile), ("fp32",), None) as plan:
         assert len(plan.profiles) == 1
         assert plan.profiles[0].name == "mine"
         assert plan.out == Path("tiny-mine.bundle")
 
 
 def test_unknown_precisions_are_listed() -> None:
-    with pytest.raises(UsageError, match="no precision `int3`"), plan_build(None, ("4k",), ("int3",), "auto", None):
+    with pytest.raises(UsageError, match="no precision `int3`"), plan_build(None, ("4k",), ("int3",), None):
         pass
 
 

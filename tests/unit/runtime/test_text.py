@@ -361,10 +361,10 @@ def test_a_changed_tokenizer_is_noticed(bundle: Path, tmp_path: Path) -> None:
 def test_the_stored_case_verifies(bundle: Path, plain: Path) -> None:
     opened, backend = open_bundle(bundle), open_backend("onnx")
     for plan in ("fp32", "fp16"):
-        assert [(e.network, e.case, e.status) for e in verify_text(opened, backend, plan)] == [
+        assert [(e.network, e.case, e.status) for e in verify_text(opened, backend, "here", plan)] == [
             ("text_encoder", "text", "passed")
         ]
-    assert verify_text(open_bundle(plain), backend, "fp32") == []
+    assert verify_text(open_bundle(plain), backend, "here", "fp32") == []
 
 
 def test_the_command(bundle: Path, tmp_path: Path) -> None:

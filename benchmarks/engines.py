@@ -1,0 +1,132 @@
+"""What TensorRT for RTX engines take: two profiles in one engine, a shared trunk, and the published size.
+
+    python benchmarks/engines.py profiles [FOLDER]    one engine with two profiles against two engines
+    python benchmarks/engines.py trunk [FOLDER]       4k, 8k and 10k adapters of one source in one store
+    python benchmarks/engines.py full [FOLDER]        6.21 billion random weights in FP16: needs 38 GB of disk
+
+Everything is built for sm89, which needs no GPU. Memory is anonymous memory of the command and of its workers together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from full_width import write_random
+from measure import run_measured
+
+from l2p_engines.engine_stages import EngineFacts
+from l2p_engines.stages import Stage, stages
+from l2p_export.demo import write_demo_checkpoint
+from l2p_runtime.contract.codec import from_json
+
+TARGET = "rtx-sm89"
+
+
+def main() -> None:
+    """Run one of the three."""
+    what, folder = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        {"profiles": profiles, "trunk": trunk, "full": full}[what](Path(name))
+
+
+def profiles(root: Path) -> None:
+    """The 4k and 8k-zeroshot profiles of one model, in one engine and in two."""
+    print("| network | both in one: MB, s | 4k: MB, s | 8k-zeroshot: MB, s | two engines: MB, s |\n|" + " --- |" * 5)
+    columns = []
+    for names in (("4k", "8k-zeroshot"), ("4k",), ("8k-zeroshot",)):
+        out = root / "-".join(names)
+        _build(root, out, None, names, "fp16")
+        columns.append(_engines(root / "store", out))
+    for network in columns[0]:
+        both, first, second = (column[network] for column in columns)
+        apart = (first[0] + second[0], first[1] + second[1])
+        cells = [f"{size / 1e6:.2f}, {seconds:.1f}" for size, seconds in (both, first, second, apart)]
+        print(f"| {network} | {' | '.join(cells)} |")
+
+
+def trunk(root: Path) -> None:
+    """Three adapters of one source: the trunk's graph and engine are made once."""
+    total = shared = 0
+    for name, patch in (("4k", 64), ("8k", 128), ("10k", 160)):
+        checkpoint = root / f"{name}.safetensors"
+        write_demo_checkpoint(checkpoint, patch)
+        log = _build(root, root / name, checkpoint, (name,), "fp16")
+        made = [line.split("`")[1] for line in log if line.startswith("engine ") and ": done in" in line]
+        manifest = json.loads((root / name / "bundle.json").read_bytes())
+        total += sum(record["size_bytes"] for record in manifest["files"] if record["path"].startswith("engines/"))
+        print(f"{name}: engines made: {', '.join(made)}")
+    shared = sum(path.stat().st_size for path in (root / "store" / "engines").iterdir())
+    print(f"engines of three bundles: {total / 1e6:.1f} MB; in the store: {shared / 1e6:.1f} MB")
+
+
+def full(root: Path) -> None:
+    """The published size in FP16."""
+    checkpoint, out = write_random(root / "random_4k.safetensors"), root / "bundle"
+    command = _command(root, out, checkpoint, ("4k",), "fp16")
+    # Graphs first: then what is measured is the engines alone.
+    graphs = run_measured([part for part in command if part not in {"--target", TARGET}])
+    print(f"graphs: exit code {graphs.code}, {graphs.whole.seconds:.0f} s", flush=True)
+    checkpoint_bytes = checkpoint.stat().st_size
+    built = run_measured(command)
+    print(
+        f"engines: exit code {built.code}, {built.whole.seconds:.0f} s, "
+        f"peak anonymous {built.whole.peak_bytes / 2**30:.2f} GiB; checkpoint {checkpoint_bytes / 1e9:.2f} GB"
+    )
+    if built.code:
+        print("\n".join(built.stderr[-8:]))
+        return
+    print(
+        "| engine | weights, bytes | engine, bytes | forecast | s | peak anonymous GiB | forecast GiB |\n|"
+        + " --- |" * 7
+    )
+    manifest = json.loads((out / "bundle.json").read_bytes())
+    sizes = {record["path"]: record["size_bytes"] for record in manifest["files"]}
+    weights = {record["network"]: sizes[record["weights"]] for record in manifest["graphs"]}
+    for stage, facts in _stages(root / "store"):
+        network, size = stage.label.split(".")[0], stage.files[0].size_bytes
+        forecast = weights[network] + 10_000_000
+        print(
+            f"| {stage.label} | {weights[network]:,} | {size:,} | {size / forecast - 1:+.2%} | {facts.seconds:.1f} "
+            f"| {facts.peak_memory_bytes / 2**30:.2f} | {facts.forecast_memory_bytes / 2**30:.2f} |"
+        )
+    again = run_measured(command)
+    print(f"again: {again.whole.seconds:.2f} s, {again.stderr[-1:]}")
+
+
+def _command(root: Path, out: Path, checkpoint: Path | None, names: tuple[str, ...], precision: str) -> list[str]:
+    command = [sys.executable, "-m", "l2p_export", "build", *([str(checkpoint)] if checkpoint else [])]
+    command += [option for name in names for option in ("--profile", name)]
+    return [*command, "--precision", precision, "--target", TARGET, "--store", str(root / "store"), "--out", str(out)]
+
+
+def _build(root: Path, out: Path, checkpoint: Path | None, names: tuple[str, ...], precision: str) -> list[str]:
+    shutil.rmtree(out, ignore_errors=True)
+    command = _command(root, out, checkpoint, names, precision)
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode:
+        sys.exit(built.stderr)
+    return built.stderr.splitlines()
+
+
+def _engines(store: Path, bundle: Path) -> dict[str, tuple[int, float]]:
+    """Network to the bytes and seconds of its engine in a bundle."""
+    manifest = json.loads((bundle / "bundle.json").read_bytes())
+    wanted = {record["engine"]: record["network"] for record in manifest["engines"]}
+    return {
+        wanted[stage.files[0].path]: (stage.files[0].size_bytes, facts.seconds)
+        for stage, facts in _stages(store)
+        if stage.files[0].path in wanted
+    }
+
+
+def _stages(store: Path) -> list[tuple[Stage, EngineFacts]]:
+    return [(stage, from_json(EngineFacts, stage.facts)) for stage in stages(store) if stage.kind == "engine"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Engines, each built in a process of its own.
+
+An interrupt ends it at once, a crash of the library is an error like any other, and its memory is given back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from l2p_engines.explanations import build_error, clean_line, explain
+from l2p_engines.forecast import ENGINE_BUILD_BYTES, ENGINE_BUILD_FACTOR, ENGINE_KERNEL_BYTES
+from l2p_engines.request import BuildProgress, EngineBuilt, EngineRequest
+from l2p_runtime import errors
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError
+from l2p_runtime.memory import available_host_bytes
+
+PATIENCE_SECONDS = 1.0
+"""How long a worker may take to end when asked to; then it is killed."""
+
+_LINES_KEPT = 40
+_LINE_BYTES = 4096
+"""A longer line is taken for several."""
+
+
+def build_engine(
+    request: EngineRequest, out: Path, progress: Callable[[BuildProgress], None] = lambda progress: None
+) -> EngineBuilt:
+    """Build one engine and put it at `out`; nothing is left there or beside it when that fails.
+
+    Args:
+        request: what to build.
+        out: the finished file; its folder is there.
+        progress: told where the build stands, in this thread; what it raises ends the build.
+
+    Raises:
+        ArtifactError: the graph is damaged, or another network's.
+        UsageError: a profile, setting or dtype that the target cannot have.
+        HostError: no library, no GPU where one is needed, too little disk or memory, or the library crashed.
+    """
+    if not request.graph.is_file():
+        raise ArtifactError(f"there is no graph `{request.graph}`")
+    _require_disk(request, out)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        built = _Build(request, partial, progress).run()
+        partial.replace(out)
+    finally:
+        # A file system that cannot be written refuses this too, and why the build failed is worth more.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return built
+
+
+def build_memory_bytes(weight_bytes: int) -> int:
+    """Memory that the process of a build takes, forecast; what it maps of the weights' file is not counted."""
+    return ENGINE_BUILD_BYTES + round(ENGINE_BUILD_FACTOR * weight_bytes)
+
+
+@dataclass(slots=True)
+class _Build:
+    """One build while its process runs.
+
+    Attributes:
+        free_bytes: memory that was free before it.
+        phase: what the library was last doing.
+        lines: the last errors of its log, then what it printed. Warnings are not among them: they come with builds
+            that succeed too, and would be taken for the cause.
+        result: what the process came to, as it said itself; None while it has not.
+    """
+
+    request: EngineRequest
+    partial: Path
+    progress: Callable[[BuildProgress], None]
+    free_bytes: int = field(default_factory=available_host_bytes)
+    phase: str = "starting"
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
+    result: EngineBuilt | L2PError | None = None
+
+    def run(self) -> EngineBuilt:
+        started = time.monotonic()
+        worker = _start(self.request, self.partial)
+        printed: deque[str] = deque(maxlen=_LINES_KEPT)
+        reader = threading.Thread(target=_keep_lines, args=(worker.stderr, printed), daemon=True)
+        try:
+            reader.start()
+            _send(worker.stdin, to_json(self.request.spec))
+            for line in _opened(worker.stdout):
+                self._hear(json.loads(line))
+            code = worker.wait()
+        finally:
+            _stop(worker)
+            reader.join(PATIENCE_SECONDS)
+            for pipe in (worker.stdout, worker.stderr):
+                _opened(pipe).close()
+        self.lines.extend(printed)
+        if isinstance(self.result, L2PError):
+            raise self.result
+        if code or self.result is None:
+            raise self._death(code)
+        return replace(self.result, seconds=time.monotonic() - started)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        ((kind, what),) = message.items()
+        if kind == "progress":
+            progress = from_json(BuildProgress, what)
+            self.phase = progress.phase
+            self.progress(progress)
+        elif kind == "log":
+            severity, text = what
+            if "ERROR" in severity:
+                self.lines.append(text)
+        elif kind == "error":
+            name, text, hint = what
+            self.result = getattr(errors, name, HostError)(text, hint=hint)
+        else:
+            self.result = from_json(EngineBuilt, what)
+
+    def _death(self, code: int) -> L2PError:
+        """The error for a process that ended without saying why."""
+        label = self.request.spec.label
+        at = f"while it was at `{self.phase}`"
+        if code == -signal.SIGKILL:
+            forecast = build_memory_bytes(self.request.weight_bytes)
+            return HostError(
+                f"out of memory, most likely: the kernel killed the builder of `{label}` {at}; the forecast is "
+                f"{forecast:,} bytes, {self.free_bytes:,} bytes were free",
+                hint="free some memory, or build where there is more; a lower --precision takes less",
+            )
+        known = explain(self.lines) is not None
+        if code >= 0 and not known:
+            last = " ".join(map(clean_line, list(self.lines)[-3:]))
+            return InternalError(
+                f"the builder of `{label}` ended with code {code} {at}: {last}",
+                hint="this is a bug in l2p-export; report it with these lines",
+            )
+        happened = f"the library crashed ({_signal_name(-code)}) {at}"
+        error = build_error(f"`{label}`", self.lines, happened)
+        return type(error)(f"{error}\n{happened}", hint=error.hint) if known else error
+
+
+def _require_disk(request: EngineRequest, out: Path) -> None:
+    needed = request.weight_bytes + ENGINE_KERNEL_BYTES
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise HostError(
+            f"`{out.parent}` has {free:,} bytes free, the engine `{request.spec.label}` needs about {needed:,}",
+            hint="free some space, or choose another --out",
+        )
+
+
+def _start(request: EngineRequest, partial: Path) -> subprocess.Popen[bytes]:
+    # The graph goes by its plain name from inside its folder: the libraries take paths in UTF-8 alone.
+    arguments = [request.graph.name, str(partial.resolve()), str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "l2p_engines.worker", *arguments]
+    pipe = subprocess.PIPE
+    folder = request.graph.parent
+    # It imports what this process imports, from wherever that found it.
+    paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
+    return subprocess.Popen(  # noqa: S603 - this Python and our own module
+        command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env={**os.environ, "PYTHONPATH": paths}
+    )
+
+
+def _send(pipe: IO[bytes] | None, data: object) -> None:
+    """Write what a worker is to do; one that has died already tells why by other means."""
+    try:
+        with _opened(pipe) as stdin:
+            stdin.write(json.dumps(data).encode())
+    except BrokenPipeError:
+        return
+
+
+def _stop(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker that may still run, and wait until it has."""
+    try:
+        if worker.poll() is None:
+            worker.terminate()
+            worker.wait(PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in signal.valid_signals() else f"code {-number}"
+
+
+def _keep_lines(pipe: IO[bytes], lines: deque[str]) -> None:
+    while line := pipe.readline(_LINE_BYTES):
+        if text := line.decode(errors="replace").strip():
+            lines.append(text)
+
+
+def _opened(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
+        raise InternalError("a worker has no pipe")
+    return pipe

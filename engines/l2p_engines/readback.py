@@ -1,0 +1,51 @@
+"""Reading an engine's precision back after its build, as far as this machine can (design section 10).
+
+Without a GPU an engine cannot be opened. What its size tells is how many bytes its weights are stored in, so that a
+build whose weights were widened, or narrowed, is found; what its kernels compute in stays unverified.
+"""
+
+from __future__ import annotations
+
+from l2p_engines.forecast import ENGINE_KERNEL_BYTES
+from l2p_engines.request import EngineSpec
+from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.errors import ParityError
+
+WEIGHT_BYTES_THRESHOLD = 0.02
+"""Largest part by which an engine without its kernels may differ from its weights: 0.2 % for 11.69 GB of float16 and
+0.5 % for 5.85 GB of float8 (tensorrt.md 3); a wrong dtype makes 50 % or more."""
+
+_UNVERIFIED = "compute precision not verified: that needs a GPU that opens the engine"
+
+
+def read_back(spec: EngineSpec, weight_bytes: int, engine_bytes: int) -> LedgerEntry:
+    """Compare what an engine takes with what its weights take.
+
+    Args:
+        spec: what was built.
+        weight_bytes: of the graph's weights.
+        engine_bytes: of the engine's file.
+
+    Returns:
+        The comparison, not run for networks so small that kernels hide their weights.
+
+    Raises:
+        ParityError: the weights are stored in another precision than the graph's.
+    """
+    stage, network, case = f"{spec.plan} graph -> {spec.target.spelling} engine", spec.network.name, "weight bytes"
+    kernel_bytes = ENGINE_KERNEL_BYTES * len(spec.profiles)
+    if 2 * kernel_bytes > weight_bytes:
+        reason = f"{_UNVERIFIED}; kernels hide weights of {weight_bytes:,} bytes"
+        return LedgerEntry(stage, network, case, "not run", reason)
+    extra_bytes = engine_bytes - weight_bytes
+    relative = max(extra_bytes - kernel_bytes, -extra_bytes, 0) / weight_bytes
+    if relative > WEIGHT_BYTES_THRESHOLD:
+        raise ParityError(
+            f"the engine `{spec.label}` has {engine_bytes:,} bytes, its graph's weights {weight_bytes:,}: the library "
+            "stored them in another precision, or stored equal weights once",
+            hint="build again with another version of the library; engines of constant weights cannot be read back",
+        )
+    reason = f"{_UNVERIFIED}; weights are stored in the graph's precision"
+    return LedgerEntry(
+        stage, network, case, "passed", reason, threshold=WEIGHT_BYTES_THRESHOLD, relative=round(relative, 6)
+    )

@@ -1,0 +1,107 @@
+"""What an engine runs on: backend, version of its library, compute capability; written `rtx1.7-sm89`.
+
+On the command line the version is left out: `rtx-sm89,rtx-sm120`, `portable`, `this`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from l2p_engines.trt import first_gpu, library_version
+from l2p_runtime.contract import (
+    CAPABILITIES,
+    LIBRARY_TITLES,
+    PORTABLE,
+    EngineBackend,
+    Target,
+    engine_backend,
+    require_capability,
+)
+from l2p_runtime.errors import UsageError
+
+THIS = "this"
+"""The GPU in this machine."""
+
+_SPELLING = re.compile(r"(rtx|tensorrt)([0-9]+\.[0-9]+)?-(sm[0-9]{2,3}|portable)")
+_LEAST = {"bfloat16": 80, "float8_e4m3fn": 89}
+"""The least compute capability of a dtype; what is not here runs everywhere."""
+_SPOKEN = {"bfloat16": "BF16", "float8_e4m3fn": "FP8"}
+
+
+def parse_targets(
+    text: str,
+    this_backend: EngineBackend = "rtx",
+    version: Callable[[EngineBackend], str] = library_version,
+) -> tuple[Target, ...]:
+    """Read what `--target` was given: one or several by comma, each once.
+
+    Args:
+        text: as `rtx-sm89,rtx-sm120`, `portable` or `this`; a version may be named, and must be the installed one.
+        this_backend: which library `this` means.
+        version: the first two numbers of an installed library's version.
+
+    Raises:
+        UsageError: no such target, or a capability that the library does not build for.
+        HostError: the library is not installed; or `this`, and there is no GPU.
+    """
+    parts = [part.strip().lower() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"--target {text[:80]!r} names no target", hint=_spellings_hint())
+    return tuple(dict.fromkeys(_parse(part, this_backend, version) for part in parts))
+
+
+def runs(target: Target, dtype: str) -> bool:
+    """Whether a target computes in a dtype.
+
+    A portable engine leaves to the GPU what it lacks: an FP8 build with no capability set succeeds.
+    """
+    if target.compute_capability == PORTABLE:
+        return True
+    return int(target.compute_capability.removeprefix("sm")) >= _LEAST.get(dtype, 0)
+
+
+def require_dtypes(target: Target, dtypes: Iterable[str]) -> None:
+    """Refuse a dtype that a target's GPUs do not compute in, before anything is built.
+
+    Args:
+        target: where the engine is to run.
+        dtypes: of its graph, as `float16` or `float8_e4m3fn`.
+
+    Raises:
+        UsageError: names what has it.
+    """
+    for dtype in sorted(set(dtypes)):
+        if not runs(target, dtype):
+            spoken = _SPOKEN[dtype]
+            have = [name for name in CAPABILITIES[target.backend] if int(name[2:]) >= _LEAST[dtype]]
+            have += [PORTABLE] if target.backend == "rtx" else []
+            raise UsageError(
+                f"target {target.spelling} does not compute in {spoken}; "
+                f"of {target.backend} targets, {', '.join(have)} do",
+                hint=f"choose one of these, or another precision for {target.spelling}",
+            )
+
+
+def _parse(part: str, this_backend: EngineBackend, version: Callable[[EngineBackend], str]) -> Target:
+    if part == THIS:
+        gpu = first_gpu(f"target `{THIS}` is the GPU of this machine")
+        require_capability(this_backend, gpu.capability, f"{gpu.name} is {gpu.capability}: ")
+        return Target(this_backend, version(this_backend), gpu.capability)
+    match = _SPELLING.fullmatch(f"rtx-{PORTABLE}" if part == PORTABLE else part)
+    if match is None:
+        raise UsageError(f"there is no target {part[:80]!r}", hint=_spellings_hint())
+    backend = engine_backend(match[1])
+    require_capability(backend, match[3])
+    installed = version(backend)
+    if match[2] not in (None, installed):
+        raise UsageError(
+            f"target {part} is for version {match[2]}, the installed {LIBRARY_TITLES[backend]} is {installed}",
+            hint=f"write it as {backend}-{match[3]}, or install version {match[2]}",
+        )
+    return Target(backend, installed, match[3])
+
+
+def _spellings_hint() -> str:
+    known = "; ".join(f"{backend}-{{{','.join(names)}}}" for backend, names in CAPABILITIES.items())
+    return f"targets are {known}; {PORTABLE}; {THIS}"

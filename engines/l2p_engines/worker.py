@@ -1,0 +1,110 @@
+"""The process that one engine is built in: `python -m l2p_engines.worker GRAPH OUT PARENT_PID`, started by `builder`.
+
+An `EngineSpec` comes as JSON on stdin. What happens goes out as JSON, an object a line:
+
+    {"log": [SEVERITY, TEXT]}    {"progress": BuildProgress}
+    at last {"built": EngineBuilt} or {"error": [TYPE, TEXT, HINT]}
+
+The library may print to stdout itself; here that is stderr, and the lines above have a descriptor of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from l2p_engines.compiling import compile_engine
+from l2p_engines.explanations import build_error
+from l2p_engines.listeners import Journal, Phases
+from l2p_engines.request import EngineBuilt, EngineSpec
+from l2p_engines.trt import load_library
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.errors import L2PError
+
+_PR_SET_PDEATHSIG = 1
+_WATCH_SECONDS = 0.05
+
+
+def main(arguments: list[str]) -> None:
+    """Build one engine; leaves the process without returning."""
+    graph, out, parent = arguments
+    _end_with(int(parent))
+    channel = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(kind: str, what: object) -> None:
+        data = memoryview(json.dumps({kind: to_json(what)}).encode() + b"\n")
+        while data:
+            data = data[os.write(channel, data) :]
+
+    spec = from_json(EngineSpec, json.loads(sys.stdin.buffer.read()))
+    journal = Journal(lambda severity, text: send("log", [severity, text]))
+    try:
+        send("built", _build(spec, graph, Path(out), journal, Phases(lambda progress: send("progress", progress))))
+    except L2PError as error:
+        send("error", [type(error).__name__, str(error), error.hint])
+    except Exception as error:  # noqa: BLE001 - the library's own exceptions have no common type
+        told = build_error(f"`{spec.label}`", [*journal.errors, repr(error)], repr(error))
+        send("error", [type(told).__name__, str(told), told.hint])
+    sys.stderr.flush()
+    # Objects of a library that found no driver crash while the interpreter takes them down (tensorrt.md 2).
+    os._exit(0)
+
+
+def _build(spec: EngineSpec, graph: str, out: Path, journal: Journal, phases: Phases) -> EngineBuilt:
+    started = time.monotonic()
+    watch = _MemoryWatch()
+    watch.start()
+    library = load_library(spec.target.backend)
+    compiled = compile_engine(library, spec, graph, out, journal, phases)
+    return EngineBuilt(
+        sha256=compiled.sha256,
+        size_bytes=compiled.size_bytes,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=watch.stop(),
+        library_version=library.version,
+        profiles=compiled.profiles,
+        warnings=compiled.warnings,
+    )
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel kill this process when the one that started it ends, however that ends; and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class _MemoryWatch(threading.Thread):
+    """Reads this process's anonymous memory while it works: the kernel keeps no peak of that alone."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Read until stopped."""
+        while True:
+            found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+            self.peak_bytes = max(self.peak_bytes, int(found[1]) * 1024 if found else 0)
+            if self._done.wait(_WATCH_SECONDS):
+                return
+
+    def stop(self) -> int:
+        """The most that was seen."""
+        self._done.set()
+        self.join()
+        return self.peak_bytes
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""`l2p-export bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from l2p_export.cli.console import (
+    Console,
+    format_bytes,
+    json_option,
+    parse_size,
+    print_json,
+    quiet_option,
+    store_option,
+)
+
+if TYPE_CHECKING:
+    from l2p_export.bench import Bench
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--size", help="WIDTHxHEIGHT in pixels; the profile's preferred size by default.")
+@click.option("--caption-tokens", type=click.IntRange(min=1), help="The profile's preferred length by default.")
+@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Calls to time, after one more.")
+@click.option("--plan", help="Precision plan; the first that the backend runs otherwise.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--memory-budget", help="As 6GiB: weights, buffers and activations together.")
+@click.option("--device", help="Card whose peaks bound the times, as RTX 4090; the GPU's own by default.")
+@store_option
+@json_option
+@quiet_option
+def command(bundle: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Time BUNDLE's networks and a whole denoising call on this machine, on seeded noise.
+
+    Tells the median and the spread of each, the most memory that was held, and the least time that the card could take.
+    """
+    from l2p_engines.cards import find_card
+    from l2p_export.bench import bench
+    from l2p_runtime.bundle import open_bundle
+    from l2p_runtime.contract.codec import to_json
+    from l2p_runtime.memory import parse_bytes
+
+    opened = open_bundle(bundle, options["store"])
+    profile = opened.manifest.profiles[0]
+    size = options["size"]
+    found = bench(
+        opened,
+        options["backend"],
+        options["plan"],
+        parse_size(size) if size is not None else (profile.height_px.opt, profile.width_px.opt),
+        options["caption_tokens"] or profile.caption_tokens.opt,
+        options["runs"],
+        Console(quiet=quiet),
+        memory_budget_bytes=parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None,
+        card=find_card(options["device"]) if options["device"] is not None else None,
+    )
+    if as_json:
+        print_json(to_json(found))
+        return
+    for line in _lines(found):
+        click.echo(line)
+
+
+def _lines(found: Bench) -> Iterator[str]:
+    from l2p_export.cli.plan_text import table
+
+    call = found.call
+    yield f"{call.width_px}x{call.height_px}, {call.caption_tokens} caption tokens, {found.plan} on {found.device}"
+    yield f"{found.backend}; networks ready after {found.load_seconds:.1f} s; peak {format_bytes(found.peak_bytes)}"
+    rows: list[tuple[str, ...]] = [("", "median", "least", "most", "bound", "of the bound")]
+    for timing in found.timings:
+        bound, share = "", ""
+        if timing.bound is not None:
+            bound, share = _seconds(timing.bound.seconds), f"{timing.bound.seconds / timing.median:.0%}"
+        figures = (timing.median, min(timing.seconds), max(timing.seconds))
+        rows.append((timing.network, *map(_seconds, figures), bound, share))
+    yield from table(rows, left=1)
+    if not found.networks_stay:
+        yield "Networks took turns in memory: the step holds the loading of each."
+    if found.timings[0].bound is None and found.timings[-1].bound is None:
+        yield "No bound: the device's peaks are not known. --device NAME compares with a card of the table."
+
+
+def _seconds(value: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value * 1e6:.2f} us"

@@ -1,0 +1,100 @@
+"""Options of `build` that say what engines are for and how they are built, each with what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from l2p_export.engines import EngineWishes
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+BACKENDS = ("auto", "onnx", "rtx", "tensorrt")
+
+_OPTIONS = (
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="onnx: graphs alone; rtx or tensorrt: engines too; auto: engines when --target is given.",
+    ),
+    click.option(
+        "--target",
+        "targets",
+        metavar="LIST",
+        help="What engines are for: rtx-sm89,rtx-sm120, portable, or this (the GPU here).",
+    ),
+    click.option(
+        "--head-memory",
+        metavar="SIZE",
+        help="GPU memory for one stripe of the pixel head, 4GiB unless given. Less makes more stripes, each of which "
+        "computes 6 token rows twice.",
+    ),
+    click.option(
+        "--workspace",
+        metavar="SIZE",
+        help="GPU memory that one operation may take. Too little loses fast kernels, or finds none.",
+    ),
+    click.option(
+        "--optimization-level",
+        type=click.IntRange(0, 5),
+        help="0 builds fast, 5 searches longest; the library's own choice is 3.",
+    ),
+    click.option(
+        "--weight-streaming",
+        is_flag=True,
+        help="Weights may stay in host memory while an engine runs: fits smaller GPUs, at the speed of PCIe.",
+    ),
+    click.option(
+        "--version-compatible",
+        is_flag=True,
+        help="TensorRT: engines run on later versions too; larger, and some kernels are not used.",
+    ),
+    click.option(
+        "--hardware-compatible",
+        is_flag=True,
+        help="TensorRT: engines run on every GPU from Ampere on; slower than those of one GPU.",
+    ),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """All of them; the command gets them as keyword arguments for `read_engine_options`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_engine_options(
+    backend: str,
+    targets: str | None,
+    head_memory: str | None,
+    workspace: str | None,
+    optimization_level: int | None,
+    *,
+    weight_streaming: bool,
+    version_compatible: bool,
+    hardware_compatible: bool,
+) -> EngineWishes:
+    """Check the options, as far as that is possible without a model.
+
+    Raises:
+        UsageError: a target, size or setting that does not exist, or that the backend has not.
+        HostError: the backend's library is not installed.
+    """
+    from l2p_engines.trt import EngineSettings
+    from l2p_export.engines import engine_wishes
+    from l2p_runtime.memory import parse_bytes
+
+    settings = EngineSettings(
+        workspace_bytes=parse_bytes(workspace) if workspace is not None else None,
+        optimization_level=optimization_level,
+        weight_streaming=weight_streaming,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    return engine_wishes(backend, targets, settings, parse_bytes(head_memory) if head_memory is not None else None)

@@ -1,0 +1,234 @@
+"""A bundle's networks on a backend: which plan runs, from which files, at which sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from l2p_runtime.backends import Backend, Engine, backend_names, open_backend
+from l2p_runtime.contract import (
+    ENGINE_BACKENDS,
+    NETWORKS,
+    TEXT_ENCODER,
+    EngineRecord,
+    Manifest,
+    ModelSpec,
+)
+from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UsageError
+
+if TYPE_CHECKING:
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.stripes import Stripe
+
+
+def open_for(bundle: Bundle, name: str, device: int, plan: str | None) -> tuple[Backend, str]:
+    """A backend that runs a bundle, and the plan that it runs.
+
+    Args:
+        bundle: the bundle.
+        name: of a backend; `auto` takes the fastest that runs here and that the bundle has something for.
+        device: index of the device.
+        plan: precision plan; the first that the backend runs when None.
+
+    Raises:
+        UsageError: no such backend or plan.
+        HostError: the backend cannot run here.
+        ArtifactError: the bundle has no engine, or no graph, for it.
+    """
+    manifest = bundle.manifest
+    if plan is not None:
+        manifest.plan(plan)
+    if name != "auto":
+        return _open(manifest, name, device, plan)
+    reasons = []
+    built_for = {record.target.split("-")[0].rstrip("0123456789.") for record in manifest.engines}
+    for candidate in backend_names():
+        if candidate in ENGINE_BACKENDS and candidate not in built_for:
+            continue
+        try:
+            return _open(manifest, candidate, device, plan)
+        except (HostError, ArtifactError) as error:
+            reasons.append(error)
+    if len(reasons) == 1:
+        raise reasons[0]
+    told = "; ".join(map(str, reasons))
+    raise HostError(f"no backend can run this bundle here: {told}", hint=_hint(reasons))
+
+
+def runnable_plans(manifest: Manifest, backend: Backend) -> list[str]:
+    """The bundle's plans that a backend has all files for, in their order.
+
+    Raises:
+        ArtifactError: there is none; says what the first lacks.
+    """
+    missing: list[ArtifactError] = []
+    found = []
+    for ref in manifest.plans:
+        try:
+            _require_files(manifest, backend, ref.name)
+            found.append(ref.name)
+        except ArtifactError as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found
+
+
+def load_network(bundle: Bundle, backend: Backend, network: str, plan: str) -> Engine:
+    """One network, ready to run: its engine on an engine backend, else its graph.
+
+    Raises:
+        ArtifactError: the bundle has not that engine or graph, or it is damaged.
+        HostError: it does not fit the device.
+    """
+    manifest = bundle.manifest
+    spec = manifest.network(network)
+    if backend.load_engine is not None:
+        record = engine_record(manifest, backend, network, plan)
+        return backend.load_engine(bundle.path(record.engine), record, spec)
+    _require_graph(manifest, network, plan)
+    graph = manifest.graph(network, plan)
+    return backend.load(bundle.path(graph.graph), bundle.path(graph.weights), spec)
+
+
+def engine_record(manifest: Manifest, backend: Backend, network: str, plan: str) -> EngineRecord:
+    """The engine of a network that an engine backend runs.
+
+    Raises:
+        ArtifactError: the bundle has none for this GPU and library.
+    """
+    if backend.target is None:
+        raise InternalError(f"backend `{backend.name}` runs no engines")
+    return manifest.engine(network, plan, backend.target)
+
+
+def network_bytes(bundle: Bundle, backend: Backend, plan: str) -> dict[str, int]:
+    """Network to the bytes of what is loaded for it: its engine, or its graph's weights; the text encoder's too."""
+    manifest = bundle.manifest
+    sizes = {record.path: record.size_bytes for record in manifest.files}
+    if backend.load_engine is None:
+        return {network: sizes[manifest.graph(network, plan).weights] for network in _networks(manifest)}
+    return {n: sizes[engine_record(manifest, backend, n, plan).engine] for n in _networks(manifest)}
+
+
+def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:
+    """The most token rows that a head engine takes at once, halo included, in an image of so many token columns.
+
+    Raises:
+        UsageError: it takes no such image.
+    """
+    most = 0
+    for profile in record.profiles:
+        tokens = next(shapes for shapes in profile.inputs if shapes.name == "tokens")
+        if tokens.min[0] <= batch <= tokens.max[0] and tokens.min[2] <= columns <= tokens.max[2]:
+            most = max(most, tokens.max[1])
+    if not most:
+        raise UsageError(f"no engine of the head takes {batch} images of {columns} token columns", hint=_OTHER_SIZE)
+    return most
+
+
+def require_sizes(
+    manifest: Manifest,
+    backend: Backend,
+    plan: str,
+    batch: int,
+    grid: tuple[int, int],
+    caption_tokens: int,
+    stripes: Sequence[Stripe],
+) -> None:
+    """Refuse a call that an engine was not built for, before anything is loaded for it.
+
+    Args:
+        manifest: of the bundle.
+        backend: an engine backend; any other takes every size.
+        plan: precision plan.
+        batch: images.
+        grid: token rows and columns.
+        caption_tokens: padded.
+        stripes: of the head.
+
+    Raises:
+        UsageError: names the sizes that the engines take.
+    """
+    if backend.load_engine is None:
+        return
+    model, rows = manifest.model, {stripe.read_stop - stripe.read_first for stripe in stripes}
+    for network in NETWORKS:
+        record, spec = engine_record(manifest, backend, network, plan), manifest.network(network)
+        for stripe_rows in rows if network == "head" else (0,):
+            symbols = _symbols(model, batch, grid, caption_tokens, stripe_rows)
+            shapes = {tensor.name: tensor.resolve(symbols) for tensor in spec.inputs}
+            if not any(profile.covers(shapes) for profile in record.profiles):
+                patch = model.patch_px
+                raise UsageError(
+                    f"the bundle's engines do not take {grid[1] * patch}x{grid[0] * patch} with {caption_tokens} "
+                    f"caption tokens and a batch of {batch}: `{network}` was built for {_ranges(record, shapes)}",
+                    hint=_OTHER_SIZE,
+                )
+
+
+_OTHER_SIZE = "build the bundle with a --profile that holds this size, or run its graphs with --backend onnx"
+
+
+def _networks(manifest: Manifest) -> tuple[str, ...]:
+    return (*NETWORKS, *((TEXT_ENCODER,) if manifest.text is not None else ()))
+
+
+def _open(manifest: Manifest, name: str, device: int, plan: str | None) -> tuple[Backend, str]:
+    backend = open_backend(name, device)
+    try:
+        if plan is None:
+            return backend, runnable_plans(manifest, backend)[0]
+        _require_files(manifest, backend, plan)
+    except ArtifactError:
+        backend.device.close()
+        raise
+    return backend, plan
+
+
+def _require_files(manifest: Manifest, backend: Backend, plan: str) -> None:
+    for network in _networks(manifest):
+        if backend.load_engine is not None:
+            engine_record(manifest, backend, network, plan)
+        else:
+            _require_graph(manifest, network, plan)
+
+
+def _require_graph(manifest: Manifest, network: str, plan: str) -> None:
+    if manifest.has_graph(network, plan):
+        return
+    have = ", ".join(dict.fromkeys(record.target for record in manifest.engines))
+    raise ArtifactError(
+        f"the bundle has no graph of `{network}` in plan `{plan}`: it was packed for {have}",
+        hint="run it on such a GPU with --backend rtx or tensorrt, or take the bundle that it was packed from",
+    )
+
+
+def _symbols(
+    model: ModelSpec, batch: int, grid: tuple[int, int], caption_tokens: int, stripe_rows: int
+) -> dict[str, int]:
+    """The value of every symbol of the networks' shapes in a call."""
+    unit = model.head.row_multiple
+    rows, columns = grid
+    return {
+        "B": batch,
+        "h": rows // unit,
+        "w": columns // unit,
+        "t": caption_tokens // model.sequence_multiple,
+        "s": model.padded(rows * columns) + caption_tokens,
+        "r": stripe_rows // unit,
+    }
+
+
+def _ranges(record: EngineRecord, shapes: Mapping[str, Sequence[int]]) -> str:
+    """The ranges of the first input that does not fit, profile by profile."""
+    for name, shape in shapes.items():
+        ranges = [next(part for part in profile.inputs if part.name == name) for profile in record.profiles]
+        if not any(part.covers(shape) for part in ranges):
+            spans = " or ".join(f"{list(part.min)} to {list(part.max)}" for part in ranges)
+            return f"`{name}` from {spans}, and this is {list(shape)}"
+    return "other combinations of sizes"
+
+
+def _hint(reasons: Sequence[L2PError]) -> str:
+    return next((error.hint for error in reasons if error.hint), "pip install 'l2p-export[cpu]'")

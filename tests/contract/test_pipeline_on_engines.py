@@ -1,0 +1,169 @@
+"""The whole pipeline on a bundle's engines, over fakes of the driver and of the library: same pixels as on the host."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Bundles
+from fakes.cuda import FakeDriver, fake_device, fake_driver
+from fakes.tensorrt_runtime import FakeLibrary, write_engine
+from l2p_engines.shapes import HeadBudget, engine_profiles, stripe_rows
+from l2p_export.bench import bench
+from l2p_export.progress import Silent
+from l2p_export.verify import verify_bundle
+from l2p_runtime import Pipeline
+from l2p_runtime.backends import cuda
+from l2p_runtime.backends.cuda import CudaDevice
+from l2p_runtime.bundle import file_digest, file_record, open_bundle
+from l2p_runtime.contract import NETWORKS, manifest_to_bytes
+from l2p_runtime.errors import ArtifactError, HostError, UsageError
+
+EMBEDS = np.linspace(-1, 1, 9 * 40, dtype=np.float32).reshape(9, 40)
+CALL: dict[str, Any] = {"prompt_embeds": EMBEDS, "height": 128, "width": 64, "seed": 3, "steps": 2, "guidance": 1.0}
+HEAD_ROWS = 7
+
+
+@pytest.fixture(scope="module")
+def compiled(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of tiny-16 with a fake engine for sm89 of every network of its fp32 plan; the head's takes 7 rows."""
+    root = tmp_path_factory.mktemp("compiled") / "bundle"
+    shutil.copytree(bundles.path("tiny-16"), root)
+    manifest = open_bundle(root).manifest
+    (profile,), model = manifest.profiles, manifest.model
+    budget = next(b for b in (HeadBudget(n << 20, "fp32") for n in range(1, 999)) if _rows(model, profile, b) == 7)
+    (root / "engines").mkdir()
+    records, files = [], list(manifest.files)
+    digests = {record.path: record.sha256 for record in files}
+    for network in NETWORKS:
+        graph = manifest.graph(network, "fp32")
+        path = root / "engines" / f"{network}.engine"
+        shapes = engine_profiles(manifest.network(network), model, manifest.profiles, budget)
+        record = write_engine(path, root / graph.graph, shapes, network=network)
+        whole = {"graph_sha256": digests[graph.graph], "weights_sha256": digests[graph.weights]}
+        records.append(replace(record, **whole))
+        files.append(file_record(root, path, file_digest(path)))
+    made = replace(manifest, engines=tuple(records), files=tuple(sorted(files, key=lambda record: record.path)))
+    (root / "bundle.json").write_bytes(manifest_to_bytes(made))
+    return root
+
+
+def _rows(model: Any, profile: Any, budget: HeadBudget) -> int:
+    try:
+        return stripe_rows(model, profile, budget)
+    except HostError:
+        return 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
+    made = fake_device()
+    monkeypatch.setattr(cuda, "open_cuda", lambda index: made)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(made)))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    return made
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16"])
+def test_the_same_pixels_as_on_the_host(device: CudaDevice, compiled: Path, dtype: str, guidance: float) -> None:
+    call = CALL | {"dtype": dtype, "guidance": guidance, "negative_embeds": EMBEDS[::-1]}
+    with Pipeline.open(compiled, backend="onnx", plan="fp32") as pipe:
+        expected = pipe.generate(**call)
+    with Pipeline.open(compiled) as pipe:
+        assert pipe._backend.name == "rtx"
+        assert pipe.plan == "fp32"
+        found = pipe.generate(**call)
+    assert found.dtype == expected.dtype
+    # Stripes change the order of no sum, but a convolution may be run another way: half a step of a pixel at most.
+    assert np.abs(found.astype(np.float64) - expected.astype(np.float64)).max() <= (1e-3 if dtype == "float16" else 1)
+    assert not fake_driver(device).held_bytes, "close gives everything back"
+
+
+def test_the_head_is_cut_to_what_its_engine_takes(device: CudaDevice, compiled: Path) -> None:
+    with Pipeline.open(compiled) as pipe:
+        stripes = pipe._plan_call(1, (8, 4), 32)
+        assert max(stripe.read_stop - stripe.read_first for stripe in stripes) == HEAD_ROWS
+        noisy = np.random.default_rng(0).standard_normal((1, 3, 128, 64), dtype=np.float32)
+        found = pipe.denoise(noisy, 0.5, EMBEDS)
+    with Pipeline.open(compiled, backend="onnx", plan="fp32") as pipe:
+        np.testing.assert_allclose(found, pipe.denoise(noisy, 0.5, EMBEDS), rtol=1e-4, atol=1e-5)
+
+
+def test_networks_take_turns_on_the_device(device: CudaDevice, compiled: Path) -> None:
+    with Pipeline.open(compiled) as pipe:
+        expected = pipe.generate(**CALL)
+        sizes = pipe._weight_bytes
+    device = fake_device()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "open_cuda", lambda index: device)
+        patch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
+        with Pipeline.open(compiled, memory_budget=max(sizes.values()) + (60 << 20)) as pipe:
+            pipe._memory_budget_bytes = sum(sizes.values()) - 1 + (60 << 20)
+            assert np.array_equal(pipe.generate(**CALL), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "needle"),
+    [
+        ({"height": 256, "width": 64}, "`stem` was built for `image` from"),
+        ({"height": 64, "width": 256}, "16 token columns"),
+        ({"prompt_embeds": np.zeros((600, 40), np.float32)}, "600 tokens"),
+    ],
+)
+def test_sizes_that_no_engine_takes_are_refused_first(
+    device: CudaDevice, compiled: Path, call: dict[str, Any], needle: str
+) -> None:
+    with Pipeline.open(compiled) as pipe:
+        before = fake_driver(device).launches
+        with pytest.raises(UsageError, match=needle.replace("[", r"\[")):
+            pipe.generate(**(CALL | call))
+        assert fake_driver(device).launches == before
+        assert pipe.generate(**CALL).shape == (128, 64, 3)
+
+
+def test_another_gpu_is_told_what_to_build(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = fake_device(capability=(12, 0))
+    monkeypatch.setattr(cuda, "open_cuda", lambda index: device)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
+    with pytest.raises(
+        ArtifactError, match=r"no engine of `caption` in plan `fp32` for rtx1\.7-sm120; it has"
+    ) as caught:
+        Pipeline.open(compiled, backend="rtx", plan="fp32")
+    assert "--target rtx-sm120" in caught.value.hint
+    assert not fake_driver(device).held_bytes
+    with Pipeline.open(compiled) as pipe:
+        assert pipe._backend.name == "onnx", "auto goes on to what runs"
+
+
+def test_a_plan_without_engines_is_refused(device: CudaDevice, compiled: Path) -> None:
+    with pytest.raises(ArtifactError, match="in plan `fp16`"):
+        Pipeline.open(compiled, backend="rtx", plan="fp16")
+
+
+def test_verify_compares_engines_with_torch(device: CudaDevice, compiled: Path) -> None:
+    ledger = verify_bundle(open_bundle(compiled), "rtx", None, Silent())
+    stage = "torch float32 -> fp32 rtx1.7-sm89 engine"
+    run = [entry for entry in ledger if entry.stage == stage]
+    assert {entry.network for entry in run if entry.status == "passed"} >= {*NETWORKS, "end-to-end"}
+    graphs = [entry for entry in ledger if entry.stage.endswith(" graph")]
+    assert graphs
+    assert {entry.status for entry in graphs} == {"not run"}
+
+
+def test_bench_times_engines(device: CudaDevice, compiled: Path) -> None:
+    found = bench(open_bundle(compiled), "rtx", None, (64, 64), 9, 2, Silent())
+    assert [timing.network for timing in found.timings] == [*NETWORKS, "step"]
+    assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in found.timings)
+    assert sum(timing.median for timing in found.timings[:-1]) <= 1.5 * found.timings[-1].median
+    assert found.peak_bytes > 0
+
+
+def test_the_fake_is_a_driver() -> None:
+    assert isinstance(fake_driver(fake_device()), FakeDriver)
