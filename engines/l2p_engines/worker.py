@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -79,6 +80,8 @@ def _end_with(parent: int) -> None:
     """Let the kernel kill this process when the one that started it ends, however that ends; and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A crash would leave gigabytes beside the graph, whose folder this process works in.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if os.getppid() != parent:
         os._exit(1)
 

@@ -129,17 +129,25 @@ def test_sizes_that_no_engine_takes_are_refused_first(
 
 
 def test_another_gpu_is_told_what_to_build(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = fake_device(capability=(12, 0))
-    monkeypatch.setattr(cuda, "open_cuda", lambda index: device)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
-    with pytest.raises(
-        ArtifactError, match=r"no engine of `caption` in plan `fp32` for rtx1\.7-sm120; it has"
-    ) as caught:
-        Pipeline.open(compiled, backend="rtx", plan="fp32")
-    assert "--target rtx-sm120" in caught.value.hint
-    assert not fake_driver(device).held_bytes
-    with Pipeline.open(compiled) as pipe:
-        assert pipe._backend.name == "onnx", "auto goes on to what runs"
+    for name in ("rtx", "auto"):
+        device = fake_device(capability=(12, 0))
+        monkeypatch.setattr(cuda, "open_cuda", lambda index, device=device: device)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
+        if name == "rtx":
+            with pytest.raises(
+                ArtifactError, match=r"no engine of `caption` in plan `fp32` for rtx1\.7-sm120"
+            ) as caught:
+                Pipeline.open(compiled, backend=name, plan="fp32")
+            assert "--target rtx-sm120" in caught.value.hint
+        else:
+            monkeypatch.setattr("l2p_runtime.backends.onnx_cuda.open_device", _no_gpu_build)
+            with Pipeline.open(compiled, backend=name) as pipe:
+                assert pipe._backend.name == "onnx", "auto goes on to what runs"
+        assert not fake_driver(device).held_bytes
+
+
+def _no_gpu_build(index: int) -> None:
+    raise HostError("ONNX Runtime has no CUDA provider")
 
 
 def test_a_plan_without_engines_is_refused(device: CudaDevice, compiled: Path) -> None:
