@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.cards import Card, find_card
 from l2p_engines.fitting import Bound, step_bounds
 from l2p_engines.forecast import CallSize, border_bytes, forward_flops
-from l2p_export.graphs.transpose import SUFFIX, published_name
+from l2p_export.graphs.join import published_names
+from l2p_export.graphs.transpose import SUFFIX
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import NETWORKS
@@ -215,11 +216,20 @@ def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dic
         file = bundle.path(manifest.graph(network, plan).weights)
         sizes[network] = file.stat().st_size
         shapes[network] = {
-            published_name(name): info.shape[::-1] if name.endswith(SUFFIX) else info.shape
+            part: shape
             for name, info in open_tensorfile(file).tensors.items()
+            for part, shape in _published(name, info.shape)
         }
     flops = forward_flops(manifest.model, shapes, call)
     return step_bounds(card, plan, flops, sizes, border_bytes(manifest.model, call))
+
+
+def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Published names and shapes of what a graph stores as one weight."""
+    if not name.endswith(SUFFIX):
+        return [(name, shape)]
+    names = published_names(name)
+    return [(part, (shape[1] // len(names), shape[0])) for part in names]
 
 
 def _total(bounds: Mapping[str, Bound]) -> Bound | None:

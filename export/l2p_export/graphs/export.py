@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from l2p_engines.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
 from l2p_export.digests import toolchain
-from l2p_export.tensors import TransposedTensor
+from l2p_export.tensors import JoinedTensor, TransposedTensor
 from l2p_export.weights import write_weights
 from l2p_runtime.errors import ArtifactError, InternalError
 
@@ -149,16 +149,14 @@ def write_graph(
     import onnx
     import onnx_ir as ir
 
-    from l2p_export.graphs.transpose import published_name
+    from l2p_export.graphs.join import published_names
 
     graph = ir.serde.deserialize_model(onnx.load_model_from_string(traced))
     names = sorted(n for n, v in graph.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor))
-    missing = [name for name in names if published_name(name) not in tensors]
+    missing = [part for name in names for part in published_names(name) if part not in tensors]
     if missing:
         raise InternalError(f"network `{network}` wants a weight `{missing[0]}` that the checkpoint has not")
-    sources = {
-        name: tensors[name] if name in tensors else TransposedTensor(tensors[published_name(name)]) for name in names
-    }
+    sources = {name: _source(name, [tensors[part] for part in published_names(name)], tensors) for name in names}
     partial = folder / f"{network}.{plan.name}.partial"
     dtypes = {name: _STORED[plan.dtype(name)] for name in names}
     weights_sha256, places = write_weights(partial, sources, dtypes, advance)
@@ -166,6 +164,13 @@ def write_graph(
     graph_sha256, path = _save(graph, places, weights, folder / f"{network}.{plan.name}")
     _check(path)
     return GraphFiles(path, graph_sha256, weights, weights_sha256)
+
+
+def _source(name: str, parts: Sequence[TensorSource], tensors: Mapping[str, TensorSource]) -> TensorSource:
+    """A weight as the graph stores it: as it is, or transposed, several joined along their outputs."""
+    if name in tensors:
+        return tensors[name]
+    return TransposedTensor(parts[0] if len(parts) == 1 else JoinedTensor(tuple(parts)))
 
 
 def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from l2p_export.graphs.join import join_products
 from l2p_export.graphs.simplify import simplify
 from l2p_export.graphs.transpose import store_transposed
 from l2p_export.graphs.unroll import unroll
@@ -45,6 +46,7 @@ def trace_network(
         unroll(model, repeats)
         simplify(model, set(model.graph.initializers))
     store_transposed(model)
+    join_products(model)
     _strip(model, spec)
     return model
 

@@ -31,8 +31,3 @@ def store_transposed(model: ir.Model) -> None:
         graph.remove(node, safe=True)
         if not weight.uses():
             del graph.initializers[weight.name or ""]
-
-
-def published_name(name: str) -> str:
-    """The published name of a weight as the graph calls it."""
-    return name.removesuffix(SUFFIX)

@@ -17,7 +17,7 @@ from l2p_export.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
 from l2p_export.graphs.export import trace_plan, traced_bytes
-from l2p_export.graphs.transpose import published_name
+from l2p_export.graphs.join import published_names
 from l2p_export.tensors import TransposedTensor, read_tensor
 
 
@@ -68,12 +68,16 @@ def check_weights(model: ZImageModel, network: str, plan: str, graph: onnx.Model
     names = {"float32": "FLOAT", "bfloat16": "BFLOAT16"}
     shapes = model.network_shapes(network)
     weights = [tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    assert Counter(published_name(tensor.name) for tensor in weights) == Counter(shapes.keys())
+    assert Counter(name for tensor in weights for name in published_names(tensor.name)) == Counter(shapes.keys())
     for tensor in weights:
-        name = published_name(tensor.name)
-        assert tuple(tensor.dims) == (shapes[name] if tensor.name == name else shapes[name][::-1])
+        name, *others = published_names(tensor.name)
+        assert all(shapes[other] == shapes[name] for other in others)
+        turned_shape = (shapes[name][-1], (1 + len(others)) * shapes[name][0])
+        assert tuple(tensor.dims) == (shapes[name] if tensor.name == name else turned_shape)
         assert onnx.TensorProto.DataType.Name(tensor.data_type) == names[PLANS[plan].dtype(name)]
     turned = {tensor.name for tensor in weights}
     assert not [node for node in graph.graph.node if node.op_type == "Transpose" and turned & set(node.input)]
-    matrices = {name for name in shapes if name.endswith(("to_q.weight", "w1.weight", "w2.weight", "adaLN.weight"))}
+    matrices = {name for name in shapes if name.endswith(("to_out.0.weight", "w2.weight", "adaLN.weight"))}
     assert {f"{name}.T" for name in matrices} <= turned
+    blocks = [name.removesuffix("to_q.weight") for name in shapes if name.endswith("attention.to_q.weight")]
+    assert {"+".join(f"{block}to_{part}.weight" for part in "qkv") + ".T" for block in blocks} <= turned
