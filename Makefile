@@ -56,11 +56,14 @@ bench: .venv/test
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/import_memory.py
 
-# Tens of minutes and of gigabytes each; docs/full-size.md has what they printed.
+# Tens of minutes and of gigabytes each; docs/full-size.md and docs/engines.md have what they printed.
 bench-full: .venv/test
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/full_width.py
 	$(BIN)/python benchmarks/latent_ratio.py
+	$(BIN)/python benchmarks/engines.py profiles
+	$(BIN)/python benchmarks/engines.py trunk
+	$(BIN)/python benchmarks/engines.py full
 
 clean:
 	rm -rf .venv $(DEMO) build dist

@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py profiles [FOLDER]    one engine with two profiles against two engines
     python benchmarks/engines.py trunk [FOLDER]       4k, 8k and 10k adapters of one source in one store
-    python benchmarks/engines.py full [FOLDER]        6.21 billion random weights in FP16: needs 38 GB of disk
+    python benchmarks/engines.py full [FOLDER]        6.21 billion random weights, FP16 and FP8: needs 38 GB of disk
 
 Everything is built for sm89, which needs no GPU. Memory is anonymous memory of the command and of its workers together.
 """
@@ -16,15 +16,27 @@ import sys
 import tempfile
 from pathlib import Path
 
+from float8 import write_float8
 from full_width import write_random
 from measure import run_measured
 
+from l2p_engines.builder import build_engine, build_memory_bytes
 from l2p_engines.engine_stages import EngineFacts
+from l2p_engines.forecast import ENGINE_KERNEL_BYTES
+from l2p_engines.readback import read_back
+from l2p_engines.request import EngineRequest, EngineSpec
+from l2p_engines.shapes import engine_profiles
 from l2p_engines.stages import Stage, stages
 from l2p_export.demo import write_demo_checkpoint
+from l2p_runtime.bundle import Bundle, open_bundle
+from l2p_runtime.contract import Target
 from l2p_runtime.contract.codec import from_json
 
 TARGET = "rtx-sm89"
+_HEADS = (
+    "| engine | weights, bytes | engine, bytes | over forecast | s | peak anonymous GiB | forecast GiB |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
 def main() -> None:
@@ -80,22 +92,44 @@ def full(root: Path) -> None:
     if built.code:
         print("\n".join(built.stderr[-8:]))
         return
-    print(
-        "| engine | weights, bytes | engine, bytes | forecast | s | peak anonymous GiB | forecast GiB |\n|"
-        + " --- |" * 7
-    )
+    print(_HEADS)
     manifest = json.loads((out / "bundle.json").read_bytes())
     sizes = {record["path"]: record["size_bytes"] for record in manifest["files"]}
     weights = {record["network"]: sizes[record["weights"]] for record in manifest["graphs"]}
     for stage, facts in _stages(root / "store"):
         network, size = stage.label.split(".")[0], stage.files[0].size_bytes
-        forecast = weights[network] + 10_000_000
+        forecast = weights[network] + ENGINE_KERNEL_BYTES
         print(
             f"| {stage.label} | {weights[network]:,} | {size:,} | {size / forecast - 1:+.2%} | {facts.seconds:.1f} "
             f"| {facts.peak_memory_bytes / 2**30:.2f} | {facts.forecast_memory_bytes / 2**30:.2f} |"
         )
     again = run_measured(command)
-    print(f"again: {again.whole.seconds:.2f} s, {again.stderr[-1:]}")
+    print(f"again: {again.whole.seconds:.2f} s, {again.stderr[-1:]}", flush=True)
+    checkpoint.unlink()
+    shutil.rmtree(root / "store" / "engines")
+    _float8(root, open_bundle(out))
+
+
+def _float8(root: Path, bundle: Bundle) -> None:
+    """The same graphs with every block linear in float8; the head stays as it is."""
+    manifest = bundle.manifest
+    print(f"\n{_HEADS}")
+    for network in ("caption", "stem", "trunk", "tail"):
+        record, spec = manifest.graph(network, "fp16"), manifest.network(network)
+        graph, weights = write_float8(bundle.path(record.graph), bundle.path(record.weights), root)
+        shapes = engine_profiles(spec, manifest.model, manifest.profiles)
+        wanted = EngineSpec(spec, "fp8", Target("rtx", "1.7", "sm89"), shapes, ("float16", "float8_e4m3fn"))
+        size = weights.stat().st_size
+        built = build_engine(EngineRequest(wanted, graph, size), root / "engine")
+        forecast = size + ENGINE_KERNEL_BYTES
+        print(
+            f"| {wanted.label} | {size:,} | {built.size_bytes:,} | {built.size_bytes / forecast - 1:+.2%} "
+            f"| {built.seconds:.1f} | {built.peak_memory_bytes / 2**30:.2f} | {build_memory_bytes(size) / 2**30:.2f} |",
+            flush=True,
+        )
+        read_back(wanted, size, built.size_bytes)
+        for path in (graph, weights, root / "engine"):
+            path.unlink()
 
 
 def _command(root: Path, out: Path, checkpoint: Path | None, names: tuple[str, ...], precision: str) -> list[str]:

@@ -40,7 +40,7 @@ def test_the_wheel_holds_four_packages_and_the_native_library(wheel: Path) -> No
     roots = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert roots == {"l2p_export", "l2p_runtime", "l2p_calib", "l2p_engines"}
     assert "l2p_runtime/lib/libl2p_native.so" in names
-    assert "l2p_runtime/data/normal_table.f64" in names
+    assert {"l2p_runtime/data/normal_table.f64", "l2p_runtime/data/kernels.cu"} <= set(names)
     assert {f"l2p_engines/profiles/{name}.toml" for name in ("1k", "4k", "8k", "8k-zeroshot", "10k")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "csrc" in name or "test" in name.lower()]

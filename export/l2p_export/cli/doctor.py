@@ -17,6 +17,11 @@ from l2p_runtime import L2PError, __version__
 _LIBRARIES = {
     "numpy": "runtime",
     "onnxruntime": "backend onnx; extra [cpu]",
+    "onnxruntime-gpu": "backend onnx-cuda; extra [gpu]",
+    "tensorrt_rtx_cu13": "engines of rtx; extra [rtx]",
+    "tensorrt_cu13": "engines of tensorrt; extra [tensorrt]",
+    "cuda-bindings": "every GPU; extras [rtx], [tensorrt], [gpu]",
+    "nvidia-cuda-nvrtc": "every GPU; the same extras",
     "tokenizers": "prompts; extra [text]",
     "torch": "build; extra [export]",
     "onnx": "build; extra [export]",
@@ -44,6 +49,7 @@ def command(*, as_json: bool) -> None:
 
 
 def _facts() -> dict[str, dict[str, Any]]:
+    from l2p_engines.gpus import gpus
     from l2p_runtime.backends import open_backend
     from l2p_runtime.memory import available_host_bytes
     from l2p_runtime.native import native_status
@@ -68,13 +74,32 @@ def _facts() -> dict[str, dict[str, Any]]:
             "processors": os.cpu_count() or 0,
             "memory_free": format_bytes(available_host_bytes()),
             "disk_free_here": format_bytes(shutil.disk_usage(Path.cwd()).free),
+            "gpus": ", ".join(f"{gpu.name} ({gpu.capability})" for gpu in gpus()) or "none that a driver shows",
         },
         "can": {
             "draw": can_draw,
             "backend": backend,
             "build": True if not missing else f"no: {', '.join(missing)} missing, pip install 'l2p-export[export,cpu]'",
+            "build engines": _engine_builders(),
         },
     }
+
+
+def _engine_builders() -> str:
+    """What engines can be built for here."""
+    from l2p_engines.trt import library_version
+    from l2p_runtime.contract import CAPABILITIES, ENGINE_BACKENDS
+
+    found = []
+    for backend in ENGINE_BACKENDS:
+        try:
+            version = library_version(backend)
+        except L2PError as error:
+            found.append(f"{backend}: no, {error}")
+        else:
+            where = "anywhere" if backend == "rtx" else "on its own GPU"
+            found.append(f"{backend} {version}, {where}: {', '.join(CAPABILITIES[backend])}")
+    return "; ".join(found)
 
 
 def _version(name: str) -> str | None:
