@@ -164,7 +164,8 @@ def _require_disk(request: EngineRequest, out: Path) -> None:
 
 def _start(request: EngineRequest, partial: Path) -> subprocess.Popen[bytes]:
     # The graph goes by its plain name from inside its folder: the libraries take paths in UTF-8 alone.
-    arguments = [request.graph.name, str(partial.resolve()), str(os.getpid())]
+    timings = str(request.timings.resolve()) if request.timings is not None else ""
+    arguments = [request.graph.name, str(partial.resolve()), str(os.getpid()), timings]
     command = [sys.executable, "-P", "-m", "l2p_engines.worker", *arguments]
     pipe = subprocess.PIPE
     folder = request.graph.parent

@@ -16,6 +16,7 @@ from typing import IO, Any
 from l2p_engines.explanations import build_error
 from l2p_engines.listeners import Journal, Phases, make_logger, make_monitor
 from l2p_engines.request import EngineSpec
+from l2p_engines.timings import load_timings, store_timings
 from l2p_engines.trt import EngineLibrary, Module, apply_settings
 from l2p_runtime.contract import LIBRARY_TITLES, EngineProfile, InputShapes, TensorSpec, short_version, split_dim
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
@@ -34,7 +35,13 @@ class Compiled:
 
 
 def compile_engine(
-    library: EngineLibrary, spec: EngineSpec, graph: str, out: Path, journal: Journal, phases: Phases
+    library: EngineLibrary,
+    spec: EngineSpec,
+    graph: str,
+    out: Path,
+    journal: Journal,
+    phases: Phases,
+    timings: Path | None = None,
 ) -> Compiled:
     """Compile a graph for a target and write the engine.
 
@@ -45,6 +52,7 @@ def compile_engine(
         out: where the engine is written; what is there is replaced.
         journal: hears the library's log.
         phases: hear where it stands.
+        timings: kernel timings that TensorRT reads and writes; None without.
 
     Raises:
         ArtifactError: the graph is damaged, or another network's.
@@ -73,8 +81,12 @@ def compile_engine(
     if refused:
         raise work.error("; ".join(refused), fallback=UsageError)
     profiles = _add_profiles(work, builder, config, spec.profiles)
+    if timings is not None:
+        load_timings(config, timings)
     compiled = _build(trt, work, builder, network, config, out, phases)
     del parser
+    if timings is not None:
+        store_timings(config, timings)
     return Compiled(*compiled, profiles, tuple(journal.warnings))
 
 

@@ -53,12 +53,14 @@ class GraphToBuild:
 
     Attributes:
         library_version: of the installed library, in full.
+        timings: kernel timings that TensorRT reads and writes; they decide how long a build takes, not what it is.
     """
 
     spec: EngineSpec
     graph: FileRecord
     weights: FileRecord
     library_version: str
+    timings: Path | None = None
 
     @property
     def key(self) -> str:
@@ -91,7 +93,7 @@ def engine_stage(run: StageRunner, wanted: GraphToBuild, meter: Meter) -> Stage:
     spec = wanted.spec
 
     def make(work: Path) -> Made:
-        request = EngineRequest(spec, run.path(wanted.graph), wanted.weights.size_bytes)
+        request = EngineRequest(spec, run.path(wanted.graph), wanted.weights.size_bytes, wanted.timings)
         with meter(f"engine `{spec.label}`") as progress:
             built = build_engine(request, work / "engine", progress)
             progress(BuildProgress(_summary(wanted, built), 0, 0, 0, 1.0))

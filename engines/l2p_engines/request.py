@@ -10,7 +10,7 @@ from pathlib import Path
 
 from l2p_engines.targets import require_dtypes
 from l2p_engines.trt import EngineSettings, require_settings
-from l2p_runtime.contract import EngineProfile, NetworkSpec, Target
+from l2p_runtime.contract import EngineBackend, EngineProfile, NetworkSpec, Target
 from l2p_runtime.errors import UsageError
 
 
@@ -64,11 +64,29 @@ class EngineRequest:
         spec: what decides it.
         graph: the `.onnx`; its weights lie in the same folder.
         weight_bytes: bytes of these weights.
+        timings: kernel timings that TensorRT reads and writes; None without.
     """
 
     spec: EngineSpec
     graph: Path
     weight_bytes: int
+    timings: Path | None = None
+
+    def __post_init__(self) -> None:
+        require_timings(self.spec.target.backend, self.timings)
+
+
+def require_timings(backend: EngineBackend, timings: Path | None) -> None:
+    """Refuse a timing cache where it has no meaning.
+
+    Raises:
+        UsageError: the backend times nothing.
+    """
+    if timings is not None and backend == "rtx":
+        raise UsageError(
+            "TensorRT for RTX times no kernels while it builds, and has no timing cache",
+            hint="leave --timing-cache out, or build for a target of backend tensorrt",
+        )
 
 
 @dataclass(frozen=True, slots=True)

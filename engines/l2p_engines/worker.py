@@ -1,4 +1,4 @@
-"""The process that one engine is built in: `python -m l2p_engines.worker GRAPH OUT PARENT_PID`, started by `builder`.
+"""The process that one engine is built in: `python -m l2p_engines.worker GRAPH OUT PARENT_PID TIMINGS`.
 
 An `EngineSpec` comes as JSON on stdin. What happens goes out as JSON, an object a line:
 
@@ -35,7 +35,7 @@ _WATCH_SECONDS = 0.05
 
 def main(arguments: list[str]) -> None:
     """Build one engine; leaves the process without returning."""
-    graph, out, parent = arguments
+    graph, out, parent, timings = arguments
     _end_with(int(parent))
     channel = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
     spec = from_json(EngineSpec, json.loads(sys.stdin.buffer.read()))
     journal = Journal(lambda severity, text: send("log", [severity, text]))
     try:
-        send("built", _build(spec, graph, Path(out), journal, Phases(lambda progress: send("progress", progress))))
+        phases = Phases(lambda progress: send("progress", progress))
+        send("built", _build(spec, graph, Path(out), journal, phases, Path(timings) if timings else None))
     except L2PError as error:
         send("error", [type(error).__name__, str(error), error.hint])
     except Exception as error:  # noqa: BLE001 - the library's own exceptions have no common type
@@ -59,12 +60,14 @@ def main(arguments: list[str]) -> None:
     os._exit(0)
 
 
-def _build(spec: EngineSpec, graph: str, out: Path, journal: Journal, phases: Phases) -> EngineBuilt:
+def _build(
+    spec: EngineSpec, graph: str, out: Path, journal: Journal, phases: Phases, timings: Path | None
+) -> EngineBuilt:
     started = time.monotonic()
     watch = _MemoryWatch()
     watch.start()
     library = load_library(spec.target.backend)
-    compiled = compile_engine(library, spec, graph, out, journal, phases)
+    compiled = compile_engine(library, spec, graph, out, journal, phases, timings)
     return EngineBuilt(
         sha256=compiled.sha256,
         size_bytes=compiled.size_bytes,

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_engines.builder import build_memory_bytes
 from l2p_engines.engine_stages import GraphToBuild, Meter, engine_record, engine_stage, is_built
 from l2p_engines.forecast import ENGINE_KERNEL_BYTES
 from l2p_engines.readback import read_back
-from l2p_engines.request import BuildProgress, EngineSpec
+from l2p_engines.request import BuildProgress, EngineSpec, require_timings
 from l2p_engines.shapes import HeadBudget, engine_profiles, stripe_rows
 from l2p_engines.targets import parse_targets, require_dtypes
 from l2p_engines.trt import EngineSettings, load_library, require_settings
@@ -51,11 +52,13 @@ class EngineWishes:
         settings: how.
         head_bytes: device memory that one stripe of the pixel head may take; None for `HEAD_BYTES`, or a whole head
             where the model's cannot be cut.
+        timings: kernel timings that TensorRT reads and writes; None without.
     """
 
     targets: tuple[Target, ...] = ()
     settings: EngineSettings = field(default_factory=EngineSettings)
     head_bytes: int | None = None
+    timings: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,13 @@ class Engines:
     ledger: tuple[LedgerEntry, ...] = ()
 
 
-def engine_wishes(backend: str, targets: str | None, settings: EngineSettings, head_bytes: int | None) -> EngineWishes:
+def engine_wishes(
+    backend: str,
+    targets: str | None,
+    settings: EngineSettings,
+    head_bytes: int | None = None,
+    timings: Path | None = None,
+) -> EngineWishes:
     """Read what `build` was given.
 
     Args:
@@ -75,13 +84,14 @@ def engine_wishes(backend: str, targets: str | None, settings: EngineSettings, h
         targets: as `rtx-sm89,rtx-sm120`; None for `portable` with rtx, and the GPU of this machine with tensorrt.
         settings: how engines are built.
         head_bytes: see `EngineWishes`.
+        timings: likewise.
 
     Raises:
         UsageError: a target or setting that does not exist, or that the backend has not.
         HostError: the backend's library is not installed.
     """
     if backend == "onnx" or (backend == "auto" and targets is None):
-        if targets is not None or settings != EngineSettings() or head_bytes is not None:
+        if targets is not None or settings != EngineSettings() or head_bytes is not None or timings is not None:
             raise UsageError(
                 "engine options were given, and no engine is to be built",
                 hint="name what engines are for: --target rtx-sm89; and leave out --backend onnx",
@@ -96,7 +106,8 @@ def engine_wishes(backend: str, targets: str | None, settings: EngineSettings, h
         )
     for target in parsed:
         require_settings(target.backend, settings)
-    return EngineWishes(parsed, settings, head_bytes)
+        require_timings(target.backend, timings)
+    return EngineWishes(parsed, settings, head_bytes, timings)
 
 
 def require_engines_possible(
@@ -183,7 +194,9 @@ def build_engines(
         plan = by_name[record.plan]
         shapes = engine_profiles(network, model, profiles, _head_budget(wishes, model, plan))
         spec = EngineSpec(network, plan.name, target, shapes, plan.dtypes, wishes.settings)
-        wanted.append(GraphToBuild(spec, files[record.graph], files[record.weights], versions[target.backend]))
+        wanted.append(
+            GraphToBuild(spec, files[record.graph], files[record.weights], versions[target.backend], wishes.timings)
+        )
     left = [item for item in wanted if not is_built(run, item)]
     sizes = {(item.spec.network.name, item.spec.plan): item.weights.size_bytes for item in left}
     require_engine_resources(wishes, sizes, shutil.disk_usage(run.home.root).free, str(run.home.root))

@@ -129,6 +129,7 @@ class Config:
     builder_optimization_level: int = 3
     hardware_compatibility_level: HardwareCompatibilityLevel = HardwareCompatibilityLevel.NONE
     progress_monitor: Any = None
+    timings: Any = None
 
     def set_flag(self, flag: BuilderFlag) -> None:
         self.flags.add(flag)
@@ -146,9 +147,30 @@ class Config:
         self.capabilities[index] = capability
         return self.library.answer("set_compute_capability", index < self.num_compute_capabilities)
 
+    def create_timing_cache(self, data: bytes) -> Any:
+        return self.library.answer("create_timing_cache", TimingCache(bytes(data)))
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> Any:
+        assert not ignore_mismatch
+        if cache.data.startswith(b"another GPU"):
+            return False
+        self.timings = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return self.timings
+
     def add_optimization_profile(self, profile: OptimizationProfile) -> Any:
         self.profiles.append(profile)
         return self.library.answer("add_optimization_profile", len(self.profiles) - 1)
+
+
+@dataclass
+class TimingCache:
+    data: bytes
+
+    def serialize(self) -> bytes:
+        return self.data + b"+timed"
 
 
 @dataclass

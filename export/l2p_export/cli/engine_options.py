@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -50,6 +51,12 @@ _OPTIONS = (
         help="Weights may stay in host memory while an engine runs: fits smaller GPUs, at the speed of PCIe.",
     ),
     click.option(
+        "--timing-cache",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="TensorRT: kernel timings, read and written: the next build on the same GPU times less.",
+    ),
+    click.option(
         "--version-compatible",
         is_flag=True,
         help="TensorRT: engines run on later versions too; larger, and some kernels are not used.",
@@ -75,6 +82,7 @@ def read_engine_options(
     head_memory: str | None,
     workspace: str | None,
     optimization_level: int | None,
+    timing_cache: Path | None,
     *,
     weight_streaming: bool,
     version_compatible: bool,
@@ -97,4 +105,5 @@ def read_engine_options(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
     )
-    return engine_wishes(backend, targets, settings, parse_bytes(head_memory) if head_memory is not None else None)
+    head_bytes = parse_bytes(head_memory) if head_memory is not None else None
+    return engine_wishes(backend, targets, settings, head_bytes, timing_cache)

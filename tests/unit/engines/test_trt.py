@@ -23,7 +23,7 @@ from fakes.tensorrt import (
 from l2p_engines.compiling import Compiled, compile_engine
 from l2p_engines.gpus import Gpu
 from l2p_engines.listeners import Journal, Phases
-from l2p_engines.request import BuildProgress, EngineSpec
+from l2p_engines.request import BuildProgress, EngineSpec, require_timings
 from l2p_engines.trt import EngineSettings, RtxLibrary, TensorRtLibrary, require_settings
 from l2p_runtime.contract import EngineProfile, InputShapes, NetworkSpec, Target, TensorSpec
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UnsupportedError, UsageError
@@ -52,7 +52,11 @@ class Bench:
     told: list[BuildProgress] = field(default_factory=list)
 
     def build(
-        self, settings: EngineSettings | None = None, target: str = "tensorrt-sm90", out: Path | None = None
+        self,
+        settings: EngineSettings | None = None,
+        target: str = "tensorrt-sm90",
+        out: Path | None = None,
+        timings: Path | None = None,
     ) -> Compiled:
         backend, _, capability = target.partition("-")
         library: Any = {"tensorrt": TensorRtLibrary, "rtx": RtxLibrary}[backend](self.fake, self.fake.__version__)
@@ -66,7 +70,8 @@ class Bench:
             settings or EngineSettings(),
         )
         phases = Phases(self.told.append)
-        return compile_engine(library, spec, "stem.onnx", out or self.folder / "engine", self.journal, phases)
+        out = out or self.folder / "engine"
+        return compile_engine(library, spec, "stem.onnx", out, self.journal, phases, timings)
 
     @property
     def config(self) -> Config:
@@ -311,3 +316,26 @@ def test_phases_that_the_library_mixes_up_are_borne() -> None:
     phases.finish("outer")
     assert [progress.fraction for progress in told] == sorted(progress.fraction for progress in told)
     assert told[-1] == BuildProgress("outer", 0, 1, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "written"), [(None, b"+timed"), (b"kernels", b"kernels+timed"), (b"another GPU's", b"+timed")]
+)
+def test_kernel_timings_are_read_and_written(bench: Bench, found: bytes | None, written: bytes) -> None:
+    path = bench.folder / "timings"
+    if found is not None:
+        path.write_bytes(found)
+    bench.build(timings=path)
+    assert path.read_bytes() == written
+    assert sorted(entry.name for entry in bench.folder.iterdir()) == ["engine", "timings"]
+
+
+def test_timings_that_cannot_be_written_are_an_error(bench: Bench) -> None:
+    with pytest.raises(HostError, match="cannot write the timing cache"):
+        bench.build(timings=bench.folder / "nowhere" / "timings")
+
+
+def test_rtx_has_no_timings() -> None:
+    require_timings("tensorrt", Path("x"))
+    with pytest.raises(UsageError, match="has no timing cache"):
+        require_timings("rtx", Path("x"))

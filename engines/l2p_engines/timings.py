@@ -1,0 +1,53 @@
+"""Kernel timings of earlier builds, which TensorRT reads instead of timing the same kernels again.
+
+TensorRT for RTX times no kernels while it builds, and has no use for them. A cache belongs to one GPU and one version
+of the library; another's is refused by the library, and made anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from l2p_runtime.errors import HostError
+
+TIMINGS_BYTES_MAX = 1 << 30
+
+
+def load_timings(config: Any, path: Path) -> None:
+    """Give a builder's configuration the timings of a file, or none when there is no file or it is another GPU's.
+
+    Raises:
+        HostError: the file cannot be read.
+    """
+    try:
+        size_bytes = path.stat().st_size if path.exists() else 0
+        data = path.read_bytes() if size_bytes <= TIMINGS_BYTES_MAX and path.exists() else b""
+    except OSError as error:
+        raise HostError(f"cannot read the timing cache `{path}`: {error.strerror or error}") from error
+    for content in (data, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+
+
+def store_timings(config: Any, path: Path) -> None:
+    """Write what a build has timed, by one rename.
+
+    Raises:
+        HostError: the file cannot be written.
+    """
+    cache = config.get_timing_cache()
+    serialized = cache.serialize() if cache is not None else None
+    if serialized is None:
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(bytes(serialized))
+        partial.replace(path)
+    except OSError as error:
+        raise HostError(
+            f"cannot write the timing cache `{path}`: {error.strerror or error}", hint="choose another --timing-cache"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
