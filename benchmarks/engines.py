@@ -82,7 +82,8 @@ def full(root: Path) -> None:
     command = _command(root, out, checkpoint, ("4k",), "fp16")
     # Graphs first: then what is measured is the engines alone.
     graphs = run_measured([part for part in command if part not in {"--target", TARGET}])
-    print(f"graphs: exit code {graphs.code}, {graphs.whole.seconds:.0f} s", flush=True)
+    peak = graphs.whole.peak_bytes / 2**30
+    print(f"graphs: exit code {graphs.code}, {graphs.whole.seconds:.0f} s, peak anonymous {peak:.2f} GiB", flush=True)
     checkpoint_bytes = checkpoint.stat().st_size
     built = run_measured(command)
     print(

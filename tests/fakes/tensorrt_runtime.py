@@ -202,6 +202,8 @@ class Engine:
         self.profiles: list[dict[str, list[list[int]]]] = facts["profiles"]
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(self.profiles)
+        self.streamable_weights_size = int(facts.get("streamable_bytes", 0))
+        self.weight_streaming_budget_v2 = self.streamable_weights_size
         self.library.alive["engines"] += 1
         weakref.finalize(self, _drop_engine, self.library, address, stream)
 
@@ -226,6 +228,10 @@ class Engine:
     def get_engine_stat(self, stat: EngineStat) -> Any:
         failed, answer = self.library.failing("get_engine_stat")
         return answer if failed else self.facts["weight_bytes"]
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        assert not self.library.alive["contexts"], "too late: a context is there"
+        return int(self.facts["streaming_budget_bytes"])
 
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Any:
         failed, answer = self.library.failing("create_execution_context")

@@ -156,6 +156,7 @@ class TrtEngine:
         self._engine = _deserialize(shared, path)
         try:
             self._require_interface(path.name, len(record.profiles))
+            self._stream_weights()
             # By default it would hold the activations of its largest profile for as long as it lives.
             strategy = shared.module.ExecutionContextAllocationStrategy.USER_MANAGED
             self._context = self._engine.create_execution_context(strategy)
@@ -206,7 +207,10 @@ class TrtEngine:
             return 0
         statistic = getattr(getattr(self._shared.module, "EngineStat", None), "TOTAL_WEIGHTS_SIZE", None)
         total = int(self._engine.get_engine_stat(statistic)) if statistic is not None else 0
-        return total if total > 0 else self._file_bytes
+        streamable = int(getattr(self._engine, "streamable_weights_size", 0))
+        if streamable > 0:
+            return max(total - streamable, 0) + int(self._engine.weight_streaming_budget_v2)
+        return max(total, 0) or self._file_bytes
 
     def close(self) -> None:
         """Wait for what runs and give the weights back; a second time does nothing.
@@ -227,6 +231,18 @@ class TrtEngine:
     def _require_open(self) -> None:
         if self._context is None:
             raise InternalError(f"the engine of `{self.spec.name}` is closed")
+
+    def _stream_weights(self) -> None:
+        """Keep in host memory what does not fit the GPU, of an engine that was built for it; before a context is made.
+
+        Its own default is to put all weights on the GPU all the same.
+        """
+        streamable = int(getattr(self._engine, "streamable_weights_size", 0))
+        if streamable > 0:
+            budget = min(int(self._engine.get_weight_streaming_automatic_budget()), streamable)
+            self._engine.weight_streaming_budget_v2 = budget
+            found = int(self._engine.weight_streaming_budget_v2)
+            self._require(found == budget, f"weight_streaming_budget_v2 = {budget} (it is {found})")
 
     def _require_interface(self, file: str, profiles: int) -> None:
         """The engine has the spec's inputs and outputs and the record's profiles, no other and no fewer."""

@@ -437,6 +437,17 @@ def test_a_record_with_wider_profiles_than_the_engine(kit: Kit) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize(("budget", "held"), [(0, 1000), (2000, 3000), (9000, 4000)])
+def test_weights_that_do_not_fit_are_streamed(tmp_path: Path, graph: Path, budget: int, held: int) -> None:
+    facts = {"weight_bytes": 4000, "streamable_bytes": 3000, "streaming_budget_bytes": budget}
+    kit = make_kit(tmp_path, graph, [profile_of(SPEC, **SMALL)], **facts)
+    engine = kit.open()
+    assert engine.memory_bytes() == held
+    kit.require_right(engine, 1, 2)
+    engine.close()
+    kit.device.close()
+
+
 def test_memory_is_told_and_given_back(kit: Kit) -> None:
     before = kit.driver.held_bytes
     engine = kit.open()
