@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import mmap
-import re
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2p_runtime.backends import Array, Backend, require_arrays
+from l2p_runtime.backends.trt_layers import LayerPrecision, read_layers
+from l2p_runtime.backends.trt_runtime import EngineRuntime, Module, require_supported
 from l2p_runtime.contract import (
-    CAPABILITIES,
     LIBRARY_TITLES,
     PORTABLE,
     EngineBackend,
@@ -30,7 +27,6 @@ from l2p_runtime.contract import (
     NetworkSpec,
     Target,
     TensorSpec,
-    short_version,
     target_from_spelling,
 )
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UsageError
@@ -39,86 +35,11 @@ if TYPE_CHECKING:
     from l2p_runtime.backends.cuda import CudaDevice
     from l2p_runtime.backends.cuda_arrays import CudaArray
 
-Module: TypeAlias = Any
-"""`tensorrt_rtx` or `tensorrt`: neither has type information."""
-
 ALIGNMENT_BYTES = 256
 """Of every address that the libraries are given."""
 
-LINES_KEPT = 8
-
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}
-_LINE_CHARACTERS = 400
 _REBUILD = "build the bundle again with this version of the library, for this GPU"
-
-_OUT_OF_MEMORY = re.compile(r"[Oo]ut ?[Oo]f ?(?:GPU )?[Mm]emory|OUT_OF_MEMORY|bad_alloc|MEM_ALLOC|MemoryAllocation")
-_NO_GPU = re.compile(r"CUDA initialization failure|driver version is insufficient|no CUDA-capable")
-
-
-@dataclass(slots=True)
-class Journal:
-    """The last lines of a library's log, newest last."""
-
-    errors: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
-    warnings: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
-
-    def log(self, severity: str, text: str) -> None:
-        """Keep one line; never raises, since the library calls it from any of its threads."""
-        kept = {"INTERNAL_ERROR": self.errors, "ERROR": self.errors, "WARNING": self.warnings}.get(severity)
-        if kept is not None:
-            kept.append(" ".join(text.split())[:_LINE_CHARACTERS])
-
-    def clear(self) -> None:
-        """Forget what was said before the next call."""
-        self.errors.clear()
-        self.warnings.clear()
-
-    def failure(self, what: str, fallback: type[L2PError], hint: str) -> L2PError:
-        """The error for a call that failed.
-
-        Args:
-            what: which call, of which engine.
-            fallback: its type, unless the log says that the machine lacks memory or a driver.
-            hint: what to do then.
-        """
-        lines = list(self.errors) or list(self.warnings)
-        text = f"{what}; the library said: {' | '.join(lines)}" if lines else f"{what}, and the library said nothing"
-        if any(_OUT_OF_MEMORY.search(line) for line in lines):
-            return HostError(f"out of GPU memory: {text}", hint="set a memory budget, or free memory of the GPU")
-        if any(_NO_GPU.search(line) for line in lines):
-            return HostError(text, hint="install a newer NVIDIA driver; `nvidia-smi` says which one runs")
-        return fallback(text, hint=hint)
-
-
-class EngineRuntime:
-    """One library on one device: what all its engines share.
-
-    Attributes:
-        module: the library.
-        device: whose stream and memory they use.
-        target: what an engine must have been built for.
-        journal: the library's log.
-        runtime: the library's own object.
-    """
-
-    def __init__(self, backend: EngineBackend, module: Module, device: CudaDevice) -> None:
-        """Start the library; the device was opened before, so that there is a driver.
-
-        Raises:
-            HostError: the library does not support the device, or does not start.
-        """
-        self.module = module
-        self.device = device
-        require_supported(backend, device)
-        self.target = Target(backend, short_version(str(module.__version__)), device.capability)
-        self.journal = Journal()
-        # The library does not keep it alive.
-        self._logger = _make_logger(module, self.journal)
-        try:
-            self.runtime = module.Runtime(self._logger)
-        except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
-            what = f"{LIBRARY_TITLES[backend]} {module.__version__} does not start: {error}"
-            raise self.journal.failure(what, HostError, "`nvidia-smi` says whether the driver works") from error
 
 
 class TrtEngine:
@@ -371,113 +292,6 @@ def open_engine_backend(backend: EngineBackend, module_name: str, install: str, 
         target=shared.target,
         load_engine=functools.partial(TrtEngine, shared),
     )
-
-
-def require_supported(backend: EngineBackend, device: CudaDevice) -> None:
-    """Refuse a GPU that a library has no kernels for.
-
-    Raises:
-        HostError: names what it has.
-    """
-    if device.capability not in CAPABILITIES[backend]:
-        raise HostError(
-            f"{device.gpu_name} has compute capability {device.capability}; "
-            f"{LIBRARY_TITLES[backend]} runs on {', '.join(CAPABILITIES[backend])}",
-            hint="use --backend onnx-cuda, which runs the bundle's graphs on any GPU",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPrecision:
-    """One layer of an engine, as far as the library tells.
-
-    Attributes:
-        name: the library's, which joins the names of fused layers.
-        kind: what it does; empty when not told.
-        outputs: dtypes of its outputs as `float16`, the library's own words where they are unknown; empty when not
-            told, as in engines that were built to keep names alone.
-    """
-
-    name: str
-    kind: str = ""
-    outputs: tuple[str, ...] = ()
-
-
-def read_layers(module: Module, engine: Any) -> tuple[LayerPrecision, ...]:
-    """What an opened engine computes in, layer by layer.
-
-    Args:
-        module: the library.
-        engine: its own engine object.
-
-    Returns:
-        The layers in order; empty when the library tells nothing that can be read.
-    """
-    inspector = engine.create_engine_inspector()
-    if inspector is None:
-        return ()
-    return parse_layers(inspector.get_engine_information(module.LayerInformationFormat.JSON))
-
-
-def parse_layers(text: str) -> tuple[LayerPrecision, ...]:
-    """The layers in an engine inspector's JSON: objects, or mere names in engines built without detail."""
-    try:
-        told = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        return ()
-    layers = told.get("Layers") if isinstance(told, dict) else told
-    if not isinstance(layers, list):
-        return ()
-    return tuple(layer for layer in map(_parse_layer, layers) if layer is not None)
-
-
-def _parse_layer(layer: Any) -> LayerPrecision | None:
-    if isinstance(layer, str):
-        return LayerPrecision(layer)
-    if not isinstance(layer, dict) or not isinstance(layer.get("Name"), str):
-        return None
-    outputs = layer.get("Outputs")
-    kind = layer.get("LayerType")
-    return LayerPrecision(
-        layer["Name"],
-        kind if isinstance(kind, str) else "",
-        tuple(_dtype_of(output) for output in outputs) if isinstance(outputs, list) else (),
-    )
-
-
-_SPOKEN_DTYPES = (
-    ("bfloat16", r"\bBF16\b|bfloat16"),
-    ("float16", r"\bFP16\b|\bhalf\b|float16"),
-    ("float8_e4m3fn", r"\bFP8\b|E4M3|float8"),
-    ("float4_e2m1fn", r"\bFP4\b|E2M1|float4"),
-    ("float32", r"\bFP32\b|\bTF32\b|\bfloat(?:32)?\b"),
-    ("int64", r"\bint64\b"),
-    ("int32", r"\bint32\b"),
-    ("int8", r"\bint8\b"),
-    ("uint8", r"\buint8\b"),
-    ("bool", r"\bbool"),
-)
-"""How the libraries speak of dtypes in descriptions such as `Row major linear FP16 format`."""
-
-
-def _dtype_of(output: Any) -> str:
-    """The dtype of one output; the text that should hold it where it is none that is known."""
-    if not isinstance(output, dict):
-        return ""
-    told = [str(value) for key, value in output.items() if re.search(r"data ?type|format", str(key), re.IGNORECASE)]
-    text = " ".join(told)
-    return next((name for name, pattern in _SPOKEN_DTYPES if re.search(pattern, text, re.IGNORECASE)), text)
-
-
-def _make_logger(module: Module, journal: Journal) -> Any:
-    class Logger(module.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, text: str) -> None:
-            journal.log(severity.name, text)
-
-    return Logger()
 
 
 def _import_library(backend: EngineBackend, module_name: str, install: str) -> Module:

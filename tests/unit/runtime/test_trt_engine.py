@@ -16,14 +16,9 @@ from onnx import TensorProto, helper
 from fakes.cuda import FakeDriver, fake_device, fake_driver
 from fakes.tensorrt_runtime import RTX_VERSION, WEIGHT_BYTES, FakeLibrary, profile_of, write_engine
 from l2p_runtime.backends.cuda import CudaDevice
-from l2p_runtime.backends.trt_engine import (
-    EngineRuntime,
-    Journal,
-    LayerPrecision,
-    TrtEngine,
-    parse_layers,
-    read_layers,
-)
+from l2p_runtime.backends.trt_engine import TrtEngine
+from l2p_runtime.backends.trt_layers import LayerPrecision, parse_layers, read_layers
+from l2p_runtime.backends.trt_runtime import EngineRuntime, Journal
 from l2p_runtime.contract import EngineProfile, EngineRecord, NetworkSpec, TensorSpec
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UsageError
 
