@@ -64,6 +64,7 @@ bench-full: .venv/test
 	$(BIN)/python benchmarks/engines.py profiles
 	$(BIN)/python benchmarks/engines.py trunk
 	$(BIN)/python benchmarks/engines.py full
+	$(BIN)/python benchmarks/engines.py float8
 
 clean:
 	rm -rf .venv $(DEMO) build dist

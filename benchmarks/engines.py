@@ -2,7 +2,8 @@
 
     python benchmarks/engines.py profiles [FOLDER]    one engine with two profiles against two engines
     python benchmarks/engines.py trunk [FOLDER]       4k, 8k and 10k adapters of one source in one store
-    python benchmarks/engines.py full [FOLDER]        6.21 billion random weights, FP16 and FP8: needs 38 GB of disk
+    python benchmarks/engines.py full [FOLDER]        6.21 billion random weights in FP16: needs 38 GB of disk
+    python benchmarks/engines.py float8 [FOLDER]      the same with block linears in FP8: needs 28 GB of disk
 
 Everything is built for sm89, which needs no GPU. Memory is anonymous memory of the command and of its workers together.
 """
@@ -20,15 +21,18 @@ from float8 import write_float8
 from full_width import write_random
 from measure import run_measured
 
+from l2p_calib.plans import PLANS
 from l2p_engines.builder import build_engine, build_memory_bytes
 from l2p_engines.engine_stages import EngineFacts
 from l2p_engines.forecast import ENGINE_KERNEL_BYTES
+from l2p_engines.profiles import load_profile
 from l2p_engines.readback import read_back
 from l2p_engines.request import EngineRequest, EngineSpec
 from l2p_engines.shapes import engine_profiles
 from l2p_engines.stages import Stage, stages
 from l2p_export.demo import write_demo_checkpoint
-from l2p_runtime.bundle import Bundle, open_bundle
+from l2p_export.graphs.export import export_graph
+from l2p_export.loading import load_model
 from l2p_runtime.contract import Target
 from l2p_runtime.contract.codec import from_json
 
@@ -40,10 +44,10 @@ _HEADS = (
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the four."""
     what, folder = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        {"profiles": profiles, "trunk": trunk, "full": full}[what](Path(name))
+        {"profiles": profiles, "trunk": trunk, "full": full, "float8": float8}[what](Path(name))
 
 
 def profiles(root: Path) -> None:
@@ -106,19 +110,18 @@ def full(root: Path) -> None:
         )
     again = run_measured(command)
     print(f"again: {again.whole.seconds:.2f} s, {again.stderr[-1:]}", flush=True)
-    checkpoint.unlink()
-    shutil.rmtree(root / "store" / "engines")
-    _float8(root, open_bundle(out))
 
 
-def _float8(root: Path, bundle: Bundle) -> None:
-    """The same graphs with every block linear in float8; the head stays as it is."""
-    manifest = bundle.manifest
-    print(f"\n{_HEADS}")
+def float8(root: Path) -> None:
+    """The same weights with every block linear in float8; the head, which stays in float16, is left out."""
+    loaded = load_model(write_random(root / "random_4k.safetensors"))
+    model, profile = loaded.model, load_profile("4k")
+    print(_HEADS, flush=True)
     for network in ("caption", "stem", "trunk", "tail"):
-        record, spec = manifest.graph(network, "fp16"), manifest.network(network)
-        graph, weights = write_float8(bundle.path(record.graph), bundle.path(record.weights), root)
-        shapes = engine_profiles(spec, manifest.model, manifest.profiles)
+        spec = next(spec for spec in model.networks if spec.name == network)
+        made = export_graph(model, loaded.checkpoint.tensors, spec, PLANS["fp16"], root, lambda done: None)
+        graph, weights = write_float8(made.graph, made.weights, root)
+        shapes = engine_profiles(spec, model.spec, [profile])
         wanted = EngineSpec(spec, "fp8", Target("rtx", "1.7", "sm89"), shapes, ("float16", "float8_e4m3fn"))
         size = weights.stat().st_size
         built = build_engine(EngineRequest(wanted, graph, size), root / "engine")
@@ -129,7 +132,7 @@ def _float8(root: Path, bundle: Bundle) -> None:
             flush=True,
         )
         read_back(wanted, size, built.size_bytes)
-        for path in (graph, weights, root / "engine"):
+        for path in (made.graph, made.weights, graph, weights, root / "engine"):
             path.unlink()
 
 
