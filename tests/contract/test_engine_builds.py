@@ -162,12 +162,21 @@ def with_float8(source: Path, out: Path, *, external: bool) -> None:
     onnx.save(model, out, save_as_external_data=external, location="weights.bin", size_threshold=64)
 
 
-@pytest.mark.parametrize(("external", "capability"), [(True, "sm89"), (False, "portable")])
+@pytest.mark.parametrize(
+    ("network", "external", "capability"),
+    [
+        ("caption", True, "sm120"),
+        ("stem", True, "sm89"),
+        ("trunk", True, "sm89"),
+        ("trunk", False, "portable"),
+        ("tail", True, "sm120"),
+    ],
+)
 def test_a_float8_graph_is_compiled_where_there_is_arithmetic_for_it(
-    workshop: Workshop, tmp_path: Path, external: bool, capability: str
+    workshop: Workshop, tmp_path: Path, network: str, external: bool, capability: str
 ) -> None:
-    plain = workshop.request("trunk", capability=capability, dtypes=("float16", "float8_e4m3fn"))
-    graph = tmp_path / "trunk.onnx"
+    plain = workshop.request(network, capability=capability, dtypes=("float16", "float8_e4m3fn"))
+    graph = tmp_path / f"{network}.onnx"
     with_float8(plain.graph, graph, external=external)
     assert (tmp_path / "weights.bin").exists() == external
     workshop.build(EngineRequest(plain.spec, graph, plain.weight_bytes))
