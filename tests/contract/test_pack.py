@@ -197,10 +197,10 @@ def test_the_cpu_does_not_run_bf16(with_bf16: Manifest) -> None:
 @pytest.mark.parametrize(
     ("options", "needles"),
     [
-        (("--target", "abacus"), ("there is no target `abacus`", "hint: targets: onnx-cpu")),
+        (("--target", "abacus"), ("nothing for a target `abacus`", "hint: it can be packed for onnx-cpu")),
         (("--plan", "int8"), ("the bundle has no plan `int8`", "it has fp32, fp16")),
         (("--plan", "fp32", "--plan", "int8"), ("no plan `int8`",)),
-        (("--target", ""), ("there is no target",)),
+        (("--target", ""), ("nothing for a target",)),
     ],
 )
 def test_what_there_is_not_is_refused(
