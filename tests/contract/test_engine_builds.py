@@ -32,8 +32,6 @@ from l2p_runtime.contract import (
 )
 from l2p_runtime.errors import UsageError
 
-pytest.importorskip("tensorrt_rtx")
-
 SQUARE = Profile("square", 16, Range(16, 32, 128), Range(16, 32, 128))
 WIDE = Profile("wide", 16, Range(16, 48, 64), Range(32, 96, 256), caption_tokens=Range(32, 64, 96))
 KERNEL_BYTES_MAX = 12_000_000

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from conftest import Bundles
 
-pytest.importorskip("tensorrt_rtx")
-
 
 class Farm:
     """One store, and the bundles of several adapters of one source built in it."""
