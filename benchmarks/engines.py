@@ -22,12 +22,12 @@ from full_width import write_random
 from measure import run_measured
 
 from l2p_calib.plans import PLANS
-from l2p_engines.builder import build_engine, build_memory_bytes
-from l2p_engines.engine_stages import EngineFacts
+from l2p_engines.builders.builder import build_engine, build_memory_bytes
+from l2p_engines.builders.engine_stages import EngineFacts
+from l2p_engines.builders.readback import read_back
+from l2p_engines.builders.request import EngineRequest, EngineSpec
 from l2p_engines.forecast import ENGINE_KERNEL_BYTES
 from l2p_engines.profiles import load_profile
-from l2p_engines.readback import read_back
-from l2p_engines.request import EngineRequest, EngineSpec
 from l2p_engines.shapes import engine_profiles
 from l2p_engines.stages import Stage, stages
 from l2p_export.demo import write_demo_checkpoint

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_engines.builder import build_memory_bytes
-from l2p_engines.engine_stages import GraphToBuild, Meter, engine_record, engine_stage, is_built
+from l2p_engines.builders.builder import build_memory_bytes
+from l2p_engines.builders.engine_stages import GraphToBuild, Meter, engine_record, engine_stage, is_built
+from l2p_engines.builders.readback import read_back
+from l2p_engines.builders.request import BuildProgress, EngineSpec, require_timings
+from l2p_engines.builders.targets import parse_targets, require_dtypes
+from l2p_engines.builders.trt import EngineSettings, load_library, require_settings
 from l2p_engines.forecast import ENGINE_KERNEL_BYTES
-from l2p_engines.readback import read_back
-from l2p_engines.request import BuildProgress, EngineSpec, require_timings
 from l2p_engines.shapes import HeadBudget, engine_profiles, stripe_rows
-from l2p_engines.targets import parse_targets, require_dtypes
-from l2p_engines.trt import EngineSettings, load_library, require_settings
 from l2p_runtime.contract import (
     EngineBackend,
     EngineRecord,

@@ -13,33 +13,23 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+from fakes.tensorrt_types import DataType, ILogger, Listener, Severity
 from l2p_runtime.contract import NetworkSpec, TensorSpec, split_dim
 
 CHUNKS = (b"an engine", b" of ", b"several writes" * 100)
 Shape = tuple[int, ...]
 
 
-class Severity(enum.Enum):
-    INTERNAL_ERROR = 0
-    ERROR = 1
-    WARNING = 2
-    INFO = 3
-    VERBOSE = 4
-
-
-class DataType(enum.Enum):
-    FLOAT = 0
-    HALF = 1
-    INT32 = 3
-    BOOL = 4
-    UINT8 = 5
-    INT64 = 8
-
-
 class BuilderFlag(enum.Enum):
     TF32 = 7
     VERSION_COMPATIBLE = 13
     WEIGHT_STREAMING = 17
+
+
+class ProfilingVerbosity(enum.Enum):
+    LAYER_NAMES_ONLY = 0
+    NONE = 1
+    DETAILED = 2
 
 
 class MemoryPoolType(enum.Enum):
@@ -60,21 +50,7 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
 
 
-class _Listener:
-    """To be subclassed; a subclass that does not call `__init__` makes the real libraries crash."""
-
-    def __init__(self) -> None:
-        self.ready = True
-
-
-class ILogger(_Listener):
-    Severity: Any = Severity
-
-    def log(self, severity: Any, text: str) -> None:
-        raise NotImplementedError
-
-
-class IProgressMonitor(_Listener):
+class IProgressMonitor(Listener):
     def phase_start(self, name: str, parent: str | None, steps: int) -> None:
         raise NotImplementedError
 
@@ -85,7 +61,7 @@ class IProgressMonitor(_Listener):
         raise NotImplementedError
 
 
-class IStreamWriter(_Listener):
+class IStreamWriter(Listener):
     def write(self, data: bytes) -> int:
         raise NotImplementedError
 
@@ -128,6 +104,7 @@ class Config:
     num_compute_capabilities: int = 0
     builder_optimization_level: int = 3
     hardware_compatibility_level: HardwareCompatibilityLevel = HardwareCompatibilityLevel.NONE
+    profiling_verbosity: ProfilingVerbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
     progress_monitor: Any = None
     timings: Any = None
 
@@ -287,6 +264,7 @@ class FakeBuilds:
     IStreamWriter: Any = IStreamWriter
     DataType = DataType
     BuilderFlag = BuilderFlag
+    ProfilingVerbosity = ProfilingVerbosity
     MemoryPoolType = MemoryPoolType
     HardwareCompatibilityLevel = HardwareCompatibilityLevel
     ComputeCapability = ComputeCapability

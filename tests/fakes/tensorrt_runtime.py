@@ -23,6 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 from fakes.cuda import CUresult, FakeDriver
+from fakes.tensorrt_types import DataType, ILogger, Severity
 from l2p_runtime.contract import EngineProfile, EngineRecord, InputShapes, NetworkSpec, Range, split_dim
 
 RTX_VERSION = "1.7.1.116"
@@ -32,23 +33,6 @@ _SCRIBBLE = 0xA5
 _OK = CUresult.CUDA_SUCCESS
 _TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64", "tensor(bool)": "BOOL"}
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "BOOL": np.bool_}
-
-
-class Severity(enum.Enum):
-    INTERNAL_ERROR = 0
-    ERROR = 1
-    WARNING = 2
-    INFO = 3
-    VERBOSE = 4
-
-
-class DataType(enum.Enum):
-    FLOAT = 0
-    HALF = 1
-    INT32 = 3
-    BOOL = 4
-    UINT8 = 5
-    INT64 = 8
 
 
 class TensorIOMode(enum.Enum):
@@ -76,18 +60,6 @@ class EngineStat(enum.Enum):
 class LayerInformationFormat(enum.Enum):
     ONELINE = 0
     JSON = 1
-
-
-class ILogger:
-    """To be subclassed; a subclass that does not call `__init__` makes the real library crash."""
-
-    Severity: Any = Severity
-
-    def __init__(self) -> None:
-        self.ready = True
-
-    def log(self, severity: Any, msg: str) -> None:
-        raise NotImplementedError
 
 
 class FakeLibrary:
@@ -384,7 +356,10 @@ class Context:
 
 
 class Inspector:
-    """`EngineInspector`: with detail where the engine was built with it, else names alone."""
+    """`EngineInspector`: with detail where the engine was built with it, else names alone.
+
+    An engine whose facts have `layers` tells one layer for each: a list of what it says of its outputs.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -393,7 +368,11 @@ class Inspector:
         assert format is LayerInformationFormat.JSON
         outputs = [{"Name": name, "Format/Datatype": "Row major linear FP32 format"} for name in self.engine.outputs]
         layer = {"Name": "all", "LayerType": "kgen", "Inputs": [], "Outputs": outputs}
-        return json.dumps({"Layers": [layer] if self.engine.facts["detailed"] else ["all"], "Bindings": []})
+        layers = [
+            {"Name": f"layer {index}", "LayerType": "gemm", "Outputs": [{"Format/Datatype": told} for told in dtypes]}
+            for index, dtypes in enumerate(self.engine.facts.get("layers", ()))
+        ]
+        return json.dumps({"Layers": (layers or [layer]) if self.engine.facts["detailed"] else ["all"], "Bindings": []})
 
 
 def write_engine(

@@ -22,11 +22,12 @@ import pytest
 
 from conftest import Bundles
 from fault.test_full_machines import mounted
-from l2p_engines.builder import build_engine, build_memory_bytes
+from l2p_engines.builders.builder import build_engine, build_memory_bytes
+from l2p_engines.builders.request import BuildProgress, EngineRequest, EngineSpec
+from l2p_engines.builders.trt import library_version
+from l2p_engines.builders.watching import STALLED_SECONDS
 from l2p_engines.profiles import load_profile
-from l2p_engines.request import BuildProgress, EngineRequest, EngineSpec
 from l2p_engines.shapes import engine_profiles
-from l2p_engines.trt import library_version
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import Target
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError
@@ -50,11 +51,12 @@ trt = importlib.import_module("tensorrt_rtx")
 {after}
 """
 HANG = "trt.OnnxParser = lambda *arguments: time.sleep(60)"
+BUSY = "stop = time.monotonic() + 1.5\nwhile time.monotonic() < stop: pass"
 SLOW_DISK = "os.fsync = lambda file: time.sleep(60)"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 PARENT = """
 import pickle, sys
-from l2p_engines.builder import build_engine
+from l2p_engines.builders.builder import build_engine
 
 request, out = pickle.load(sys.stdin.buffer)
 build_engine(request, out, lambda progress: print(progress.phase, flush=True))
@@ -93,11 +95,14 @@ class Site:
         return int((self.root / "library" / "worker.pid").read_text())
 
     def fail(
-        self, request: EngineRequest, progress: Callable[[BuildProgress], None] = lambda progress: None
+        self,
+        request: EngineRequest,
+        progress: Callable[[BuildProgress], None] = lambda progress: None,
+        stalled_seconds: float = STALLED_SECONDS,
     ) -> L2PError:
         """The error of a build that leaves nothing."""
         with pytest.raises(L2PError) as caught:
-            build_engine(request, self.out, progress)
+            build_engine(request, self.out, progress, stalled_seconds)
         assert list(self.out.parent.iterdir()) == []
         return caught.value
 
@@ -139,6 +144,43 @@ def test_a_killed_worker_is_out_of_memory_and_the_forecast_is_told(site: Site, p
     assert f"the forecast is {build_memory_bytes(request.weight_bytes):,} bytes" in str(error)
     assert re.search(r" [\d,]{9,} bytes were free", str(error))
     assert "lower --precision" in error.hint
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_worker_that_does_nothing_is_out_of_memory_and_ended(site: Site, deaf: bool) -> None:
+    hang = f"""
+def parse(network, logger):
+    logger.log(trt.ILogger.ERROR, "a thread was refused its stack")
+    time.sleep(60)
+trt.OnnxParser = parse
+{DEAF if deaf else ""}
+"""
+    site.library(after=hang)
+    request, started = site.request(), time.monotonic()
+    error = site.fail(request, stalled_seconds=0.5)
+    assert time.monotonic() - started < 30
+    assert type(error) is HostError
+    assert error.exit_code == 3
+    assert re.search(
+        r"out of memory, most likely: .* nothing for \d seconds while it was at `parsing graph`", str(error)
+    )
+    assert f"the forecast is {build_memory_bytes(request.weight_bytes):,} bytes" in str(error)
+    assert "\n  a thread was refused its stack" in str(error)
+    assert "ulimit -d" in error.hint
+    assert not runs(site.worker)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [BUSY, "sync = os.fsync; os.fsync = lambda file: (time.sleep(1.5), sync(file))"],
+    ids=["busy", "writing to a file system of another process"],
+)
+def test_a_worker_that_says_nothing_but_works_is_left_to_it(site: Site, after: str) -> None:
+    site.library(after=after)
+    built = build_engine(site.request(), site.out, stalled_seconds=0.5)
+    assert built.seconds > 1.5
+    assert built.peak_memory_bytes > 20_000_000
+    assert site.out.stat().st_size == built.size_bytes
 
 
 def test_a_crash_is_an_error_like_any_other(site: Site) -> None:

@@ -49,7 +49,7 @@ def command(*, as_json: bool) -> None:
 
 
 def _facts() -> dict[str, dict[str, Any]]:
-    from l2p_engines.gpus import gpus
+    from l2p_engines.builders.gpus import gpus
     from l2p_runtime.backends import open_backend
     from l2p_runtime.memory import available_host_bytes
     from l2p_runtime.native import native_status
@@ -87,7 +87,7 @@ def _facts() -> dict[str, dict[str, Any]]:
 
 def _engine_builders() -> str:
     """What engines can be built for here."""
-    from l2p_engines.trt import library_version
+    from l2p_engines.builders.trt import library_version
     from l2p_runtime.contract import CAPABILITIES, ENGINE_BACKENDS
 
     found = []

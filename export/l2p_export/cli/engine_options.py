@@ -94,7 +94,7 @@ def read_engine_options(
         UsageError: a target, size or setting that does not exist, or that the backend has not.
         HostError: the backend's library is not installed.
     """
-    from l2p_engines.trt import EngineSettings
+    from l2p_engines.builders.trt import EngineSettings
     from l2p_export.engines import engine_wishes
     from l2p_runtime.memory import parse_bytes
 

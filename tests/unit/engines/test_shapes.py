@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l2p_engines.builders.request import EngineSpec
 from l2p_engines.forecast import CallSize, engine_memory
 from l2p_engines.profiles import load_profile, profile_names
-from l2p_engines.request import EngineSpec
 from l2p_engines.shapes import HeadBudget, engine_profiles, stripe_rows, symbol_ranges
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, published_dimensions

@@ -216,9 +216,7 @@ def build_error(what: str, messages: Sequence[str], happened: str = "") -> L2PEr
         messages: the library's last, oldest first.
         happened: which call failed and how, for messages that nothing explains.
     """
-    told = without_echoes(messages)[-LINES_SHOWN:]
-    lines = "".join(f"\n  {clean_line(line)}" for line in told)
-    said = f"; the library said:{lines}" if lines else ", and the library said nothing"
+    said = quote(messages) or ", and the library said nothing"
     found = explain(messages)
     if found is None:
         return HostError(
@@ -227,6 +225,12 @@ def build_error(what: str, messages: Sequence[str], happened: str = "") -> L2PEr
         )
     explanation, cause, cure = found
     return _ERRORS[explanation.fault](f"cannot build {what}: {cause}{said}", hint=cure)
+
+
+def quote(messages: Sequence[str]) -> str:
+    """The last of a library's messages, as the end of an error's text; empty when there are none."""
+    lines = "".join(f"\n  {clean_line(line)}" for line in without_echoes(messages)[-LINES_SHOWN:])
+    return f"; the library said:{lines}" if lines else ""
 
 
 def clean_line(text: str) -> str:

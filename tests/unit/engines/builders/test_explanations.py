@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_engines.explanations import (
+from l2p_engines.builders.explanations import (
     EXPLANATIONS,
     LINES_SHOWN,
     Explanation,
@@ -16,7 +16,7 @@ from l2p_engines.explanations import (
     explain,
     without_echoes,
 )
-from l2p_engines.listeners import ERRORS_KEPT, WARNINGS_KEPT, Journal
+from l2p_engines.builders.listeners import ERRORS_KEPT, WARNINGS_KEPT, Journal
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UnsupportedError, UsageError
 
 MYELIN = "Error Code 1: Myelin ("

@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeAlias
 
-from l2p_engines.builder import build_engine, build_memory_bytes
+from l2p_engines.builders.builder import build_engine, build_memory_bytes
+from l2p_engines.builders.readback import read_back
+from l2p_engines.builders.request import BuildProgress, EngineBuilt, EngineRequest, EngineSpec
 from l2p_engines.forecast import ENGINE_KERNEL_BYTES
-from l2p_engines.readback import read_back
-from l2p_engines.request import BuildProgress, EngineBuilt, EngineRequest, EngineSpec
 from l2p_engines.stages import Made, Stage, StageRunner, find_stage, named_by_content, stage_key
 from l2p_runtime.contract import EngineProfile, EngineRecord, FileRecord
 from l2p_runtime.contract.codec import from_json
@@ -151,5 +151,5 @@ def _summary(wanted: GraphToBuild, built: EngineBuilt) -> str:
 def _recipe_digest() -> str:
     digest = hashlib.sha256()
     for name in _RECIPE:
-        digest.update((resources.files("l2p_engines") / name).read_bytes())
+        digest.update((resources.files("l2p_engines.builders") / name).read_bytes())
     return digest.hexdigest()[:16]

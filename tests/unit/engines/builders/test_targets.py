@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_engines.gpus import Gpu, gpus
-from l2p_engines.targets import parse_targets, require_dtypes, runs
-from l2p_engines.trt import library_version, load_library
+from l2p_engines.builders.gpus import Gpu, gpus
+from l2p_engines.builders.targets import parse_targets, require_dtypes, runs
+from l2p_engines.builders.trt import library_version, load_library
 from l2p_runtime.contract import CAPABILITIES, PORTABLE, EngineBackend, Target, target_from_spelling
 from l2p_runtime.errors import HostError, UsageError
 
@@ -145,7 +145,7 @@ def test_any_text_is_targets_or_a_wrong_call(text: str) -> None:
 
 @pytest.mark.parametrize("backend", CAPABILITIES)
 def test_this_needs_a_gpu(backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l2p_engines.trt.gpus", tuple)
+    monkeypatch.setattr("l2p_engines.builders.trt.gpus", tuple)
     with pytest.raises(HostError, match="no NVIDIA driver or no GPU") as caught:
         parse("rtx-sm89,this", backend)
     assert caught.value.exit_code == 3
@@ -154,13 +154,13 @@ def test_this_needs_a_gpu(backend: EngineBackend, monkeypatch: pytest.MonkeyPatc
 
 def test_this_is_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = (Gpu("NVIDIA GeForce RTX 4090", "sm89"), Gpu("NVIDIA GeForce RTX 5090", "sm120"))
-    monkeypatch.setattr("l2p_engines.trt.gpus", lambda: found)
+    monkeypatch.setattr("l2p_engines.builders.trt.gpus", lambda: found)
     assert spellings("This,rtx-sm89") == ["rtx1.7-sm89"]
     assert parse("this", "tensorrt") == (Target("tensorrt", "11.4", "sm89"),)
 
 
 def test_this_may_be_a_gpu_that_only_one_library_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l2p_engines.trt.gpus", lambda: (Gpu("NVIDIA H200", "sm90"),))
+    monkeypatch.setattr("l2p_engines.builders.trt.gpus", lambda: (Gpu("NVIDIA H200", "sm90"),))
     assert parse("this", "tensorrt") == (Target("tensorrt", "11.4", "sm90"),)
     with pytest.raises(UsageError, match="NVIDIA H200 is sm90: TensorRT for RTX does not build"):
         parse("this", "rtx")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from l2p_engines.trt import first_gpu, library_version
+from l2p_engines.builders.trt import first_gpu, library_version
 from l2p_runtime.contract import (
     CAPABILITIES,
     LIBRARY_TITLES,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from l2p_engines.explanations import build_error, clean_line, explain
+from l2p_engines.builders.explanations import build_error, clean_line, explain, quote
+from l2p_engines.builders.listeners import WRITING
+from l2p_engines.builders.request import BuildProgress, EngineBuilt, EngineRequest
+from l2p_engines.builders.watching import STALLED_SECONDS, MemoryWatch, StallWatch
 from l2p_engines.forecast import ENGINE_BUILD_BYTES, ENGINE_BUILD_FACTOR, ENGINE_KERNEL_BYTES
-from l2p_engines.request import BuildProgress, EngineBuilt, EngineRequest
 from l2p_runtime import errors
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError
@@ -34,10 +37,14 @@ PATIENCE_SECONDS = 1.0
 _LINES_KEPT = 40
 _LINE_BYTES = 4096
 """A longer line is taken for several."""
+_PIPE_BYTES = 1 << 16
 
 
 def build_engine(
-    request: EngineRequest, out: Path, progress: Callable[[BuildProgress], None] = lambda progress: None
+    request: EngineRequest,
+    out: Path,
+    progress: Callable[[BuildProgress], None] = lambda progress: None,
+    stalled_seconds: float = STALLED_SECONDS,
 ) -> EngineBuilt:
     """Build one engine and put it at `out`; nothing is left there or beside it when that fails.
 
@@ -45,18 +52,19 @@ def build_engine(
         request: what to build.
         out: the finished file; its folder is there.
         progress: told where the build stands, in this thread; what it raises ends the build.
+        stalled_seconds: how long the process may say nothing and use no processor time before it is ended.
 
     Raises:
         ArtifactError: the graph is damaged, or another network's.
         UsageError: a profile, setting or dtype that the target cannot have.
-        HostError: no library, no GPU where one is needed, too little disk or memory, or the library crashed.
+        HostError: no library, no GPU where one is needed, too little disk or memory, or the library crashed or stalled.
     """
     if not request.graph.is_file():
         raise ArtifactError(f"there is no graph `{request.graph}`")
     _require_disk(request, out)
     partial = out.with_name(f"{out.name}.partial")
     try:
-        built = _Build(request, partial, progress).run()
+        built = _Build(request, partial, progress, stalled_seconds).run()
         partial.replace(out)
     finally:
         # A file system that cannot be written refuses this too, and why the build failed is worth more.
@@ -85,6 +93,7 @@ class _Build:
     request: EngineRequest
     partial: Path
     progress: Callable[[BuildProgress], None]
+    stalled_seconds: float
     free_bytes: int = field(default_factory=available_host_bytes)
     phase: str = "starting"
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
@@ -95,14 +104,16 @@ class _Build:
         worker = _start(self.request, self.partial)
         printed: deque[str] = deque(maxlen=_LINES_KEPT)
         reader = threading.Thread(target=_keep_lines, args=(worker.stderr, printed), daemon=True)
+        memory = MemoryWatch(worker.pid)
         try:
             reader.start()
+            memory.start()
             _send(worker.stdin, to_json(self.request.spec))
-            for line in _opened(worker.stdout):
-                self._hear(json.loads(line))
+            self._listen(_opened(worker.stdout), StallWatch(worker.pid, self.stalled_seconds))
             code = worker.wait()
         finally:
             _stop(worker)
+            peak_bytes = memory.stop()
             reader.join(PATIENCE_SECONDS)
             for pipe in (worker.stdout, worker.stderr):
                 _opened(pipe).close()
@@ -111,7 +122,27 @@ class _Build:
             raise self.result
         if code or self.result is None:
             raise self._death(code)
-        return replace(self.result, seconds=time.monotonic() - started)
+        return replace(self.result, seconds=time.monotonic() - started, peak_memory_bytes=peak_bytes)
+
+    def _listen(self, pipe: IO[bytes], watch: StallWatch) -> None:
+        """Hear what the worker says until it has said all; one that stalls is an error."""
+        ready = select.poll()
+        ready.register(pipe, select.POLLIN)
+        rest = b""
+        while True:
+            if not ready.poll(1000 * watch.look_seconds):
+                if self.phase == WRITING:
+                    # A file system that another process serves lets a writer sleep as long as it likes.
+                    watch.heard()
+                elif watch.look():
+                    raise self._stall(watch.idle_seconds)
+                continue
+            if not (data := os.read(pipe.fileno(), _PIPE_BYTES)):
+                return
+            watch.heard()
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._hear(json.loads(line))
 
     def _hear(self, message: dict[str, Any]) -> None:
         ((kind, what),) = message.items()
@@ -134,10 +165,8 @@ class _Build:
         label = self.request.spec.label
         at = f"while it was at `{self.phase}`"
         if code == -signal.SIGKILL:
-            forecast = build_memory_bytes(self.request.weight_bytes)
             return HostError(
-                f"out of memory, most likely: the kernel killed the builder of `{label}` {at}; the forecast is "
-                f"{forecast:,} bytes, {self.free_bytes:,} bytes were free",
+                f"out of memory, most likely: the kernel killed the builder of `{label}` {at}; {self._memory()}",
                 hint="free some memory, or build where there is more; a lower --precision takes less",
             )
         known = explain(self.lines) is not None
@@ -150,6 +179,20 @@ class _Build:
         happened = f"the library crashed ({_signal_name(-code)}) {at}"
         error = build_error(f"`{label}`", self.lines, happened)
         return type(error)(f"{error}\n{happened}", hint=error.hint) if known else error
+
+    def _stall(self, seconds: float) -> L2PError:
+        """The error for a process that does nothing any more."""
+        return HostError(
+            f"out of memory, most likely: the builder of `{self.request.spec.label}` did nothing for {seconds:.0f} "
+            f"seconds while it was at `{self.phase}`, as the library does after memory was refused to it; "
+            f"{self._memory()}{quote(self.lines)}",
+            hint="free some memory, raise limits on it (`ulimit -d`, `ulimit -v`), or build where there is more; "
+            "a lower --precision takes less",
+        )
+
+    def _memory(self) -> str:
+        forecast = build_memory_bytes(self.request.weight_bytes)
+        return f"the forecast is {forecast:,} bytes, {self.free_bytes:,} bytes were free"
 
 
 def _require_disk(request: EngineRequest, out: Path) -> None:
@@ -166,7 +209,7 @@ def _start(request: EngineRequest, partial: Path) -> subprocess.Popen[bytes]:
     # The graph goes by its plain name from inside its folder: the libraries take paths in UTF-8 alone.
     timings = str(request.timings.resolve()) if request.timings is not None else ""
     arguments = [request.graph.name, str(partial.resolve()), str(os.getpid()), timings]
-    command = [sys.executable, "-P", "-m", "l2p_engines.worker", *arguments]
+    command = [sys.executable, "-P", "-m", "l2p_engines.builders.worker", *arguments]
     pipe = subprocess.PIPE
     folder = request.graph.parent
     # It imports what this process imports, from wherever that found it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol, TypeAlias
 
-from l2p_engines.gpus import Gpu, gpus
+from l2p_engines.builders.gpus import Gpu, gpus
 from l2p_runtime.contract import LIBRARY_TITLES, PORTABLE, EngineBackend, short_version
 from l2p_runtime.errors import HostError, UsageError
 
@@ -231,6 +231,10 @@ def apply_settings(library: EngineLibrary, config: Any, capability: str, setting
     for flag, value in flags.items():
         (config.set_flag if value else config.clear_flag)(flag)
     refused = []
+    # By default an engine keeps its layers' names alone, and no inspector tells what they compute in.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if config.profiling_verbosity != trt.ProfilingVerbosity.DETAILED:
+        refused.append(f"the profiling verbosity is {config.profiling_verbosity}")
     if settings.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
         found = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)

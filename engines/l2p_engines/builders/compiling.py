@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from l2p_engines.explanations import build_error
-from l2p_engines.listeners import Journal, Phases, make_logger, make_monitor
-from l2p_engines.request import EngineSpec
-from l2p_engines.timings import load_timings, store_timings
-from l2p_engines.trt import EngineLibrary, Module, apply_settings
+from l2p_engines.builders.explanations import build_error
+from l2p_engines.builders.listeners import Journal, Phases, make_logger, make_monitor
+from l2p_engines.builders.request import EngineSpec
+from l2p_engines.builders.timings import load_timings, store_timings
+from l2p_engines.builders.trt import EngineLibrary, Module, apply_settings
 from l2p_runtime.contract import LIBRARY_TITLES, EngineProfile, InputShapes, TensorSpec, short_version, split_dim
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
 

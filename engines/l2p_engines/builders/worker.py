@@ -1,4 +1,4 @@
-"""The process that one engine is built in: `python -m l2p_engines.worker GRAPH OUT PARENT_PID TIMINGS`.
+"""The process that one engine is built in: `python -m l2p_engines.builders.worker GRAPH OUT PARENT_PID TIMINGS`.
 
 An `EngineSpec` comes as JSON on stdin. What happens goes out as JSON, an object a line:
 
@@ -13,24 +13,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import resource
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
-from l2p_engines.compiling import compile_engine
-from l2p_engines.explanations import build_error
-from l2p_engines.listeners import Journal, Phases
-from l2p_engines.request import EngineBuilt, EngineSpec
-from l2p_engines.trt import load_library
+from l2p_engines.builders.compiling import compile_engine
+from l2p_engines.builders.explanations import build_error
+from l2p_engines.builders.listeners import Journal, Phases
+from l2p_engines.builders.request import EngineBuilt, EngineSpec
+from l2p_engines.builders.trt import load_library
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import L2PError
 
 _PR_SET_PDEATHSIG = 1
-_WATCH_SECONDS = 0.05
 
 
 def main(arguments: list[str]) -> None:
@@ -63,16 +59,14 @@ def main(arguments: list[str]) -> None:
 def _build(
     spec: EngineSpec, graph: str, out: Path, journal: Journal, phases: Phases, timings: Path | None
 ) -> EngineBuilt:
-    started = time.monotonic()
-    watch = _MemoryWatch()
-    watch.start()
     library = load_library(spec.target.backend)
     compiled = compile_engine(library, spec, graph, out, journal, phases, timings)
+    # Time and memory are told by the process that waits: a thread here that reads them would look like work going on.
     return EngineBuilt(
         sha256=compiled.sha256,
         size_bytes=compiled.size_bytes,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=watch.stop(),
+        seconds=0.0,
+        peak_memory_bytes=0,
         library_version=library.version,
         profiles=compiled.profiles,
         warnings=compiled.warnings,
@@ -87,29 +81,6 @@ def _end_with(parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if os.getppid() != parent:
         os._exit(1)
-
-
-class _MemoryWatch(threading.Thread):
-    """Reads this process's anonymous memory while it works: the kernel keeps no peak of that alone."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak_bytes = 0
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        """Read until stopped."""
-        while True:
-            found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-            self.peak_bytes = max(self.peak_bytes, int(found[1]) * 1024 if found else 0)
-            if self._done.wait(_WATCH_SECONDS):
-                return
-
-    def stop(self) -> int:
-        """The most that was seen."""
-        self._done.set()
-        self.join()
-        return self.peak_bytes
 
 
 if __name__ == "__main__":

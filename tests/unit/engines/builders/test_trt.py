@@ -12,19 +12,19 @@ from fakes.tensorrt import (
     CHUNKS,
     BuilderFlag,
     Config,
-    DataType,
     FakeBuilds,
     HardwareCompatibilityLevel,
     MemoryPoolType,
     ParserError,
-    Severity,
+    ProfilingVerbosity,
     Tensor,
 )
-from l2p_engines.compiling import Compiled, compile_engine
-from l2p_engines.gpus import Gpu
-from l2p_engines.listeners import Journal, Phases
-from l2p_engines.request import BuildProgress, EngineSpec, require_timings
-from l2p_engines.trt import EngineSettings, RtxLibrary, TensorRtLibrary, require_settings
+from fakes.tensorrt_types import DataType, Severity
+from l2p_engines.builders.compiling import Compiled, compile_engine
+from l2p_engines.builders.gpus import Gpu
+from l2p_engines.builders.listeners import Journal, Phases
+from l2p_engines.builders.request import BuildProgress, EngineSpec, require_timings
+from l2p_engines.builders.trt import EngineSettings, RtxLibrary, TensorRtLibrary, require_settings
 from l2p_runtime.contract import EngineProfile, InputShapes, NetworkSpec, Target, TensorSpec
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UnsupportedError, UsageError
 
@@ -81,7 +81,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr("l2p_engines.trt.gpus", lambda: (H200,))
+    monkeypatch.setattr("l2p_engines.builders.trt.gpus", lambda: (H200,))
     return Bench(tmp_path)
 
 
@@ -114,6 +114,15 @@ def test_settings_that_are_left_out_stay_the_librarys_own_but_tf32(bench: Bench)
     assert bench.config.builder_optimization_level == 3
     assert bench.config.hardware_compatibility_level is HardwareCompatibilityLevel.NONE
     assert bench.config.num_compute_capabilities == 0
+
+
+def test_layers_can_be_inspected_in_every_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.build()
+    assert bench.config.profiling_verbosity is ProfilingVerbosity.DETAILED
+    ignored = property(lambda config: ProfilingVerbosity.LAYER_NAMES_ONLY, lambda config, value: None)
+    monkeypatch.setattr(Config, "profiling_verbosity", ignored)
+    with pytest.raises(UsageError, match=r"the profiling verbosity is ProfilingVerbosity\.LAYER_NAMES_ONLY"):
+        bench.build()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +271,7 @@ def test_an_engine_that_cannot_be_opened_is_told(bench: Bench) -> None:
 def test_the_gpu_is_asked_for_before_anything_of_the_library_is_made(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, found: tuple[Gpu, ...], says: str
 ) -> None:
-    monkeypatch.setattr("l2p_engines.trt.gpus", lambda: found)
+    monkeypatch.setattr("l2p_engines.builders.trt.gpus", lambda: found)
     with pytest.raises(HostError, match=says) as caught:
         bench.build()
     assert caught.value.exit_code == 3
@@ -271,7 +280,7 @@ def test_the_gpu_is_asked_for_before_anything_of_the_library_is_made(
 
 
 def test_rtx_builds_for_a_gpu_that_is_not_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l2p_engines.trt.gpus", tuple)
+    monkeypatch.setattr("l2p_engines.builders.trt.gpus", tuple)
     bench.fake.__version__ = "1.7.1.116"
     bench.build(target="rtx-sm120")
     assert [capability.name for capability in bench.config.capabilities.values()] == ["SM120"]

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from l2p_engines.request import BuildProgress
-from l2p_engines.trt import Module
+from l2p_engines.builders.request import BuildProgress
+from l2p_engines.builders.trt import Module
 
 ERRORS_KEPT = 50
 WARNINGS_KEPT = 200
+WRITING = "writing engine"
+"""What a build is at while its file is written, which is no phase of the library's."""
 
 _INTERVAL_SECONDS = 0.1
 _SPOKEN_DEPTH = 1
@@ -90,7 +92,7 @@ class Phases:
     def wrote(self, size_bytes: int) -> None:
         """So many bytes of the engine are written."""
         with self._lock:
-            self.tell(BuildProgress("writing engine", 0, size_bytes, 0, self.fraction))
+            self.tell(BuildProgress(WRITING, 0, size_bytes, 0, self.fraction))
 
     def _say(self, name: str, *, always: bool = False) -> None:
         phase = self._open[name]

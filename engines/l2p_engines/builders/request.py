@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from l2p_engines.targets import require_dtypes
-from l2p_engines.trt import EngineSettings, require_settings
+from l2p_engines.builders.targets import require_dtypes
+from l2p_engines.builders.trt import EngineSettings, require_settings
 from l2p_runtime.contract import EngineBackend, EngineProfile, NetworkSpec, Target
 from l2p_runtime.errors import UsageError
 

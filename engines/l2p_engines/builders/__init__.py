@@ -1,0 +1,1 @@
+"""Engine builders: an engine library turns a graph into an engine, in a process of its own."""

@@ -1,0 +1,109 @@
+"""What the kernel tells of a worker while it builds: the memory that it holds, and whether it still does anything.
+
+All of it stands in `/proc`. Where that cannot be read nothing is known of a worker, and none is taken for stalled.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+STALLED_SECONDS = 60.0
+"""How long a worker may say nothing and do nothing. TensorRT for RTX 1.7.1 waits for itself forever when memory is
+refused to one of its threads: every thread sleeps, and no processor time is used (seen under `ulimit -d`)."""
+
+_PROC = Path("/proc")
+_LOOK_SECONDS = 1.0
+_MEMORY_SECONDS = 0.05
+_ASLEEP = "SZX"
+"""Sleeping, ended, or ending; running, waiting for a disk and stopped by a signal or a debugger are not among them."""
+
+
+@dataclass(slots=True)
+class StallWatch:
+    """Finds a process that will do nothing ever again, looked at every `look_seconds` while nothing is heard of it.
+
+    Signs of life are processor time, pages read from disk or swap, and any thread that is not asleep.
+
+    Attributes:
+        process: its id.
+        limit_seconds: how long it may show no sign of life.
+        idle_seconds: for how long it has shown none. Counted by looks and not by the clock, which goes on while both
+            processes are suspended.
+    """
+
+    process: int
+    limit_seconds: float = STALLED_SECONDS
+    idle_seconds: float = 0.0
+    _used: tuple[int, int] | None = None
+
+    @property
+    def look_seconds(self) -> float:
+        """From one look to the next."""
+        return min(_LOOK_SECONDS, self.limit_seconds / 10)
+
+    def heard(self) -> None:
+        """It has said something, or what it does cannot be seen from here."""
+        self.idle_seconds = 0.0
+
+    def look(self) -> bool:
+        """Look once more; whether it has stalled."""
+        used = _used(self.process)
+        is_idle = used is not None and used == self._used and _is_asleep(self.process)
+        self._used = used
+        self.idle_seconds = self.idle_seconds + self.look_seconds if is_idle else 0.0
+        return self.idle_seconds >= self.limit_seconds
+
+
+class MemoryWatch(threading.Thread):
+    """Reads a process's anonymous memory while it works: the kernel keeps no peak of that alone."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._status = _PROC / str(process) / "status"
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Read until stopped, or until the process ends."""
+        while (found := re.search(r"RssAnon:\s+(\d+) kB", _read(self._status) or "")) is not None:
+            self.peak_bytes = max(self.peak_bytes, int(found[1]) * 1024)
+            if self._done.wait(_MEMORY_SECONDS):
+                return
+
+    def stop(self) -> int:
+        """The most that was seen, bytes."""
+        self._done.set()
+        if self.is_alive():
+            self.join()
+        return self.peak_bytes
+
+
+def _used(process: int) -> tuple[int, int] | None:
+    """Processor time that a process has used, in clock ticks, and pages it read; None where that is not told."""
+    fields = _fields(_PROC / str(process) / "stat")
+    return (int(fields[11]) + int(fields[12]), int(fields[9])) if fields else None
+
+
+def _is_asleep(process: int) -> bool:
+    """Whether every thread of a process sleeps; False where that is not told."""
+    try:
+        threads = list((_PROC / str(process) / "task").iterdir())
+    except OSError:
+        return False
+    states = [fields[0] for thread in threads if (fields := _fields(thread / "stat"))]
+    return bool(states) and all(state in _ASLEEP for state in states)
+
+
+def _fields(stat: Path) -> list[str]:
+    """What follows the name in a `stat` file, from the state on; the name may hold spaces and parentheses."""
+    return (_read(stat) or "").rpartition(")")[2].split()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
