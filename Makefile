@@ -21,11 +21,11 @@ help:
 NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 
 .venv/demo: .venv/python pyproject.toml constraints.txt $(NATIVE)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,train]'
 	touch $@
 
 .venv/test: .venv/python pyproject.toml constraints.txt $(NATIVE)
-	L2P_REQUIRE_NATIVE=$(CI) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,dev]'
+	L2P_REQUIRE_NATIVE=$(CI) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,train,dev]'
 	touch $@ .venv/demo
 
 demo: .venv/demo

@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.ledger import THRESHOLDS, require_passed
+from l2p_engines.forecast import CallSize, forward_flops, total_flops
 from l2p_engines.stages import Made, StageRunner, named_by_content
 from l2p_export.digests import toolchain
 from l2p_export.reference import reference_bytes, run_reference
+from l2p_export.stored_cases import write_case
 from l2p_export.verification import (
     CORNER_PIXELS_MAX,
+    LEAST_FLOPS_MAX,
+    LEAST_PIXELS_MAX,
     Case,
     case_inputs,
     compare_networks,
     corner_cases,
     graph_stage_name,
+    least_case,
     not_run,
     small_cases,
 )
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import FileRecord, GraphRecord, LedgerEntry, Profile, ReferenceCase
+from l2p_runtime.contract import NETWORKS, FileRecord, GraphRecord, LedgerEntry, Profile, ReferenceCase
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import UnsupportedError
-from l2p_runtime.memory import available_host_bytes
-from l2p_runtime.tensorfile import write_tensorfile
+from l2p_runtime.memory import available_host_bytes, call_memory
 
 if TYPE_CHECKING:
     from typing import Any
@@ -38,9 +42,13 @@ if TYPE_CHECKING:
     from l2p_runtime.backends import Backend, Engine
 
 
+_ACTIVATION_COPIES = 2
+"""Memory of a large case over what the runtime forecasts: torch took 1.3 to 1.5 times as much in the pixel head."""
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a bundle stores of its proof: small cases, their files, and the ledger."""
+    """What a bundle stores of its proof: cases, their files, and the ledger."""
 
     references: tuple[ReferenceCase, ...]
     files: tuple[FileRecord, ...]
@@ -62,12 +70,12 @@ def prove(
     backend: Backend,
     reporter: Reporter,
 ) -> Proof:
-    """Compare every graph with torch float32 and store the small cases.
+    """Compare every graph with torch float32 and store small cases, and the least call that each profile holds.
 
     Args:
         run: keeps stages.
         loaded: the checkpoint.
-        profiles: their corners are run too, where they are small enough.
+        profiles: their corners are run where they are small enough.
         graphs: of every network and plan.
         files: path to record of the graphs' files.
         backend: runs the graphs.
@@ -77,8 +85,7 @@ def prove(
         ParityError: a comparison is over its threshold.
     """
     plans = list(dict.fromkeys(record.plan for record in graphs))
-    corners = dict.fromkeys(case for profile in profiles for case in corner_cases(loaded.model.spec, profile))
-    cases, too_large = _choose(loaded, small_cases(loaded.model.spec), list(corners))
+    cases, too_large = _choose(loaded, profiles)
     inputs = {
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "cases": cases,
@@ -102,7 +109,7 @@ def prove(
             of_plan = {record.network: record for record in graphs if record.plan == plan}
             ledger += _compare(run, loaded, plan, of_plan, files, backend, references, reporter)
         require_passed(ledger)
-        stored, made = _store([case for case in cases if case.stored], references, work, loaded.model.spec.patch_px)
+        stored, made = _store(cases, references, work, loaded.model.spec.patch_px)
         return Made("reference", tuple(made), _Facts(tuple(stored), tuple(ledger)))
 
     stage = run("proof", " ".join(plans), inputs, make)
@@ -140,29 +147,61 @@ def _compare(
             return not_run(stage, list(references), str(error))
 
 
-def _choose(
-    loaded: LoadedModel, small: Sequence[Case], corners: Sequence[Case]
-) -> tuple[list[Case], list[tuple[str, list[str]]]]:
+def _choose(loaded: LoadedModel, profiles: Sequence[Profile]) -> tuple[list[Case], list[tuple[str, list[str]]]]:
     """Cases that this machine runs, and the names of the others with the reason."""
-    needed, available = reference_bytes(loaded.model), available_host_bytes()
+    spec, available = loaded.model.spec, available_host_bytes()
+    least = [least_case(spec, profile) for profile in profiles]
+    corners = [case for profile in profiles for case in corner_cases(spec, profile)]
+    # The ledger tells cases apart by name. Of two that have one size, the one that is stored comes first and stays.
+    cases: dict[str, Case] = {}
+    for case in (*small_cases(spec), *least, *corners):
+        cases.setdefault(case.name, case)
+    needed = reference_bytes(loaded.model)
     if needed > available:
         # The figure of the moment stays out of the reason: it would make each build another one.
         reason = f"a block in float32 takes about {needed:,} bytes here, more than are free"
-        return [], [(reason, [case.name for case in (*small, *corners)])]
-    patch_px = loaded.model.spec.patch_px
-    large = [case for case in corners if case.rows * case.columns * patch_px**2 > CORNER_PIXELS_MAX]
-    reason = f"larger than the {CORNER_PIXELS_MAX:,} pixels that a build runs in torch"
-    left = [(reason, [case.name for case in large])] if large else []
-    return [*small, *(case for case in corners if case not in large)], left
+        return [], [(reason, list(cases))]
+    chosen: list[Case] = []
+    left: dict[str, list[str]] = {}
+    for case in cases.values():
+        reason = _too_large(loaded, case, available)
+        if reason:
+            left.setdefault(reason, []).append(case.name)
+        else:
+            chosen.append(case)
+    return chosen, list(left.items())
+
+
+def _too_large(loaded: LoadedModel, case: Case, available_bytes: int) -> str:
+    """Why a case is more than a build should run; empty where it is not."""
+    spec = loaded.model.spec
+    pixels = case.rows * case.columns * spec.patch_px**2
+    if pixels <= CORNER_PIXELS_MAX:
+        return ""
+    most = LEAST_PIXELS_MAX if case.stored else CORNER_PIXELS_MAX
+    if pixels > most:
+        return f"larger than the {most:,} pixels that a build runs in torch"
+    weights = {name: loaded.model.network_shapes(name) for name in NETWORKS}
+    call = CallSize(case.rows * spec.patch_px, case.columns * spec.patch_px, case.caption_tokens)
+    flops = total_flops(forward_flops(spec, weights, call).values()).total
+    if flops > LEAST_FLOPS_MAX:
+        return f"takes {flops / 1e12:.1f} TFLOP, a build spends {LEAST_FLOPS_MAX / 1e12:.0f} on a large case in torch"
+    need = call_memory(spec, 1, case.rows, case.columns, spec.padded(case.caption_tokens))
+    needed = need.buffers_bytes + _ACTIVATION_COPIES * max(need.tokens_bytes, case.rows * need.head_row_bytes)
+    if needed > available_bytes:
+        return f"takes about {needed:,} bytes in float32 here, more than are free"
+    return ""
 
 
 def _store(
     cases: Sequence[Case], references: Mapping[str, Mapping[str, NDArray[Any]]], work: Path, patch_px: int
 ) -> tuple[list[ReferenceCase], list[tuple[Path, str]]]:
     stored, files = [], []
-    for case in cases:
+    for seed, case in enumerate(cases):
+        if not case.stored:
+            continue
         partial = work / case.name
-        write_tensorfile(partial, references[case.name])
+        write_case(partial, references[case.name], seed)
         digest = file_digest(partial)
         path = named_by_content(partial, f"{case.name}.safetensors", digest)
         size = (case.rows * patch_px, case.columns * patch_px)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from l2p_calib.ledger import compare
+from l2p_export.stored_cases import pixel_step
 from l2p_runtime.backends import Device, Engine
 from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, NetworkSpec, Profile
 from l2p_runtime.positions import caption_tables, rope_tables
+from l2p_runtime.stripes import Stripe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
 
 CORNER_PIXELS_MAX = 1_500_000
 """Corners of a profile up to this many pixels are run while building; larger ones are listed as not run."""
+
+LEAST_PIXELS_MAX = 7_000_000
+"""The same for the least corner of a profile, which engines can run too: 2560x2560 of the 10k profile are within."""
+
+LEAST_FLOPS_MAX = 5_000_000_000_000
+"""And the most operations of one call there. At the published size 16x16 tokens take 3.4 to 3.7 TFLOP, which is about a
+tenth of a build on two cores; the 64x64 tokens that 8k-zeroshot begins at take 57."""
 
 END_TO_END = "end-to-end"
 
@@ -39,15 +48,16 @@ def small_cases(model: ModelSpec) -> tuple[Case, ...]:
     return Case("padded", 2 * step, 3 * step, 7, stored=True), Case("full", 8, 4, 33, stored=True)
 
 
+def least_case(model: ModelSpec, profile: Profile) -> Case:
+    """The least corner of a profile, stored: the smallest call that engines of the profile take."""
+    return _corner(model, profile.height_px.min, profile.width_px.min, profile.caption_tokens.min, stored=True)
+
+
 def corner_cases(model: ModelSpec, profile: Profile) -> tuple[Case, ...]:
-    """The corners of a profile, non-square ones included."""
+    """The other corners of a profile, non-square ones included."""
     height, width = profile.height_px, profile.width_px
-    sizes = ((height.min, width.min), (height.min, width.max), (height.max, width.min), (height.max, width.max))
-    caption = profile.caption_tokens.opt
-    return tuple(
-        Case(f"{w}x{h}", h // model.patch_px, w // model.patch_px, caption, stored=False)
-        for h, w in dict.fromkeys(sizes)
-    )
+    sizes = ((height.min, width.max), (height.max, width.min), (height.max, width.max))
+    return tuple(_corner(model, h, w, profile.caption_tokens.opt, stored=False) for h, w in sizes)
 
 
 def case_inputs(model: ModelSpec, case: Case, seed: int) -> dict[str, NDArray[Any]]:
@@ -111,10 +121,12 @@ def compare_networks(
     load: Callable[[str], Engine],
     device: Device,
     advance: Callable[[int], None],
+    stripes: Mapping[str, Sequence[Stripe]] | None = None,
 ) -> list[LedgerEntry]:
     """Run every case through a plan's graphs or engines, each network alone and all of them in a row.
 
-    A network alone gets the reference's tensors; in a row, it gets what the plan's own networks made.
+    A network alone gets the reference's tensors; in a row, it gets what the plan's own networks made. Without a case
+    nothing is loaded.
 
     Args:
         stage: what the ledger calls the comparison.
@@ -124,25 +136,33 @@ def compare_networks(
         load: opens the plan's graph or engine of a network; one is open at a time.
         device: where they run.
         advance: told 1 after each network and case.
+        stripes: case name to how the pixel head is cut; it runs whole where a case is not in it.
     """
+    if not references:
+        return []
     made: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in references}
     entries = []
+
+    def judge(label: str, output: str, name: str, found: NDArray[Any]) -> LedgerEntry:
+        reference = references[name]
+        step = pixel_step(reference) if output == "head.prediction" else 1
+        return compare(reference[output], found, stage=stage, network=label, case=name, plan=plan, pixel_step=step)
+
     for network in NETWORKS:
         engine = load(network)
-        for name, reference in references.items():
-            alone = run_engine(engine, device, network_inputs(network, reference, reference))
-            chained = run_engine(engine, device, network_inputs(network, reference, made[name]))
-            made[name] |= {f"{network}.{output}": value for output, value in chained.items()}
-            for output in (spec.name for spec in networks[network].outputs):
-                expected = reference[f"{network}.{output}"]
-                label = network if output == networks[network].outputs[0].name else f"{network}.{output}"
-                entries.append(compare(expected, alone[output], stage=stage, network=label, case=name, plan=plan))
-            advance(1)
-        engine.close()
-    for name, reference in references.items():
-        expected, found = reference["head.prediction"], made[name]["head.prediction"]
-        entries.append(compare(expected, found, stage=stage, network=END_TO_END, case=name, plan=plan))
-    return entries
+        try:
+            for name, reference in references.items():
+                cut = (stripes or {}).get(name, ()) if network == "head" else ()
+                alone = _run(engine, device, network_inputs(network, reference, reference), cut)
+                chained = _run(engine, device, network_inputs(network, reference, made[name]), cut)
+                made[name] |= {f"{network}.{output}": value for output, value in chained.items()}
+                for output in (spec.name for spec in networks[network].outputs):
+                    label = network if output == networks[network].outputs[0].name else f"{network}.{output}"
+                    entries.append(judge(label, f"{network}.{output}", name, alone[output]))
+                advance(1)
+        finally:
+            engine.close()
+    return entries + [judge(END_TO_END, "head.prediction", name, made[name]["head.prediction"]) for name in references]
 
 
 def not_run(stage: str, cases: Sequence[str], reason: str) -> list[LedgerEntry]:
@@ -159,3 +179,25 @@ def run_engine(engine: Engine, device: Device, inputs: Tensors) -> dict[str, NDA
     engine.run({name: device.upload(np.ascontiguousarray(value)) for name, value in inputs.items()}, outputs)
     device.synchronize()
     return {name: device.download(value) for name, value in outputs.items()}
+
+
+def _run(engine: Engine, device: Device, inputs: Tensors, stripes: Sequence[Stripe]) -> dict[str, NDArray[Any]]:
+    """Run one engine on host arrays; the head's by stripes where it is cut, as the runtime does."""
+    import numpy as np
+
+    if len(stripes) < 2:
+        return run_engine(engine, device, inputs)
+    patch_px = inputs["image"].shape[2] // inputs["tokens"].shape[1]
+    kept = []
+    for stripe in stripes:
+        image = inputs["image"][:, :, stripe.read_first * patch_px : stripe.read_stop * patch_px]
+        tokens = inputs["tokens"][:, stripe.read_first : stripe.read_stop]
+        made = run_engine(engine, device, {"image": image, "tokens": tokens})["prediction"]
+        first = (stripe.first - stripe.read_first) * patch_px
+        kept.append(made[:, :, first : first + (stripe.stop - stripe.first) * patch_px])
+    return {"prediction": np.concatenate(kept, axis=2)}
+
+
+def _corner(model: ModelSpec, height_px: int, width_px: int, caption_tokens: int, *, stored: bool) -> Case:
+    rows, columns = height_px // model.patch_px, width_px // model.patch_px
+    return Case(f"{width_px}x{height_px}", rows, columns, caption_tokens, stored=stored)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from conftest import run_cli
 
@@ -209,7 +210,7 @@ def test_verify_runs_the_stored_cases_and_admits_what_it_did_not_run(bundles: Bu
     assert result.returncode == 0, result.stderr
     ledger = json.loads(result.stdout)["ledger"]
     statuses = {(entry["case"], entry["status"]) for entry in ledger}
-    assert {("padded", "passed"), ("full", "passed"), ("16x16", "not run")} <= statuses
+    assert {("padded", "passed"), ("full", "passed"), ("16x16", "passed"), ("128x16", "not run")} <= statuses
     assert {entry["network"] for entry in ledger} >= {"caption", "stem", "trunk", "tail", "head", "end-to-end"}
     assert all(entry["relative"] <= entry["threshold"] for entry in ledger if entry["status"] == "passed")
 
@@ -218,8 +219,20 @@ def test_the_build_ran_the_corners_it_could(bundles: Bundles) -> None:
     manifest = json.loads((bundles.path("tiny-16") / "bundle.json").read_text())
     ran = {entry["case"] for entry in manifest["ledger"] if entry["status"] == "passed"}
     assert ran >= {"padded", "full", "16x16", "128x16", "16x128", "128x128"}
+    assert {case["name"] for case in manifest["references"]} == {"padded", "full", "16x16"}
     wide = json.loads((bundles.path("demo-160") / "bundle.json").read_text())["ledger"]
     assert {entry["status"] for entry in wide if entry["case"] == "2560x2560"} == {"not run"}
+
+
+def test_a_case_that_is_stored_by_its_seed_runs_again(bundles: Bundles) -> None:
+    bundle = bundles.path("demo-160")
+    (path,) = (bundle / "reference").glob("full.*")
+    assert "noise_seed" in load_file(path)
+    result = run_cli("verify", bundle, "--json")
+    assert result.returncode == 0, result.stderr
+    ledger = json.loads(result.stdout)["ledger"]
+    passed = {entry["network"] for entry in ledger if (entry["case"], entry["status"]) == ("full", "passed")}
+    assert passed >= {"caption", "stem", "trunk", "tail", "head", "end-to-end"}
 
 
 def test_bundles_are_reproducible(bundles: Bundles) -> None:

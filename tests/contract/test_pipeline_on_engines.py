@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ import pytest
 
 from conftest import Bundles
 from fakes.cuda import FakeDriver, fake_device, fake_driver
-from fakes.tensorrt_runtime import FakeLibrary, write_engine
-from l2p_engines.shapes import HeadBudget, engine_profiles, stripe_rows
+from fakes.engine_bundles import add_engines
+from fakes.tensorrt_runtime import FakeLibrary
 from l2p_export.bench import bench
 from l2p_export.progress import Silent
 from l2p_export.verify import verify_bundle
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import cuda
 from l2p_runtime.backends.cuda import CudaDevice
-from l2p_runtime.bundle import file_digest, file_record, open_bundle
-from l2p_runtime.contract import NETWORKS, manifest_to_bytes
+from l2p_runtime.bundle import open_bundle
+from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 
 EMBEDS = np.linspace(-1, 1, 9 * 40, dtype=np.float32).reshape(9, 40)
@@ -35,30 +34,8 @@ def compiled(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A copy of tiny-16 with a fake engine for sm89 of every network of its fp32 plan; the head's takes 7 rows."""
     root = tmp_path_factory.mktemp("compiled") / "bundle"
     shutil.copytree(bundles.path("tiny-16"), root)
-    manifest = open_bundle(root).manifest
-    (profile,), model = manifest.profiles, manifest.model
-    budget = next(b for b in (HeadBudget(n << 20, "fp32") for n in range(1, 999)) if _rows(model, profile, b) == 7)
-    (root / "engines").mkdir()
-    records, files = [], list(manifest.files)
-    digests = {record.path: record.sha256 for record in files}
-    for network in NETWORKS:
-        graph = manifest.graph(network, "fp32")
-        path = root / "engines" / f"{network}.engine"
-        shapes = engine_profiles(manifest.network(network), model, manifest.profiles, budget)
-        record = write_engine(path, root / graph.graph, shapes, network=network)
-        whole = {"graph_sha256": digests[graph.graph], "weights_sha256": digests[graph.weights]}
-        records.append(replace(record, **whole))
-        files.append(file_record(root, path, file_digest(path)))
-    made = replace(manifest, engines=tuple(records), files=tuple(sorted(files, key=lambda record: record.path)))
-    (root / "bundle.json").write_bytes(manifest_to_bytes(made))
+    add_engines(root, "fp32", head_rows=HEAD_ROWS)
     return root
-
-
-def _rows(model: Any, profile: Any, budget: HeadBudget) -> int:
-    try:
-        return stripe_rows(model, profile, budget)
-    except HostError:
-        return 0
 
 
 @pytest.fixture

@@ -47,13 +47,18 @@ def command(bundle: Path, backend: str, plan: str | None, store: Path | None, *,
 
 
 def _print_table(ledger: Sequence[LedgerEntry]) -> None:
-    click.echo(
-        f"{'stage':<32} {'case':<12} {'network':<18} {'relative':>9} {'limit':>7} {'max abs':>9} {'PSNR':>7}  status"
-    )
+    """One line an entry; why, where it did not pass or has no figures."""
+    titles = ("stage", "case", "network")
+    rows = [titles, *((entry.stage, entry.case, entry.network) for entry in ledger)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+    head = " ".join(title.ljust(width) for title, width in zip(titles, widths, strict=True))
+    click.echo(f"{head} {'relative':>9} {'limit':>7} {'max abs':>9} {'PSNR':>7}  status")
     for entry in ledger:
         figures = " " * 35
         if entry.relative is not None and entry.max_abs is not None and entry.psnr_db is not None:
             limit = f"{entry.threshold:.0e}" if entry.threshold is not None else ""
             figures = f"{entry.relative:>9.1e} {limit:>7} {entry.max_abs:>9.1e} {entry.psnr_db:>7.1f}"
-        reason = "" if entry.status == "passed" else f": {entry.reason}"
-        click.echo(f"{entry.stage:<32} {entry.case:<12} {entry.network:<18} {figures}  {entry.status}{reason}")
+        reason = "" if entry.status == "passed" and entry.relative is not None else f": {entry.reason}"
+        names = (entry.stage, entry.case, entry.network)
+        told = " ".join(name.ljust(width) for name, width in zip(names, widths, strict=True))
+        click.echo(f"{told} {figures}  {entry.status}{reason}")

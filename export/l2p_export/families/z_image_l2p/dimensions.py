@@ -103,34 +103,31 @@ def dimensions_from_shapes(shapes: Shapes) -> Dimensions:
             each other.
     """
     patch_px = _patch_px(shapes)
-    stages = STAGES[patch_px]
 
-    def size(pattern: str, axis: int) -> int:
-        return _majority(shapes, pattern, axis)
+    def size(pattern: str) -> int:
+        return _majority(shapes, pattern, 0)
 
-    block = r"(?:layers|noise_refiner|context_refiner)\.\d+\."
-    dimensions = Dimensions(
-        patch_px=patch_px,
-        width=size(block + r"(?:attention_norm[12]|ffn_norm[12])\.weight", 0),
-        head_width=size(block + r"attention\.norm_[qk]\.weight", 0),
-        ffn_width=size(block + r"feed_forward\.w[13]\.weight", 0),
-        caption_width=size(r"cap_embedder\.0\.weight|cap_embedder\.1\.weight", -1),
-        time_width=size(r"(?:layers|noise_refiner)\.\d+\.adaLN_modulation\.0\.weight", 1),
-        time_hidden=size(r"t_embedder\.mlp\.0\.(?:weight|bias)", 0),
-        layers=_count(shapes, "layers"),
-        noise_refiners=_count(shapes, "noise_refiner"),
-        context_refiners=_count(shapes, "context_refiner"),
-        stages=tuple(
-            Stage(
-                name,
-                encoder=size(rf"local_decoder\.enc{name}\.0\.(?:weight|bias)", 0),
-                up=size(rf"local_decoder\.up{name}\.1\.(?:weight|bias)", 0),
-                decoder=size(rf"local_decoder\.dec{name}\.0\.(?:weight|bias)", 0),
-            )
-            for name in stages
-        ),
-        bottleneck=size(r"local_decoder\.bottleneck\.0\.(?:weight|bias)", 0),
+    stages = tuple(
+        Stage(
+            name,
+            encoder=size(rf"local_decoder\.enc{name}\.0\.(?:weight|bias)"),
+            up=size(rf"local_decoder\.up{name}\.1\.(?:weight|bias)"),
+            decoder=size(rf"local_decoder\.dec{name}\.0\.(?:weight|bias)"),
+        )
+        for name in STAGES[patch_px]
     )
+    dimensions = _body(shapes, patch_px, stages, size(r"local_decoder\.bottleneck\.0\.(?:weight|bias)"))
+    _check(dimensions)
+    return dimensions
+
+
+def source_dimensions(shapes: Shapes, pixels: Dimensions) -> Dimensions:
+    """Dimensions of the L2P model that a latent source becomes: its own transformer, the patches and head of `pixels`.
+
+    Raises:
+        ArtifactError: a tensor of the transformer is absent, or sizes do not fit each other.
+    """
+    dimensions = _body(shapes, pixels.patch_px, pixels.stages, pixels.bottleneck)
     _check(dimensions)
     return dimensions
 
@@ -236,6 +233,29 @@ def published_dimensions(variant: str) -> Dimensions:
         context_refiners=2,
         stages=tuple(narrow[name] for name in STAGES[patch_px]),
         bottleneck=512,
+    )
+
+
+def _body(shapes: Shapes, patch_px: int, stages: tuple[Stage, ...], bottleneck: int) -> Dimensions:
+    """The transformer's sizes, by majority."""
+
+    def size(pattern: str, axis: int) -> int:
+        return _majority(shapes, pattern, axis)
+
+    block = r"(?:layers|noise_refiner|context_refiner)\.\d+\."
+    return Dimensions(
+        patch_px=patch_px,
+        width=size(block + r"(?:attention_norm[12]|ffn_norm[12])\.weight", 0),
+        head_width=size(block + r"attention\.norm_[qk]\.weight", 0),
+        ffn_width=size(block + r"feed_forward\.w[13]\.weight", 0),
+        caption_width=size(r"cap_embedder\.0\.weight|cap_embedder\.1\.weight", -1),
+        time_width=size(r"(?:layers|noise_refiner)\.\d+\.adaLN_modulation\.0\.weight", 1),
+        time_hidden=size(r"t_embedder\.mlp\.0\.(?:weight|bias)", 0),
+        layers=_count(shapes, "layers"),
+        noise_refiners=_count(shapes, "noise_refiner"),
+        context_refiners=_count(shapes, "context_refiner"),
+        stages=stages,
+        bottleneck=bottleneck,
     )
 
 

@@ -54,12 +54,19 @@ class CaptionNetwork(nn.Module):
 class StemNetwork(nn.Module):
     """Noisy pixels and time to tokens: patch embedding, pads, noise refiner, then the layers before the trunk."""
 
-    def __init__(self, d: Dimensions, dtype_of: DTypeOf, noise_refiners: Iterable[int], layers: Iterable[int]) -> None:
+    def __init__(
+        self,
+        d: Dimensions,
+        dtype_of: DTypeOf,
+        noise_refiners: Iterable[int],
+        layers: Iterable[int],
+        image_channels: int = 3,
+    ) -> None:
         super().__init__()
         self.patch_px = d.patch_px
         self.residual = dtype_of("residual")
         embedder = dtype_of("all_x_embedder")
-        linear = Linear(3 * d.patch_px**2, d.width, dtype=embedder)
+        linear = Linear(image_channels * d.patch_px**2, d.width, dtype=embedder)
         self.all_x_embedder = nn.ModuleDict({f"{d.patch_px}-1": linear})
         self.x_pad_token = nn.Parameter(torch.empty(1, d.width, dtype=embedder))
         self.t_embedder = TimeEmbedding(d, dtype_of("t_embedder"))
@@ -139,7 +146,7 @@ def network_module(name: str, d: Dimensions, dtype_of: DTypeOf, blocks: Iterable
 
 
 def patches(image: Tensor, patch_px: int) -> Tensor:
-    """Cut image [B,3,H,W] into rows [B, H/p * W/p, p*p*3]: row, column, channel within a patch, channel fastest."""
+    """Cut image [B,C,H,W] into rows [B, H/p * W/p, p*p*C]: row, column, channel within a patch, channel fastest."""
     x = torch.unflatten(torch.unflatten(image, 3, (-1, patch_px)), 2, (-1, patch_px))
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 

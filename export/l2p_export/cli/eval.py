@@ -1,0 +1,238 @@
+"""`l2p-export eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from l2p_export.cli.console import (
+    Console,
+    dry_run_option,
+    json_option,
+    parse_size,
+    print_json,
+    quiet_option,
+    store_option,
+)
+from l2p_runtime import UsageError
+
+if TYPE_CHECKING:
+    from l2p_export.training.drawers import Drawer
+    from l2p_export.training.evaluate import Evaluation, Prompt, Score
+    from l2p_export.training.layouts import Layout
+
+_COUNT = 500
+_LAYOUT_IMAGES = 4
+
+
+@click.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Captions of the small world, one a line; see --layout."
+)
+@click.option("--count", type=click.IntRange(min=1), help=f"Captions to draw without --prompts; {_COUNT} by default.")
+@click.option(
+    "--held-out/--training",
+    "held_out",
+    default=None,
+    help="Captions that training never shows, or ones that it does; held out by default.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["geneval", "dpg"]),
+    help="Judge nothing: draw --prompts (GenEval's .jsonl file, DPG-Bench's folder) into the folders its script reads.",
+)
+@click.option(
+    "--images-per-prompt",
+    type=click.IntRange(min=1),
+    help=f"Images of each of --prompts; 1 by default, {_LAYOUT_IMAGES} with --layout.",
+)
+@click.option("--size", help="WIDTHxHEIGHT in pixels; the model's preferred size by default.")
+@click.option("--steps", type=int, help="Denoising steps; the bundle's default otherwise, 30 for a source.")
+@click.option("--guidance", type=float, help="1 is none; the bundle's default otherwise, 3 for a source.")
+@click.option("--shift", type=float, help="Shift of the noise schedule; the model's default otherwise.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first image; each next one has the next.")
+@click.option("--plan", help="Precision plan of a bundle; its first otherwise.")
+@click.option("--backend", default="auto", show_default=True, help="For a bundle.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for images and scores; a stopped run goes on there."
+)
+@store_option
+@json_option
+@dry_run_option
+@quiet_option
+def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
+    """Let MODEL draw, and score what it drew.
+
+    MODEL is a bundle, or a pipeline folder as `train source` writes it. On captions of the small world an exact judge
+    says what is right; for other prompts, --layout prepares the folders of public benchmarks.
+    """
+    from l2p_export.training.drawers import DrawOptions, open_drawer
+
+    _check_options(options, out)
+    names = ("steps", "guidance", "shift", "backend", "plan", "store")
+    size = options["size"]
+    draw_options = DrawOptions(
+        parse_size(size) if size is not None else None, **{name: options[name] for name in names}
+    )
+    console = Console(quiet=quiet)
+    wanted = _prompts(options) if options["layout"] is None else _layout(options)
+    drawer = open_drawer(model, draw_options)
+    _check_prompts(drawer, wanted)
+    if drawer.note:
+        console.note(drawer.note)
+    facts: dict[str, Any] = {
+        "model": str(model),
+        "out": str(out) if out is not None else None,
+        "images": len(wanted) if isinstance(wanted, tuple) else wanted.images,
+        "seed": options["seed"],
+        **drawer.settings,
+    }
+    if dry_run:
+        _tell_plan(facts, as_json=as_json)
+    elif isinstance(wanted, tuple):
+        _evaluate(drawer, wanted, out, facts, console, as_json=as_json)
+    else:
+        _lay_out(drawer, wanted, out, facts, console, as_json=as_json)
+
+
+def _check_options(options: dict[str, Any], out: Path | None) -> None:
+    """Refuse options that contradict each other."""
+    layout, prompts = options["layout"], options["prompts"]
+    if layout is not None and (prompts is None or out is None):
+        raise UsageError(
+            f"--layout {layout} needs --prompts and --out", hint="give the benchmark's prompts and a folder"
+        )
+    if prompts is not None:
+        for name, value in (("--count", options["count"]), ("--held-out and --training", options["held_out"])):
+            if value is not None:
+                raise UsageError(f"--prompts says what to draw, {name} would too", hint="give one of them")
+    elif options["images_per_prompt"] is not None:
+        raise UsageError("--images-per-prompt needs --prompts", hint="give --count instead")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out `{out}` is a file, expected a folder")
+
+
+def _prompts(options: dict[str, Any]) -> tuple[Prompt, ...]:
+    """What is to be drawn and judged."""
+    from l2p_export.training.evaluate import file_prompts, require_judge, world_prompts
+
+    require_judge()
+    if options["prompts"] is not None:
+        return file_prompts(options["prompts"], options["images_per_prompt"] or 1, options["seed"])
+    return world_prompts(options["count"] or _COUNT, options["seed"], held_out=options["held_out"] is not False)
+
+
+def _layout(options: dict[str, Any]) -> Layout:
+    """What is to be drawn for a benchmark."""
+    from l2p_export.training.layouts import read_layout
+
+    images = options["images_per_prompt"] or _LAYOUT_IMAGES
+    return read_layout(options["layout"], options["prompts"], images, options["seed"])
+
+
+def _check_prompts(drawer: Drawer, wanted: tuple[Prompt, ...] | Layout) -> None:
+    """Refuse prompts that the model does not read, and sizes that the benchmark does not."""
+    from l2p_export.training.drawers import check_prompts
+    from l2p_export.training.layouts import check_size
+
+    if isinstance(wanted, tuple):
+        check_prompts(drawer, [(f"the caption {prompt.text!r}", prompt.text) for prompt in wanted])
+    else:
+        check_size(wanted, drawer.height_px, drawer.width_px)
+        check_prompts(drawer, [(picture.place, picture.text) for picture in wanted.pictures])
+
+
+def _tell_plan(facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    where = f" into {facts['out']}" if facts["out"] is not None else ""
+    click.echo(f"would draw {_said(facts)}{where}")
+
+
+def _evaluate(
+    drawer: Drawer,
+    prompts: tuple[Prompt, ...],
+    out: Path | None,
+    facts: dict[str, Any],
+    console: Console,
+    *,
+    as_json: bool,
+) -> None:
+    from l2p_export.training.evaluate import draw_all, evaluate, scores_json, write_evaluation
+
+    found = evaluate(prompts, draw_all(drawer, prompts, out, console))
+    scores = {**facts, **scores_json(found)}
+    if out is not None:
+        write_evaluation(out, found, scores)
+    if as_json:
+        print_json(scores)
+        return
+    click.echo(_said(facts))
+    for line in _lines(found):
+        click.echo(line)
+
+
+def _lay_out(
+    drawer: Drawer, layout: Layout, out: Path | None, facts: dict[str, Any], console: Console, *, as_json: bool
+) -> None:
+    from l2p_export.training.layouts import write_layout
+
+    if out is None:
+        raise UsageError("--layout needs --out")
+    drawn = write_layout(layout, drawer, out, console)
+    if as_json:
+        print_json({**facts, "layout": layout.benchmark, "drawn": drawn})
+    else:
+        click.echo(out)
+
+
+def _said(facts: dict[str, Any]) -> str:
+    """What was drawn, in one line."""
+    sampling = f"{facts['steps']} steps, guidance {facts['guidance']:g}, shift {facts['shift']:g}"
+    return f"{facts['images']} images of {facts['size']}, {sampling}, seeds from {facts['seed']}"
+
+
+def _lines(found: Evaluation) -> Iterator[str]:
+    """The scores as people read them; what no caption speaks of is left out."""
+    from l2p_export.training.evaluate import frechet_reason
+    from l2p_export.training.features import DIMENSIONS
+
+    rows = [("", "right", "of", "share", "95 % interval"), _cells("all", found.overall)]
+    rows += [_cells(name, score) for name, score in found.categories.items() if score.count]
+    rows += [_cells(f"part: {name}", score) for name, score in found.parts.items() if score.count]
+    yield from _table(rows)
+    frechet = found.frechet
+    if frechet.to_renders is None or frechet.between_renders is None:
+        yield f"Frechet distance to renders: {frechet_reason(frechet)}"
+        return
+    yield f"Frechet distance to renders: {frechet.to_renders:.4g}; of renders to renders: {frechet.between_renders:.4g}"
+    yield f"On {DIMENSIONS} fixed features, not Inception's: compare it with figures of this command alone."
+
+
+def _cells(name: str, score: Score) -> tuple[str, ...]:
+    interval, share = score.interval, score.share
+    if interval is None or share is None:
+        return name, "0", "0", "", ""
+    return (
+        name,
+        str(score.passed),
+        str(score.count),
+        f"{share:.1%}",
+        f"{interval[0]:.1%} to {interval[1]:.1%}",
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Columns of equal width, names flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        name, *cells = (
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join((name, *cells)).rstrip()

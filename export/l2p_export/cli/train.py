@@ -1,0 +1,337 @@
+"""`l2p-export train source | corpus | transfer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from l2p_export.cli.console import (
+    Console,
+    dry_run_option,
+    format_bytes,
+    json_option,
+    parse_size,
+    print_json,
+    quiet_option,
+)
+from l2p_runtime import CancelledError, UsageError
+
+if TYPE_CHECKING:
+    from l2p_export.training.distributed import Team
+    from l2p_export.training.forecast import TrainingForecast
+    from l2p_export.training.transfer import TransferSpec
+
+_PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
+"""Side of the square images that the published adapters were trained on (l2p.md 5.2, 5.3)."""
+
+
+@click.group("train")
+def command() -> None:
+    """Train a small latent source, let a source draw a corpus, or move a source to pixels."""
+
+
+@command.command("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Pipeline folder to write.")
+@click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
+@click.option("--init", type=click.Path(path_type=Path), help="Source to begin with; its autoencoder is kept.")
+@click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each saved state.")
+@click.option("--scenes", default=16_000, show_default=True, help="Rendered images to learn from.")
+@click.option("--autoencoder-steps", default=1500, show_default=True)
+@click.option("--steps", default=20_000, show_default=True, help="Of text encoder and transformer.")
+@click.option("--batch", default=32, show_default=True)
+@click.option("--learning-rate", default=1.5e-3, show_default=True)
+@click.option("--save-every", default=400, show_default=True, help="Steps between saved states.")
+@click.option("--seed", default=0, show_default=True)
+@json_option
+@dry_run_option
+@quiet_option
+def source_command(
+    out: Path, work: Path | None, init: Path | None, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any
+) -> None:
+    """Train a small latent source on the small world, as a diffusers pipeline folder.
+
+    Autoencoder, text encoder and transformer are the published parts at a small size. A stopped run goes on with the
+    same command.
+    """
+    from l2p_export.training.loop import Schedule
+    from l2p_export.training.samples import SampleSpec
+    from l2p_export.training.source.train import SourceSpec, train_source
+
+    steps, save_every, seed = options["steps"], options["save_every"], options["seed"]
+    autoencoder_steps = options["autoencoder_steps"]
+    spec = SourceSpec(
+        scenes=options["scenes"],
+        autoencoder=Schedule(
+            steps=autoencoder_steps,
+            batch=32,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            cooldown_steps=autoencoder_steps // 3,
+            weight_decay=0.0,
+            ema=0.995,
+            save_every=save_every,
+            seed=seed,
+        ),
+        transformer=Schedule(
+            steps=steps,
+            batch=options["batch"],
+            learning_rate=options["learning_rate"],
+            warmup_steps=min(200, steps),
+            cooldown_steps=steps // 5,
+            ema=0.998,
+            save_every=save_every,
+            seed=seed,
+        ),
+    )
+    work = work or out.with_name(out.name + ".training")
+    _require_new(out, "model_index.json")
+    if not dry_run:
+        samples = SampleSpec(count=options["samples"])
+        train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init)
+    _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
+
+
+@command.command("corpus")
+@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="UTF-8 file, one a line; captions of the small world otherwise."
+)
+@click.option("--count", default=2000, show_default=True, help="Captions of the small world, where no file is given.")
+@click.option("--seeds-per-prompt", default=1, show_default=True, help="Images of each prompt.")
+@click.option("--seed", default=0, show_default=True, help="Of the first image; each next one has the next.")
+@click.option("--size", default="128x128", show_default=True, help="WIDTHxHEIGHT in pixels.")
+@click.option("--steps", default=30, show_default=True)
+@click.option("--guidance", default=3.0, show_default=True)
+@click.option("--shift", type=float, help="Of the noise schedule; the source's otherwise.")
+@click.option("--batch", default=16, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@json_option
+@dry_run_option
+@quiet_option
+def corpus_command(
+    source: Path | None,
+    prompts: Path | None,
+    out: Path,
+    *,
+    as_json: bool,
+    dry_run: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Let SOURCE draw from prompts: images, prompts and seeds to train on. A stopped run goes on.
+
+    SOURCE is a pipeline folder: one that `train source` wrote, or a published Z-Image. Without it, the images are
+    renders of the small world.
+    """
+    from l2p_export.training.corpus import read_prompts
+    from l2p_export.training.rendered import render_corpus, world_captions
+
+    height, width = parse_size(options["size"])
+    texts = read_prompts(prompts) if prompts else world_captions(options["count"], options["seed"])
+    console = Console(quiet=quiet)
+    facts: dict[str, Any] = {"out": str(out), "prompts": len(texts), "images": len(texts) * options["seeds_per_prompt"]}
+    if source is None:
+        if not dry_run:
+            facts["drawn"] = render_corpus(
+                texts, options["seeds_per_prompt"], options["seed"], (height, width), out, console
+            )
+    else:
+        from l2p_export.training.draw import DrawSpec, draw_corpus, load_artist
+        from l2p_export.training.pipeline_folder import open_source
+
+        opened = open_source(source)
+        shift = opened.shift if options["shift"] is None else options["shift"]
+        spec = DrawSpec(height, width, options["steps"], options["guidance"], shift, options["batch"])
+        facts |= asdict(spec)
+        if not dry_run:
+            artist = load_artist(opened)
+            facts["drawn"] = draw_corpus(
+                artist, texts, options["seeds_per_prompt"], options["seed"], spec, out, console
+            )
+    _tell(facts, out, as_json=as_json, dry_run=dry_run)
+
+
+@command.command("transfer")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="Folder that `train corpus` wrote.")
+@click.option("--variant", type=click.Choice(["1k", "4k", "8k", "10k"]), default="1k", show_default=True)
+@click.option("--size-px", "sizes_px", type=int, multiple=True, help="Side of the training images; repeatable.")
+@click.option("--window-tokens", default=0, show_default=True, help="Side of the square the head learns on; 0 is all.")
+@click.option(
+    "--noise",
+    type=click.Choice(["stored", "fresh"]),
+    default="stored",
+    show_default=True,
+    help="Each image's own noise, as published, or new noise at each step.",
+)
+@click.option("--steps", default=10_000, show_default=True)
+@click.option("--batch", default=8, show_default=True)
+@click.option("--micro-batches", default=1, show_default=True, help="Parts that a step's batch is computed in.")
+@click.option("--learning-rate", default=5e-5, show_default=True)
+@click.option("--warmup-steps", default=100, show_default=True, help="Over which the learning rate rises.")
+@click.option("--ema", default=0.999, show_default=True, help="Share of the averaged weights that a step keeps.")
+@click.option("--shift", default=3.0, show_default=True, help="Of the noise levels; recorded for sampling.")
+@click.option("--caption-dropout", default=0.1, show_default=True)
+@click.option("--head-divisor", default=1, show_default=True, help="Published channels of the pixel head over this.")
+@click.option("--checkpointing", is_flag=True, help="Recompute activations instead of keeping them.")
+@click.option("--device", help="cpu, cuda or cuda:1; a GPU where there is one, by default.")
+@click.option("--autocast", type=click.Choice(["none", "bf16"]), help="bf16 on a GPU, none on the CPU, by default.")
+@click.option(
+    "--trunk-storage",
+    type=click.Choice(["float32", "bfloat16", "float8"]),
+    default="float32",
+    show_default=True,
+    help="What the frozen trunk is kept in; bfloat16 is exact for a BF16 source.",
+)
+@click.option(
+    "--optimizer-device",
+    type=click.Choice(["same", "cpu"]),
+    default="same",
+    show_default=True,
+    help="Where float32 masters, moments and averages are kept.",
+)
+@click.option(
+    "--sharding",
+    type=click.Choice(["none", "fsdp"]),
+    default="none",
+    show_default=True,
+    help="Of several processes: each holds everything, or weights and moments are cut over them.",
+)
+@click.option("--save-every", default=500, show_default=True)
+@click.option("--licence", "license_text", help="Licence that the adapter file states.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors file of adapters to write.")
+@json_option
+@dry_run_option
+@quiet_option
+def transfer_command(source: Path, corpus: Path, out: Path, work: Path | None, **options: Any) -> None:
+    """Move SOURCE, a pipeline folder, to pixels: train all but its trunk on CORPUS, and write the adapters alone.
+
+    A stopped run goes on with the same command, and with more --steps if they are asked for. `build ADAPTERS --source
+    SOURCE` makes a bundle of the result. On several GPUs: `torchrun --nproc-per-node N -m l2p_export train transfer
+    ...`; --batch counts the samples of all processes.
+    """
+    from l2p_export.training.distributed import joined
+
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--out is `{out}`, expected a file name ending in .safetensors")
+    with joined(options["device"], options["sharding"]) as team, _one_voice(leads=team.leads):
+        _transfer(source, corpus, out, work or out.with_name(out.stem + ".training"), options, team)
+
+
+def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
+    from l2p_export.progress import Silent
+    from l2p_export.training.batches import padded_lengths, require_seeds
+    from l2p_export.training.corpus import open_corpus
+    from l2p_export.training.forecast import require_memory, transfer_forecast
+    from l2p_export.training.pipeline_folder import open_headers, open_source
+    from l2p_export.training.transfer import Means, pixel_dimensions, require_split, transfer
+    from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
+
+    spec = _transfer_spec(options)
+    autocast = options["autocast"] or ("bf16" if team.device.type == "cuda" else "none")
+    means = Means(autocast, options["trunk_storage"], options["optimizer_device"])
+    require_split(spec.schedule, team)
+    transformer, encoder = open_headers(source)
+    images = open_corpus(corpus)
+    if spec.noise == "stored":
+        require_seeds(images)
+    d = pixel_dimensions(transformer, spec)
+    lengths = padded_lengths(load_tokenizer(encoder.tokenizer, CHAT_TEMPLATE), images)
+    forecast = transfer_forecast(
+        d,
+        spec,
+        means,
+        team,
+        caption_tokens=max(lengths.values()),
+        text_parameters=sum(math.prod(shape) for shape in encoder.shapes.values()),
+        caption_values=sum(lengths.values()) * d.caption_width,
+    )
+    layers = [d.trunk.start, d.trunk.stop]
+    facts = {"out": str(out), "work": str(work), "images": len(images), "trunk_layers": layers, **asdict(spec)}
+    facts |= {**asdict(means), "forecast": forecast.as_dict()}
+    dry_run, as_json = options["dry_run"], options["as_json"]
+    if not dry_run:
+        console = Console(quiet=options["quiet"] or not team.leads)
+        for line in forecast_lines(forecast):
+            console.done(line)
+        require_memory(forecast, spec, means, team)
+        report = console if team.leads else Silent()
+        licence = options["license_text"] or ""
+        transfer(open_source(source), images, spec, out, work, report, means=means, team=team, licence=licence)
+    if team.leads and dry_run and not as_json:
+        facts["forecast"] = "\n  ".join(["", *forecast_lines(forecast)])
+    if team.leads:
+        _tell(facts, out, as_json=as_json, dry_run=dry_run)
+    if dry_run:
+        require_memory(forecast, spec, means, team)
+
+
+def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
+    from l2p_export.training.loop import Schedule
+    from l2p_export.training.transfer import TransferSpec
+
+    names = (
+        "variant",
+        "noise",
+        "shift",
+        "caption_dropout",
+        "window_tokens",
+        "head_divisor",
+        "checkpointing",
+    )
+    taken = ("steps", "batch", "micro_batches", "learning_rate", "warmup_steps", "ema", "save_every", "seed")
+    schedule = Schedule(cooldown_steps=options["steps"] // 5, **{name: options[name] for name in taken})
+    sizes_px = options["sizes_px"] or (_PUBLISHED_SIDE_PX[options["variant"]],)
+    return TransferSpec(sizes_px=sizes_px, schedule=schedule, **{name: options[name] for name in names})
+
+
+def forecast_lines(forecast: TrainingForecast) -> list[str]:
+    """A training forecast for people."""
+    trained, frozen = forecast.trained_parameters, forecast.frozen_parameters
+    host = {what: size for what, size in forecast.host_bytes.items() if size}
+    share = "" if forecast.processes == 1 else f" of each of {forecast.processes} processes"
+
+    def listed(parts: Mapping[str, int]) -> str:
+        return ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
+
+    return [
+        f"trained parameters {trained:,}, frozen {frozen:,}",
+        f"{forecast.device}{share}: {format_bytes(forecast.device_total)}: {listed(forecast.device_bytes)}",
+        f"host memory in all: {format_bytes(forecast.host_total)}" + (f": {listed(host)}" if host else ""),
+        f"activations: {forecast.basis}",
+    ]
+
+
+@contextmanager
+def _one_voice(*, leads: bool) -> Iterator[None]:
+    """What every process of a run meets alike is said by the first one; the others end with the same code."""
+    from l2p_export.training.loop import StoppedError
+
+    try:
+        yield
+    except (UsageError, StoppedError, CancelledError) as error:
+        if leads:
+            raise
+        raise click.exceptions.Exit(error.exit_code) from error
+
+
+def _require_new(out: Path, name: str) -> None:
+    if (out / name).exists():
+        raise UsageError(f"`{out}` holds a trained source already", hint="choose another folder, or remove it")
+
+
+def _tell(facts: dict[str, Any], out: Path, *, as_json: bool, dry_run: bool) -> None:
+    if as_json:
+        print_json(facts)
+    elif dry_run:
+        click.echo("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    else:
+        click.echo(out)

@@ -1,0 +1,216 @@
+"""What a step of a transfer trains on: images, noise and captions of this process's share of its samples.
+
+What a step draws follows from the seed and the step's number alone; how samples are spread over processes and micro
+batches changes nothing in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l2p_export.families.z_image_l2p.pixel import Window
+from l2p_export.families.z_image_l2p.specs import model_spec
+from l2p_export.training.corpus import Corpus, Row, read_image
+from l2p_export.training.flow import draw_sigmas
+from l2p_export.training.loop import generator
+from l2p_export.training.pipeline_folder import TOKENS_MULTIPLE, Embeds, Source, encode_texts
+from l2p_runtime.errors import UsageError
+from l2p_runtime.noise import normal_noise
+from l2p_runtime.positions import rope_tables
+
+if TYPE_CHECKING:
+    from l2p_export.families.z_image_l2p.dimensions import Dimensions
+    from l2p_export.training.distributed import Team
+    from l2p_export.training.transfer import TransferSpec
+    from l2p_runtime.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro batch: mixed [B,3,H,W], time [B], embeddings, tables [S,R] twice, and what the window should hold."""
+
+    mixed: Tensor
+    time: Tensor
+    embeds: Embeds
+    rope: tuple[Tensor, Tensor]
+    window: Window | None
+    wanted: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """Embeddings of all captions by padded length, and those of no caption.
+
+    Attributes:
+        places: index of an image in the corpus and its row, for each padded length.
+    """
+
+    embeds: Mapping[int, Embeds]
+    places: Mapping[int, tuple[tuple[int, int], ...]]
+    empty: Embeds
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What a step draws for all its samples, whoever computes them.
+
+    Attributes:
+        length: padded tokens of its captions.
+        size_px: side of its images.
+        places: index of each image in the corpus and its row of embeddings.
+        sigma: noise levels [B].
+        dropped: true where the caption is left out [B].
+        window: what the head draws; None for all.
+    """
+
+    length: int
+    size_px: int
+    places: tuple[tuple[int, int], ...]
+    sigma: Tensor
+    dropped: Tensor
+    window: Window | None
+
+
+def padded_lengths(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, int]:
+    """Each caption of a corpus to the number of tokens that it is padded to."""
+    texts = sorted({row.text for row in corpus.rows})
+    return {text: -(-len(tokenizer.tokens(text)) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE for text in texts}
+
+
+def embed_captions(source: Source, corpus: Corpus) -> Captions:
+    """Embed each caption once, with others of its padded length: batches hold captions of one length alone."""
+    lengths = padded_lengths(source.tokenizer, corpus)
+    embeds, places = {}, {}
+    for length in sorted(set(lengths.values())):
+        members = [text for text in lengths if lengths[text] == length]
+        embeds[length] = encode_texts(source, members, length)
+        position = {text: index for index, text in enumerate(members)}
+        places[length] = tuple(
+            (index, position[row.text]) for index, row in enumerate(corpus.rows) if lengths[row.text] == length
+        )
+    return Captions(embeds, places, encode_texts(source, [""]))
+
+
+def require_seeds(corpus: Corpus) -> None:
+    """Refuse stored noise for images that no model drew.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    for row in corpus.rows:
+        if row.seed is None:
+            raise UsageError(
+                f"`{row.file_name}` has no seed, which --noise stored needs", hint="train with --noise fresh"
+            )
+
+
+def draw_step(captions: Captions, spec: TransferSpec, step: int) -> Draws:
+    """What a step draws."""
+    draws = generator(spec.schedule.seed, step)
+    count = spec.schedule.batch
+    lengths = tuple(captions.places)
+    shares = torch.tensor([float(len(captions.places[length])) for length in lengths])
+    length = lengths[int(torch.multinomial(shares, 1, generator=draws))]
+    size_px = spec.sizes_px[int(torch.randint(len(spec.sizes_px), (1,), generator=draws))]
+    picked = torch.randint(len(captions.places[length]), (count,), generator=draws).tolist()
+    return Draws(
+        length,
+        size_px,
+        tuple(captions.places[length][place] for place in picked),
+        draw_sigmas(count, spec.shift, draws),
+        torch.rand(count, generator=draws) < spec.caption_dropout,
+        _draw_window(size_px // spec.patch_px, spec.window_tokens, draws),
+    )
+
+
+def batches(
+    corpus: Corpus, captions: Captions, d: Dimensions, spec: TransferSpec, team: Team
+) -> Callable[[int, int], Batch]:
+    """A function from step and micro batch to what this process trains on, on its device."""
+    parts = spec.schedule.micro_batches
+    count = spec.schedule.batch // (parts * team.size)
+    model = model_spec(d)
+
+    def batch(step: int, micro: int) -> Batch:
+        drawn = draw_step(captions, spec, step)
+        first = (team.rank * parts + micro) * count
+        samples = range(first, first + count)
+        chosen = [corpus.rows[drawn.places[sample][0]] for sample in samples]
+        images = torch.stack([square_pixels(corpus, row, drawn.size_px) for row in chosen])
+        if spec.noise == "stored":
+            noise = torch.stack([stored_noise(row, drawn.size_px) for row in chosen])
+        else:
+            shape = (3, drawn.size_px, drawn.size_px)
+            # From 1: to a seed sequence a zero at the end is no number.
+            own = [generator(spec.schedule.seed, step, sample + 1) for sample in samples]
+            noise = torch.stack([torch.randn(shape, generator=draws) for draws in own])
+        sigma = drawn.sigma[first : first + count]
+        rows = [drawn.places[sample][1] for sample in samples]
+        embeds = _with_dropout(captions, drawn.length, rows, drawn.dropped[first : first + count])
+        tokens = drawn.size_px // spec.patch_px
+        cos, sin = (torch.from_numpy(table) for table in rope_tables(model, tokens, tokens, drawn.length))
+        wanted = images - noise
+        if drawn.window is not None:
+            wanted = _cut(wanted, drawn.window, spec.patch_px)
+        to = team.device
+        return Batch(
+            torch.lerp(images, noise, sigma[:, None, None, None]).to(to),
+            (1 - sigma).to(to),
+            Embeds(embeds.values.to(to), embeds.mask.to(to)),
+            (cos.to(to), sin.to(to)),
+            drawn.window,
+            wanted.to(to),
+        )
+
+    return batch
+
+
+def stored_noise(row: Row, size_px: int) -> Tensor:
+    """The noise [3,H,W] that the runtime draws for the seed of an image.
+
+    Raises:
+        UsageError: the row has no seed.
+    """
+    if row.seed is None:
+        raise UsageError(f"`{row.file_name}` has no seed, which --noise stored needs", hint="train with --noise fresh")
+    return torch.from_numpy(normal_noise(row.seed, channels=3, rows=(0, size_px), cols=(0, size_px)))
+
+
+def square_pixels(corpus: Corpus, row: Row, size_px: int) -> Tensor:
+    """One image [3,H,W] from -1 to 1: resized until it covers the square, then cut in the middle."""
+    pixels: Tensor = torch.from_numpy(np.array(read_image(corpus, row)))
+    image = pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0)
+    height, width = image.shape[1:]
+    scale = size_px / min(height, width)
+    if scale != 1:
+        size = [max(size_px, round(height * scale)), max(size_px, round(width * scale))]
+        image = nn.functional.interpolate(image[None], size, mode="bilinear", antialias=scale < 1)[0]
+    top, left = (image.shape[1] - size_px) // 2, (image.shape[2] - size_px) // 2
+    return image[:, top : top + size_px, left : left + size_px]
+
+
+def _with_dropout(captions: Captions, length: int, rows: list[int], dropped: Tensor) -> Embeds:
+    stored = captions.embeds[length]
+    values, mask = stored.values[rows].clone(), stored.mask[rows].clone()
+    empty = captions.empty.values.shape[1]
+    values[dropped], mask[dropped] = 0.0, False
+    values[dropped, :empty], mask[dropped, :empty] = captions.empty.values[0], captions.empty.mask[0]
+    return Embeds(values, mask)
+
+
+def _draw_window(tokens: int, side: int, draws: torch.Generator) -> Window | None:
+    if not side or side >= tokens:
+        return None
+    top, left = torch.randint(tokens - side + 1, (2,), generator=draws).tolist()
+    return Window(slice(top, top + side), slice(left, left + side))
+
+
+def _cut(image: Tensor, window: Window, patch_px: int) -> Tensor:
+    rows, columns = (slice(part.start * patch_px, part.stop * patch_px) for part in (window.rows, window.columns))
+    return image[:, :, rows, columns]

@@ -1,0 +1,201 @@
+"""A corpus on disk: PNG images, and one JSON line for each with its prompt and seed.
+
+    DIR/metadata.jsonl     {"file_name": "images/000000.png", "text": "a red circle", "seed": 7, "sha256": "..."}
+    DIR/images/*.png
+
+The file names follow Hugging Face's image folders, so other tools read a corpus as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_runtime.errors import ArtifactError, HostError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+METADATA_NAME, IMAGES_NAME = "metadata.jsonl", "images"
+SHARD_IMAGES = 10_000
+"""Images a folder, so that no folder grows without bound: `images/00`, `images/01` and on."""
+
+TEXT_CHARACTERS_MAX = 1 << 16
+PIXELS_MAX = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image of a corpus; `seed` is of the noise that drew it, None for an image that no model drew."""
+
+    file_name: str
+    text: str
+    seed: int | None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A checked corpus: every row is readable and names a file that is there."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.rows)
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Read a corpus's rows.
+
+    Raises:
+        UsageError: no corpus there.
+        ArtifactError: a row is damaged, leaves the folder or names a file that is absent; says which rows.
+    """
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        raise UsageError(f"`{folder}` has no {METADATA_NAME}, so it is no corpus", hint="write one with `train corpus`")
+    rows, faults = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = _row(line)
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            faults.append(f"line {number}: {error}")
+            continue
+        fault = _file_fault(folder, row)
+        if fault:
+            faults.append(f"line {number}: {fault}")
+        rows.append(row)
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ArtifactError(
+            f"`{path}`: {'; '.join(faults[:5])}{more}",
+            hint="the corpus command that wrote it goes on where it stopped, or take these lines out",
+        )
+    if not rows:
+        raise ArtifactError(f"`{path}` lists no image", hint="write a corpus with `train corpus`")
+    return Corpus(folder, tuple(rows))
+
+
+def read_image(corpus: Corpus, row: Row) -> NDArray[np.uint8]:
+    """Pixels [H,W,3] of one row.
+
+    Raises:
+        ArtifactError: damaged, changed since it was written, or absurdly large.
+    """
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    path = corpus.folder / row.file_name
+    try:
+        data = path.read_bytes()
+        if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
+            raise ArtifactError(f"`{path}` is not the file that its row was written for", hint="draw the corpus again")
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > PIXELS_MAX:
+                raise ArtifactError(f"`{path}` has {image.width}x{image.height} pixels, expected up to {PIXELS_MAX:,}")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ArtifactError(f"`{path}` is no readable image: {error}", hint="draw the corpus again") from error
+
+
+def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, seed: int | None) -> Row:
+    """Write one PNG into its place, whole or not at all, and return its row.
+
+    Raises:
+        HostError: the disk is full or refuses.
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    data = buffer.getvalue()
+    name = f"{IMAGES_NAME}/{index // SHARD_IMAGES:02}/{index:08}.png"
+    path = folder / name
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
+    return Row(name, text, seed, hashlib.sha256(data).hexdigest())
+
+
+def append_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Add rows to the metadata, after their images were written.
+
+    Raises:
+        HostError: the disk is full or refuses.
+    """
+    text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with (folder / METADATA_NAME).open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+    except OSError as error:
+        raise HostError(
+            f"cannot write `{folder / METADATA_NAME}`: {error.strerror or error}", hint="make room, then again"
+        ) from error
+
+
+def written_rows(folder: Path) -> int:
+    """How many whole rows a corpus has so far; a row that a kill cut off is removed.
+
+    Raises:
+        HostError: the folder refuses.
+    """
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        return 0
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Prompts from a text file, one a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        UsageError: absent, no text, or no prompt in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read prompts from `{path}`: {error}", hint="give a UTF-8 file, one a line") from error
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not prompts:
+        raise UsageError(f"`{path}` holds no prompt", hint="write one prompt a line")
+    return prompts
+
+
+def _row(line: str) -> Row:
+    parsed = json.loads(line)
+    if not isinstance(parsed, dict):
+        raise TypeError("no JSON object")
+    name, text, seed = parsed["file_name"], parsed.get("text", parsed.get("prompt")), parsed.get("seed")
+    if not isinstance(name, str) or not isinstance(text, str) or len(text) > TEXT_CHARACTERS_MAX:
+        raise TypeError("`file_name` and `text` must be text")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
+        raise TypeError(f"`seed` is {seed!r}, expected 0 to 2^64 - 1")
+    digest = parsed.get("sha256", "")
+    return Row(name, text, seed, digest if isinstance(digest, str) else "")
+
+
+def _file_fault(folder: Path, row: Row) -> str:
+    path = folder / row.file_name
+    if Path(row.file_name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        return f"`{row.file_name}` leaves the folder"
+    return "" if path.is_file() else f"`{row.file_name}` is missing"

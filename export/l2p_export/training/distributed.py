@@ -1,0 +1,218 @@
+"""The processes of one run, as `torchrun` starts them: who they are, how gradients meet, how shards become whole.
+
+Without torchrun's environment variables a run is one process and nothing here starts anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from l2p_runtime.errors import HostError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+SHARDINGS = ("none", "fsdp")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# The first process writes states and adapters of many gigabytes while the others wait for it.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """This process among those of a run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: processes in all.
+        local_size: processes on this machine.
+        device: where this process computes.
+        is_sharded: weights, gradients and moments are cut over the processes instead of copied to each.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    is_sharded: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """True for the one process that writes files and speaks."""
+        return self.rank == 0
+
+
+ALONE = Team()
+"""One process on the CPU."""
+
+
+@contextmanager
+def joined(device: str | None = None, sharding: str = "none") -> Iterator[Team]:
+    """Join the other processes that torchrun started; one process by itself where it started none.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:1`; None for CUDA where there is a GPU. Of several processes, each takes the GPU
+            of its local rank.
+        sharding: `none`: each process holds everything, gradients are averaged (DDP); `fsdp`: weights, gradients and
+            moments are cut over the processes (FSDP2).
+
+    Raises:
+        UsageError: a device or sharding that does not fit the number of processes.
+        HostError: no such GPU, or the processes do not find each other.
+    """
+    if sharding not in SHARDINGS:
+        raise UsageError(f"the sharding is {sharding!r}, expected {' or '.join(SHARDINGS)}")
+    numbers = {name: os.environ.get(name, "") for name in _VARIABLES}
+    size = int(numbers["WORLD_SIZE"] or 1) if all(numbers.values()) else 1
+    if size == 1:
+        if sharding == "fsdp":
+            raise UsageError(
+                "there is one process, so nothing to cut weights over",
+                hint="start several: torchrun --nproc-per-node 2 -m l2p_export train transfer ..., or --sharding none",
+            )
+        yield Team(device=_device(device, 0))
+        return
+    if device is not None and device.startswith("cuda:"):
+        raise UsageError(f"--device is {device}, for {size} processes", hint="give cuda; each takes its own GPU")
+    chosen = _device(device, int(numbers["LOCAL_RANK"]))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank = int(numbers["RANK"])
+    _start_group(chosen)
+    try:
+        yield Team(rank, size, local_size, chosen, is_sharded=sharding == "fsdp")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def gathered(team: Team, values: Sequence[float]) -> list[list[float]]:
+    """The values of every process, in the order of ranks; the same on each."""
+    if team.size == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.float64, device=team.device)
+    rows = [torch.empty_like(own) for _ in range(team.size)]
+    torch.distributed.all_gather(rows, own)
+    return [row.tolist() for row in rows]
+
+
+def cut_over(model: nn.Module, blocks: Sequence[nn.Module], kept_whole: Sequence[nn.Module], team: Team) -> None:
+    """Cut the parameters of `model` over the processes in place (FSDP2): each block by itself, then the rest.
+
+    Args:
+        model: what is cut; equal on every process, float32.
+        blocks: parts that are gathered, used and dropped one after the other.
+        kept_whole: parts whose parameters stay on every process.
+        team: the processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(team.device.type, (team.size,))
+    ignored = {parameter for part in kept_whole for parameter in part.parameters()}
+    for part in kept_whole:
+        part.to(team.device)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+
+
+def averaging_gradients(model: nn.Module, team: Team) -> nn.Module:
+    """What to call in place of `model` so that gradients come out as the mean over the processes."""
+    if team.size == 1 or team.is_sharded:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model,
+        # All processes made the same weights from the same seed and files.
+        init_sync=False,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager[None]:
+    """A context for all micro batches but the last: their gradients add up where they are made."""
+    if when and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """True for a tensor of which each process holds a part."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory: all of it unless it is cut."""
+    if not is_cut(tensor):
+        return tensor.detach()
+    cut: DTensor = tensor  # type: ignore[assignment]
+    with torch.no_grad():
+        part: Tensor = cut.to_local()
+    return part.detach()
+
+
+def part_for(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every process has whole, the part that belongs where `like` is cut."""
+    if not is_cut(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    cut: DTensor = like  # type: ignore[assignment]
+    moved = whole.to(cut.device)
+    return own_part(distribute_tensor(moved, cut.device_mesh, cut.placements, src_data_rank=None))
+
+
+def made_whole(part: Tensor, like: Tensor) -> Tensor:
+    """Gather the parts of all processes into the whole tensor; every process must call this for the same tensors."""
+    if not is_cut(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    cut: DTensor = like  # type: ignore[assignment]
+    local = part.to(cut.device)
+    return DTensor.from_local(
+        local, cut.device_mesh, cut.placements, run_check=False, shape=cut.shape, stride=cut.stride()
+    ).full_tensor()
+
+
+def _device(wanted: str | None, local_rank: int) -> torch.device:
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UsageError(f"--device is {wanted!r}, expected cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device is {wanted!r}, expected cpu, cuda or cuda:0")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise HostError(
+            f"there is no GPU {device.index}; torch sees {count}",
+            hint="start as many processes as there are GPUs, or give --device cpu",
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_group(device: torch.device) -> None:
+    try:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise HostError(
+            f"the processes of this run did not find each other: {error}", hint="start them with torchrun"
+        ) from error

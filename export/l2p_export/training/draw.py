@@ -1,0 +1,201 @@
+"""A latent source draws batches of images: for a corpus to train on, and for its own evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions, source_dimensions
+from l2p_export.families.z_image_l2p.latent import LATENT_CHANNELS, LATENT_PATCH, LatentModel
+from l2p_export.families.z_image_l2p.pixel import load_published
+from l2p_export.families.z_image_l2p.specs import model_spec
+from l2p_export.tensors import read_tensor
+from l2p_export.training.corpus import append_rows, write_image, written_rows
+from l2p_export.training.flow import sample
+from l2p_export.training.pipeline_folder import Embeds, Source, encode_texts, load_autoencoder
+from l2p_export.training.settings import require_settings
+from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.noise import normal_noise
+from l2p_runtime.positions import rope_tables
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from numpy.typing import NDArray
+
+    from l2p_export.progress import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class DrawSpec:
+    """How a source draws.
+
+    Attributes:
+        guidance: s in v_without + s (v_with - v_without); 1 is none.
+        batch: images at once.
+    """
+
+    height_px: int
+    width_px: int
+    steps: int
+    guidance: float
+    shift: float
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            UsageError: names the one that is wrong.
+        """
+        if self.steps < 1 or self.batch < 1:
+            raise UsageError("steps and batch must be 1 or more")
+        if self.guidance < 0 or self.shift <= 0:
+            raise UsageError("guidance must not be negative, and shift must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Artist:
+    """A source in memory, ready to draw."""
+
+    source: Source
+    dimensions: Dimensions
+    model: LatentModel
+    autoencoder: AutoencoderKL
+
+    @property
+    def px_per_latent(self) -> int:
+        """Side of the square of pixels that one latent stands for."""
+        return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+
+
+def load_artist(source: Source) -> Artist:
+    """Load a source's transformer and autoencoder in float32.
+
+    Raises:
+        ArtifactError: a tensor is absent or misshapen.
+    """
+    shapes = {name: tensor.shape for name, tensor in source.transformer.tensors.items()}
+    d = source_dimensions(shapes, published_dimensions("1k"))
+    model = LatentModel(d, lambda layer: torch.float32).eval().requires_grad_(requires_grad=False)
+    missing = load_published(
+        model, {name: torch.from_numpy(read_tensor(tensor)) for name, tensor in source.transformer.tensors.items()}
+    )
+    if missing:
+        raise ArtifactError(
+            f"`{source.folder}` lacks {len(missing)} tensors of its transformer, `{missing[0]}` first",
+            hint="fetch the folder again",
+        )
+    return Artist(source, d, model, load_autoencoder(source))
+
+
+def draw_images(artist: Artist, texts: Sequence[str], seeds: Sequence[int], spec: DrawSpec) -> NDArray[np.uint8]:
+    """Draw one image [N,H,W,3] for each text from the noise of its seed.
+
+    Raises:
+        UsageError: a size that does not divide, or a text that is too long.
+    """
+    side_px = artist.px_per_latent * LATENT_PATCH
+    if spec.height_px % side_px or spec.width_px % side_px or min(spec.height_px, spec.width_px) < side_px:
+        raise UsageError(
+            f"{spec.width_px}x{spec.height_px} does not divide into tokens, expected multiples of {side_px} px"
+        )
+    height, width = spec.height_px // artist.px_per_latent, spec.width_px // artist.px_per_latent
+    noises = [normal_noise(seed, channels=LATENT_CHANNELS, rows=(0, height), cols=(0, width)) for seed in seeds]
+    # Captions of one padded length share a batch: where the image stands in time follows from it.
+    lengths = [-(-len(artist.source.tokenizer.tokens(text)) // 32) * 32 for text in texts]
+    images = np.empty((len(texts), spec.height_px, spec.width_px, 3), np.uint8)
+    for length in sorted(set(lengths)):
+        members = [index for index, found in enumerate(lengths) if found == length]
+        for start in range(0, len(members), spec.batch):
+            part = members[start : start + spec.batch]
+            embeds = encode_texts(artist.source, [texts[index] for index in part], length)
+            noise = torch.from_numpy(np.stack([noises[index] for index in part]))
+            images[part] = _draw(artist, embeds, noise, spec)
+    return images
+
+
+def draw_corpus(
+    artist: Artist,
+    prompts: Sequence[str],
+    seeds_per_prompt: int,
+    seed: int,
+    spec: DrawSpec,
+    out: Path,
+    report: Reporter,
+) -> int:
+    """Draw a corpus: each prompt with as many seeds; a stopped run goes on with the next image.
+
+    Args:
+        artist: who draws.
+        prompts: captions, in order.
+        seeds_per_prompt: images of each.
+        seed: the first image's; each next one has the next.
+        spec: how to draw.
+        out: the corpus's folder.
+        report: told of images.
+
+    Returns:
+        Images drawn by this call.
+
+    Raises:
+        UsageError: the folder holds a corpus of other settings.
+        HostError: the disk is full; what was drawn is kept.
+    """
+    settings: dict[str, object] = {
+        "source": artist.source.folder.name,
+        "prompts": len(prompts),
+        "seeds_per_prompt": seeds_per_prompt,
+        "seed": seed,
+        "size": f"{spec.width_px}x{spec.height_px}",
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+        "shift": spec.shift,
+    }
+    require_settings(out, settings)
+    total, done = len(prompts) * seeds_per_prompt, written_rows(out)
+    with report.stage("drawing the corpus", total - done, "images") as advance:
+        for start in range(done, total, spec.batch):
+            numbers = range(start, min(total, start + spec.batch))
+            texts = [prompts[number // seeds_per_prompt] for number in numbers]
+            images = draw_images(artist, texts, [seed + number for number in numbers], spec)
+            rows = [
+                write_image(out, number, image, text, seed + number)
+                for number, image, text in zip(numbers, images, texts, strict=True)
+            ]
+            append_rows(out, rows)
+            advance(len(rows))
+    return total - done
+
+
+@torch.no_grad()
+def _draw(artist: Artist, embeds: Embeds, noise: Tensor, spec: DrawSpec) -> NDArray[np.uint8]:
+    rows, columns = noise.shape[2] // LATENT_PATCH, noise.shape[3] // LATENT_PATCH
+    empty = encode_texts(artist.source, [""])
+    model = model_spec(artist.dimensions)
+    tables = {
+        length: tuple(torch.from_numpy(table) for table in rope_tables(model, rows, columns, length))
+        for length in {embeds.values.shape[1], empty.values.shape[1]}
+    }
+
+    def predict(mixed: Tensor, time: Tensor, has_caption: bool) -> Tensor:
+        used = embeds if has_caption else empty
+        values, mask = (part.expand(len(mixed), *part.shape[1:]) for part in (used.values, used.mask))
+        made: Tensor = artist.model(mixed, time, values, mask, *tables[values.shape[1]])
+        return made
+
+    latents = sample(predict, noise, spec.steps, spec.guidance, spec.shift)
+    return decode(artist.autoencoder, latents)
+
+
+def decode(autoencoder: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
+    """Latents [N,16,h,w] of unit variance to pixels [N,H,W,3]."""
+    config = autoencoder.config
+    decoded = autoencoder.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+    pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())

@@ -1,0 +1,261 @@
+"""What a transfer will take: parameters, and bytes on the device and in the host's memory, before anything is loaded.
+
+Weights, gradients, moments and averages are counted. Activations are an estimate: what autograd keeps of one micro
+batch for the backward pass, by the formulas below, and the gradients in flight of the largest part. Left out are the
+CUDA context, the allocator's gaps and the libraries' workspaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from l2p_export.families.z_image_l2p.dimensions import Dimensions, expected_shapes, network_blocks, network_shapes
+from l2p_export.families.z_image_l2p.specs import HALO_ROWS, model_spec
+from l2p_export.training.storage import STORAGES
+from l2p_runtime.errors import HostError
+from l2p_runtime.memory import available_host_bytes
+
+if TYPE_CHECKING:
+    from l2p_export.training.distributed import Team
+    from l2p_export.training.transfer import Means, TransferSpec
+
+# Bytes that a block keeps for the backward pass, for each token: of its width, and of the feed-forward's inner width;
+# in float32 and under BF16 autocast; of a trained and of a frozen block. Counted with saved-tensor hooks on the blocks
+# of this family (tests/unit/export/training/test_forecast.py counts again).
+_KEPT = {
+    ("none", True): (88, 16),
+    ("none", False): (56, 12),
+    ("bf16", True): (84, 8),
+    ("bf16", False): (48, 6),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingForecast:
+    """What one process takes.
+
+    Attributes:
+        trained_parameters: of the whole model.
+        frozen_parameters: of its trunk.
+        processes: that share the work.
+        local_processes: of them, on this machine.
+        device: `cpu` or `cuda`.
+        device_bytes: what to bytes on the device of one process.
+        host_bytes: what to bytes in the host's memory for one process, besides what is on the device; of `loading` and
+            `saving`, the larger one counts.
+        basis: how activations are estimated.
+    """
+
+    trained_parameters: int
+    frozen_parameters: int
+    processes: int
+    local_processes: int
+    device: str
+    device_bytes: Mapping[str, int]
+    host_bytes: Mapping[str, int]
+    basis: str
+
+    @property
+    def device_total(self) -> int:
+        """Bytes on the device of one process."""
+        return sum(self.device_bytes.values())
+
+    @property
+    def host_total(self) -> int:
+        """Bytes in the host's memory for all processes on this machine, the device's among them where it is the CPU."""
+        passing = ("loading", "saving")
+        lasting = sum(size for what, size in self.host_bytes.items() if what not in passing)
+        one = lasting + max(self.host_bytes.get(what, 0) for what in passing)
+        return self.local_processes * (one + (self.device_total if self.device == "cpu" else 0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "trained_parameters": self.trained_parameters,
+            "frozen_parameters": self.frozen_parameters,
+            "processes": self.processes,
+            "device": self.device,
+            "device_bytes": {**self.device_bytes, "total": self.device_total},
+            "host_bytes": {**self.host_bytes, "total": self.host_total},
+            "activations_basis": self.basis,
+        }
+
+
+def transfer_forecast(
+    d: Dimensions,
+    spec: TransferSpec,
+    means: Means,
+    team: Team,
+    *,
+    caption_tokens: int,
+    text_parameters: int = 0,
+    caption_values: int = 0,
+) -> TrainingForecast:
+    """Forecast a transfer.
+
+    Args:
+        d: the pixel model.
+        spec: what is trained.
+        means: how memory and precision are spent.
+        team: the processes.
+        caption_tokens: the longest padded caption.
+        text_parameters: of the text encoder, which stays in the host's memory in float32.
+        caption_values: of all captions' embeddings together, which stay there too.
+    """
+    trunk = network_shapes("trunk", d)
+    frozen = _count(trunk)
+    trained = _count(expected_shapes(d)) - frozen
+    shares = team.size if team.is_sharded else 1
+    on_cpu = means.optimizer_device == "cpu"
+    narrow = on_cpu and means.autocast == "bf16" and not team.is_sharded
+    part = -(-trained // shares)
+    weight_bytes = (2 if narrow else 4) * part
+    trunk_bytes = _trunk_bytes(trunk, means.trunk_storage, shares)
+    activations, basis = _activations(d, spec, means, team, caption_tokens)
+    device = {"weights": weight_bytes, "gradients": weight_bytes, "trunk": trunk_bytes, "activations": activations}
+    host = {"text encoder": 4 * text_parameters, "caption embeddings": 4 * caption_values}
+    if on_cpu:
+        host |= {"masters": 4 * part, "gradients": 4 * part, "moments": 8 * part, "averages": 4 * part}
+    else:
+        device |= {"moments": 8 * part, "averages": 4 * part}
+    if means.autocast == "bf16":
+        device["autocast copies"] = _autocast_bytes(d, spec, means, trained, narrow=narrow)
+    if team.is_sharded:
+        # One block at a time is whole, in float32, and its gradient.
+        device["gathered block"] = 2 * 4 * max(_count(_block_shapes(d, block)) for block in _blocks(d))
+    is_elsewhere = team.device.type != "cpu" or team.is_sharded
+    whole_trunk = _trunk_bytes(trunk, means.trunk_storage, 1)
+    host["loading"] = 4 * trained + whole_trunk if is_elsewhere else 0
+    # Adapters are made in BF16 in the memory of the first process, from averages that it first gathers if they are cut.
+    host["saving"] = (2 + (4 if team.is_sharded else 0)) * trained if team.leads else 0
+    return TrainingForecast(trained, frozen, team.size, team.local_size, team.device.type, device, host, basis)
+
+
+def require_memory(forecast: TrainingForecast, spec: TransferSpec, means: Means, team: Team) -> None:
+    """Refuse a run that does not fit.
+
+    Raises:
+        HostError: names what takes how much, and the options that lower it.
+    """
+    lower = _options(forecast, spec, means, team)
+    if team.device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(team.device)
+        if forecast.device_total > free:
+            raise HostError(_excess(f"`{team.device}`", forecast.device_bytes, forecast.device_total, free), hint=lower)
+    free = available_host_bytes()
+    if forecast.host_total > free:
+        parts = {**forecast.host_bytes, **(forecast.device_bytes if team.device.type == "cpu" else {})}
+        raise HostError(_excess("the host's memory", parts, forecast.host_total, free), hint=lower)
+
+
+def kept_bytes(d: Dimensions, spec: TransferSpec, means: Means, caption_tokens: int) -> tuple[int, int]:
+    """Bytes of activations that autograd keeps of one sample at the largest size, and those of its largest part."""
+    side = max(spec.sizes_px) // spec.patch_px
+    image_tokens = model_spec(d).padded(side * side)
+    tokens = {"context_refiner": caption_tokens, "noise_refiner": image_tokens, "layers": image_tokens + caption_tokens}
+    trunk = set(network_blocks("trunk", d))
+    kept, largest = 0, 0
+    for block in _blocks(d):
+        width, inner = _KEPT[means.autocast, block not in trunk]
+        count = tokens[block.partition(".")[0]]
+        whole = count * (width * d.width + inner * d.ffn_width)
+        kept += 4 * count * d.width if spec.checkpointing else whole
+        largest = max(largest, whole)
+    window = spec.window_tokens
+    drawn = side if not window or window >= side else min(side, window + 2 * HALO_ROWS)
+    item = 4 if means.autocast == "none" else 2
+    head, head_largest = _head_bytes(d, (drawn * spec.patch_px) ** 2, item, checkpointing=spec.checkpointing)
+    return kept + head, max(largest, head_largest)
+
+
+def _activations(d: Dimensions, spec: TransferSpec, means: Means, team: Team, caption_tokens: int) -> tuple[int, str]:
+    """Bytes of one micro batch of one process, and in words what they are."""
+    samples = max(1, spec.schedule.batch // (spec.schedule.micro_batches * team.size))
+    kept, largest = kept_bytes(d, spec, means, caption_tokens)
+    side_px = max(spec.sizes_px)
+    # Mixed image, what it should become, what was made, and their difference.
+    images = 4 * 4 * 3 * side_px**2
+    # Gradients are half as many as what is kept; a part that is recomputed is kept while its gradients are made.
+    in_flight = largest * 3 // 2 if spec.checkpointing else largest // 2
+    how = "recomputed block by block" if spec.checkpointing else "kept"
+    precision = "float32" if means.autocast == "none" else "BF16 autocast"
+    basis = f"estimate for {samples} images of {side_px} px at once, {precision}, activations {how}"
+    return samples * (kept + images + in_flight), basis
+
+
+def _head_bytes(d: Dimensions, area_px: int, item: int, *, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that the pixel head keeps of one image, and those of its largest stage."""
+    kept, largest, channels, area = 0, 0, 3, area_px
+    for stage in d.stages:
+        inside = item * stage.encoder * area
+        # The input, the convolution's output, the activation's, which pooling reads, and pooling's places.
+        kept += item * channels * area + inside * (1 if checkpointing else 2) + 8 * stage.encoder * area // 4
+        largest = max(largest, 2 * inside)
+        channels, area = stage.encoder, area // 4
+    kept += item * (channels + d.width) * area + item * d.bottleneck * area
+    channels = d.bottleneck
+    for stage in reversed(d.stages):
+        small, area = area, area * 4
+        joined = stage.up + stage.encoder
+        kept += item * (channels * (small if checkpointing else area) + joined * area)
+        kept += 0 if checkpointing else item * stage.decoder * area
+        largest = max(largest, item * area * max(channels + stage.up, joined + 2 * stage.decoder))
+        channels = stage.decoder
+    return kept + item * channels * area, largest
+
+
+def _autocast_bytes(d: Dimensions, spec: TransferSpec, means: Means, trained: int, *, narrow: bool) -> int:
+    """BF16 copies of float32 weights: trained ones last through the forward pass, frozen ones until they are used."""
+    frozen = 0 if spec.checkpointing or means.trunk_storage != "float32" else _count(network_shapes("trunk", d))
+    return 2 * ((0 if narrow else trained) + frozen)
+
+
+def _trunk_bytes(trunk: Mapping[str, tuple[int, ...]], storage: str, shares: int) -> int:
+    """Matrices in their storage, everything else in float32; cut over processes only where it is all float32."""
+    matrices = sum(math.prod(shape) for shape in trunk.values() if len(shape) == 2)
+    rows = sum(shape[0] for shape in trunk.values() if len(shape) == 2)
+    rest = _count(trunk) - matrices
+    if storage == "float32":
+        return -(-4 * (matrices + rest) // shares)
+    return STORAGES[storage] * matrices + 4 * rest + (4 * rows if storage == "float8" else 0)
+
+
+def _options(forecast: TrainingForecast, spec: TransferSpec, means: Means, team: Team) -> str:
+    """The options that would lower what is asked for, most effective first."""
+    parts = forecast.device_bytes
+    splits = spec.schedule.batch > spec.schedule.micro_batches * team.size
+    can_move = forecast.device != "cpu" and means.optimizer_device == "same"
+    # Option to about what it saves; the last ones always help, by how much is the machine's affair.
+    choices = {
+        "--checkpointing": 0 if spec.checkpointing else parts["activations"] // 2,
+        "a larger --micro-batches": parts["activations"] // 2 if splits else 0,
+        "--optimizer-device cpu": parts.get("moments", 0) if can_move else 0,
+        "--trunk-storage bfloat16 or float8": parts["trunk"] // 2 if means.trunk_storage == "float32" else 0,
+        "--window-tokens": 0 if spec.window_tokens or spec.variant == "10k" else 2,
+        "more processes with --sharding fsdp": 0 if team.is_sharded else 1,
+    }
+    named = sorted((name for name, gain in choices.items() if gain), key=lambda name: -choices[name])
+    return "lower it with " + ", ".join(named)
+
+
+def _excess(where: str, parts: Mapping[str, int], total: int, free: int) -> str:
+    largest = sorted(((size, what) for what, size in parts.items() if size), reverse=True)[:4]
+    listed = ", ".join(f"{what} {size:,}" for size, what in largest)
+    return f"the run takes about {total:,} bytes of {where}, and {free:,} are free: {listed}"
+
+
+def _blocks(d: Dimensions) -> tuple[str, ...]:
+    return tuple(block for network in ("caption", "stem", "trunk", "tail") for block in network_blocks(network, d))
+
+
+def _block_shapes(d: Dimensions, block: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in expected_shapes(d).items() if name.startswith(f"{block}.")}
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

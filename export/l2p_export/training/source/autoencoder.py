@@ -1,0 +1,104 @@
+"""Trains the autoencoder of a latent source: diffusers' `AutoencoderKL`, 8 px to a latent, 16 channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2p_export.training.loop import Schedule, generator, train
+from l2p_export.training.world.render import render
+from l2p_export.training.world.scenes import draw_description, place
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from numpy.typing import NDArray
+
+    from l2p_export.progress import Reporter
+
+LATENT_CHANNELS = 16
+"""As many as Z-Image's, so that a source's patches of 2 x 2 latents have the published 64 values."""
+
+CONFIG: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 16, 32, 64),
+    "layers_per_block": 1,
+    "latent_channels": LATENT_CHANNELS,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+IMAGE_PX = 128
+CROP_PX = 64
+KL_WEIGHT = 1e-4
+"""Of the divergence of one latent value from a unit normal, against the mean squared error of a pixel."""
+
+EDGE_WEIGHT = 0.1
+"""Of the absolute error, which keeps pulling at edges where squares of small errors fade."""
+
+
+def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter) -> AutoencoderKL:
+    """Train on crops of rendered scenes; `scaling_factor` and `shift_factor` are set from its own latents.
+
+    Raises:
+        As `loop.train`.
+    """
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(schedule.seed)
+    model = AutoencoderKL(**CONFIG, sample_size=IMAGE_PX).to(memory_format=torch.channels_last)
+
+    def loss(step: int, micro: int) -> Tensor:
+        size = schedule.batch // schedule.micro_batches
+        image = _crops(np.random.default_rng([schedule.seed, step, micro]), size)
+        posterior = model.encode(image).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator(schedule.seed, step, micro))
+        made = model.decode(posterior.mean + posterior.std * noise).sample
+        difference = made - image
+        error = difference.square().mean() + EDGE_WEIGHT * difference.abs().mean()
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        total: Tensor = error + KL_WEIGHT * divergence
+        return total
+
+    settings = {"stage": "autoencoder", "schedule": asdict(schedule), "config": dict(CONFIG)}
+    averaged = train(model, loss, schedule, folder, settings, report, title="autoencoder")
+    model.load_state_dict(averaged)
+    model.eval().requires_grad_(requires_grad=False)
+    latents = encode(model, _images(np.random.default_rng([schedule.seed, 1 << 31]), 256))
+    model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+    return model
+
+
+@torch.no_grad()
+def encode(model: AutoencoderKL, images: NDArray[np.uint8], batch: int = 32) -> Tensor:
+    """Means of the latents [N,16,H/8,W/8] of images [N,H,W,3], neither shifted nor scaled."""
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    return torch.cat([model.encode(as_tensor(part)).latent_dist.mean for part in parts])
+
+
+def as_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Pixels [N,H,W,3] to float32 [N,3,H,W] from -1 to 1, channels last in memory."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def _images(random: np.random.Generator, count: int) -> NDArray[np.uint8]:
+    scenes = (place(draw_description(random), random) for _ in range(count))
+    return np.stack([render(scene, IMAGE_PX, IMAGE_PX) for scene in scenes])
+
+
+def _crops(random: np.random.Generator, count: int) -> Tensor:
+    """A quarter of each image, cut anywhere."""
+    corners = random.integers(0, IMAGE_PX - CROP_PX + 1, (count, 2))
+    images = _images(random, count)
+    cut = [image[y : y + CROP_PX, x : x + CROP_PX] for image, (y, x) in zip(images, corners, strict=True)]
+    return as_tensor(np.stack(cut))

@@ -1,0 +1,156 @@
+"""The small world: one or two plain shapes on a plain background, what a caption may say of them, and where they lie.
+
+A `Description` is what a caption says; a `Scene` is one way to draw it. Combinations are split once and for all by a
+digest of their names, so that no training run, wherever it runs, sees a held-out one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2p_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 88, 200),
+    "yellow": (240, 205, 30),
+}
+"""Colour of an object to its sRGB value."""
+
+BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "grey": (128, 128, 128),
+    "black": (16, 16, 16),
+}
+"""Background to its sRGB value; the first is meant where a caption names none."""
+
+DEFAULT_BACKGROUND = next(iter(BACKGROUNDS))
+SHAPES = ("circle", "square", "triangle")
+RELATIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Where the first object lies, seen from the second: direction along x and y, y downwards."""
+
+HELD_OUT_IN = 6
+"""One combination in so many is held out."""
+
+REACH = 1.2
+"""Farthest point of any shape from its centre, in radii: a triangle's corner."""
+
+GAP = 0.06
+"""Least distance between the outlines of two objects, in short sides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A shape of a colour."""
+
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a caption says.
+
+    Attributes:
+        things: one or two different things.
+        relation: where the first of two lies, seen from the second; None for one.
+        background: a background, or None where the caption names none.
+    """
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its combination is kept from training: two things, or one thing and its background."""
+        names = sorted(f"{thing.colour} {thing.shape}" for thing in self.things)
+        if len(names) == 1:
+            names.append(self.background or DEFAULT_BACKGROUND)
+        digest = hashlib.sha256("+".join(names).encode()).digest()
+        return int.from_bytes(digest[:4], "big") % HELD_OUT_IN == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One drawn thing: centre from the left and the top, and radius, all in short sides of the image."""
+
+    thing: Thing
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A description with places; `background` is drawn whether the caption names it or not."""
+
+    background: str
+    placed: tuple[Placed, ...]
+
+
+def draw_description(random: np.random.Generator, *, held_out: bool = False) -> Description:
+    """Draw what a caption may say, from the training combinations or from the held-out ones.
+
+    Two objects come twice as often as one, a background is named every other time.
+    """
+    while True:
+        count = 1 if random.random() < 1 / 3 else 2
+        things = tuple(
+            Thing(tuple(COLOURS)[random.integers(len(COLOURS))], SHAPES[random.integers(len(SHAPES))])
+            for _ in range(count)
+        )
+        relation = tuple(RELATIONS)[random.integers(len(RELATIONS))] if count == 2 else None
+        background = tuple(BACKGROUNDS)[random.integers(len(BACKGROUNDS))] if random.random() < 1 / 2 else None
+        description = Description(things, relation, background)
+        if len(set(things)) == count and description.held_out == held_out:
+            return description
+
+
+def place(description: Description, random: np.random.Generator, aspect: tuple[float, float] = (1.0, 1.0)) -> Scene:
+    """Find places for the things of a description.
+
+    Args:
+        description: what to draw.
+        random: where the places come from.
+        aspect: height and width of the image in short sides.
+
+    Returns:
+        Objects lie inside the image with a margin, apart from each other, and farther along the relation's axis than
+        across it.
+
+    Raises:
+        UsageError: two things and no relation.
+    """
+    background = description.background or DEFAULT_BACKGROUND
+    if len(description.things) == 1:
+        radius = random.uniform(0.16, 0.24)
+        return Scene(background, (_anywhere(description.things[0], radius, random, aspect),))
+    if description.relation is None:
+        raise UsageError("two things without a relation cannot be placed", hint=f"name one of {', '.join(RELATIONS)}")
+    along_x, along_y = RELATIONS[description.relation]
+    while True:
+        radii = random.uniform(0.13, 0.19, 2)
+        first, second = (
+            _anywhere(thing, float(radius), random, aspect)
+            for thing, radius in zip(description.things, radii, strict=True)
+        )
+        along = (first.x - second.x) * along_x + (first.y - second.y) * along_y
+        across = abs(first.x - second.x) * abs(along_y) + abs(first.y - second.y) * abs(along_x)
+        if along >= REACH * (first.radius + second.radius) + GAP and across <= along / 2:
+            return Scene(background, (first, second))
+
+
+def _anywhere(thing: Thing, radius: float, random: np.random.Generator, aspect: tuple[float, float]) -> Placed:
+    margin = REACH * radius + 0.02
+    height, width = aspect
+    return Placed(
+        thing, float(random.uniform(margin, width - margin)), float(random.uniform(margin, height - margin)), radius
+    )
