@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,58 @@ def test_wrong_calls(folder: Path, tmp_path: Path, arguments: tuple[str, ...], c
     assert result.returncode == code
     assert says in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("corpus", "--count", "0"), "0 prompts with 1 seeds each"),
+        (("corpus", "--seeds-per-prompt", "0"), "with 0 seeds each, expected 1 or more of both"),
+        (("corpus", "--seed", "-1"), "seed is -1"),
+        (("corpus", "--seed", str(2**64 - 1), "--count", "2"), f"seed is {2**64}"),
+        (("corpus", "--size", "0x0"), "an image of 0x0 px"),
+        (("corpus", "--size", "99999999x64", "--count", "1"), "pixels"),
+        (("corpus", "SOURCE", "--guidance", "nan", "--count", "1"), "guidance is nan"),
+        (("corpus", "SOURCE", "--shift", "inf", "--count", "1"), "shift inf"),
+        (("source", "--seed", "-3"), "seed is -3"),
+        (("source", "--samples", "1"), "1 samples, expected 2 or more"),
+        (("source", "--init", "nowhere"), "is no pipeline folder"),
+    ],
+)
+def test_wrong_numbers_are_the_callers_mistake(
+    folder: Path, tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    named = [folder / "source" if argument == "SOURCE" else argument for argument in arguments]
+    result = run_cli("train", *named, "--out", tmp_path / "out")
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_quiet_training_says_nothing(folder: Path, tmp_path: Path) -> None:
+    """Nor do the libraries beneath it; other scenes in the same work folder are made anew, not taken for the old."""
+    work = folder / "source.training"
+    before = (work / "latents.safetensors").read_bytes()
+    more = ("--scenes", "8", "--autoencoder-steps", "2", "--steps", "2", "--batch", "4", "--samples", "0", "--quiet")
+    result = run_cli("train", "source", "--out", tmp_path / "again", "--init", folder / "source", *more)
+    assert (result.returncode, result.stderr) == (0, "")
+    copy = tmp_path / "again.training"
+    assert (copy / "latents.safetensors").stat().st_size < len(before)
+    shutil.copyfile(work / "latents.safetensors", copy / "latents.safetensors")
+    shutil.rmtree(tmp_path / "again")
+    shutil.rmtree(copy / "transformer")
+    result = run_cli("train", "source", "--out", tmp_path / "again", "--init", folder / "source", *more)
+    assert result.returncode == 0, result.stderr
+    assert (copy / "latents.safetensors").stat().st_size < len(before)
+
+
+def test_samples_of_a_transfer(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    result = run_cli(*transfer(folder, "--samples", "2"), "--out", out)
+    assert result.returncode == 0, result.stderr
+    made = {path.name for path in (tmp_path / "a.training").iterdir()}
+    assert {"samples.png", "scores.csv", "progress.png", "progress.csv"} <= made
+    assert (tmp_path / "a.training" / "scores.csv").read_text().splitlines()[0] == "step,training,held_out"
 
 
 def test_adapters_have_a_name(folder: Path, tmp_path: Path) -> None:

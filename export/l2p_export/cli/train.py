@@ -40,7 +40,7 @@ def command() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Pipeline folder to write.")
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
 @click.option("--init", type=click.Path(path_type=Path), help="Source to begin with; its autoencoder is kept.")
-@click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each saved state.")
+@click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each save; 0 is none.")
 @click.option("--scenes", default=16_000, show_default=True, help="Rendered images to learn from.")
 @click.option("--autoencoder-steps", default=1500, show_default=True)
 @click.option("--steps", default=20_000, show_default=True, help="Of text encoder and transformer.")
@@ -91,8 +91,8 @@ def source_command(
     )
     work = work or out.with_name(out.name + ".training")
     _require_new(out, "model_index.json")
+    samples = SampleSpec(count=options["samples"]) if options["samples"] else None
     if not dry_run:
-        samples = SampleSpec(count=options["samples"])
         train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init)
     _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
 
@@ -204,6 +204,9 @@ def corpus_command(
     help="Of several processes: each holds everything, or weights and moments are cut over them.",
 )
 @click.option("--save-every", default=500, show_default=True)
+@click.option(
+    "--samples", default=0, show_default=True, help="Scenes of the small world drawn and judged at each save."
+)
 @click.option("--licence", "license_text", help="Licence that the adapter file states.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
@@ -232,6 +235,7 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
     from l2p_export.training.corpus import open_corpus
     from l2p_export.training.forecast import require_memory, transfer_forecast
     from l2p_export.training.pipeline_folder import open_headers, open_source
+    from l2p_export.training.samples import SampleSpec, pixel_samples
     from l2p_export.training.transfer import Means, pixel_dimensions, require_split, transfer
     from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 
@@ -239,6 +243,9 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
     autocast = options["autocast"] or ("bf16" if team.device.type == "cuda" else "none")
     means = Means(autocast, options["trunk_storage"], options["optimizer_device"])
     require_split(spec.schedule, team)
+    samples = None
+    if options["samples"]:
+        samples = SampleSpec(options["samples"], min(spec.sizes_px), shift=spec.shift)
     transformer, encoder = open_headers(source)
     images = open_corpus(corpus)
     if spec.noise == "stored":
@@ -265,7 +272,9 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
         require_memory(forecast, spec, means, team)
         report = console if team.leads else Silent()
         licence = options["license_text"] or ""
-        transfer(open_source(source), images, spec, out, work, report, means=means, team=team, licence=licence)
+        opened = open_source(source)
+        on_save = None if samples is None else pixel_samples(work, d, opened, samples)
+        transfer(opened, images, spec, out, work, report, on_save, means=means, team=team, licence=licence)
     if team.leads and dry_run and not as_json:
         facts["forecast"] = "\n  ".join(["", *forecast_lines(forecast)])
     if team.leads:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.noise import checked_seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,6 +164,20 @@ def written_rows(folder: Path) -> int:
     if len(whole) < len(data):
         path.write_bytes(whole)
     return whole.count(b"\n")
+
+
+def corpus_images(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> int:
+    """How many images a corpus will have.
+
+    Raises:
+        UsageError: none, or seeds that run out of range.
+    """
+    total = len(prompts) * seeds_per_prompt
+    if total < 1:
+        raise UsageError(f"{len(prompts)} prompts with {seeds_per_prompt} seeds each, expected 1 or more of both")
+    checked_seed(seed)
+    checked_seed(seed + total - 1)
+    return total
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dim
 from l2p_export.families.z_image_l2p.latent import LATENT_CHANNELS, LATENT_PATCH, LatentModel
 from l2p_export.families.z_image_l2p.pixel import load_published
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.tensors import read_tensor
-from l2p_export.training.corpus import append_rows, write_image, written_rows
+from l2p_export.tensors import read_tensor, weights_digest
+from l2p_export.training.corpus import append_rows, corpus_images, write_image, written_rows
 from l2p_export.training.flow import sample
 from l2p_export.training.pipeline_folder import Embeds, Source, encode_texts, load_autoencoder
 from l2p_export.training.settings import require_settings
@@ -55,8 +56,8 @@ class DrawSpec:
         """
         if self.steps < 1 or self.batch < 1:
             raise UsageError("steps and batch must be 1 or more")
-        if self.guidance < 0 or self.shift <= 0:
-            raise UsageError("guidance must not be negative, and shift must be positive")
+        if not (0 <= self.guidance < math.inf and 0 < self.shift < math.inf):
+            raise UsageError(f"guidance is {self.guidance} and shift {self.shift}, expected 0 or more, and above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +145,13 @@ def draw_corpus(
         Images drawn by this call.
 
     Raises:
-        UsageError: the folder holds a corpus of other settings.
+        UsageError: no prompt, a seed out of range, or the folder holds a corpus of other settings.
         HostError: the disk is full; what was drawn is kept.
     """
+    total = corpus_images(prompts, seeds_per_prompt, seed)
     settings: dict[str, object] = {
-        "source": artist.source.folder.name,
+        # By content: a folder of the same name may hold another source by the time that a run goes on.
+        "source": weights_digest(artist.source.transformer.tensors, artist.source.transformer.tensors),
         "prompts": len(prompts),
         "seeds_per_prompt": seeds_per_prompt,
         "seed": seed,
@@ -158,7 +161,7 @@ def draw_corpus(
         "shift": spec.shift,
     }
     require_settings(out, settings)
-    total, done = len(prompts) * seeds_per_prompt, written_rows(out)
+    done = written_rows(out)
     with report.stage("drawing the corpus", total - done, "images") as advance:
         for start in range(done, total, spec.batch):
             numbers = range(start, min(total, start + spec.batch))

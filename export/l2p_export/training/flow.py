@@ -26,7 +26,7 @@ def sample(
     """
     x, levels = noise, sigmas(steps, shift)
     for level, following in itertools.pairwise(levels):
-        time = torch.full((len(x),), 1 - level)
+        time = x.new_full((len(x),), 1 - level)
         made = predict(x, time, True)
         if guidance != 1:
             without = predict(x, time, False)

@@ -31,6 +31,7 @@ from l2p_export.training.weights import (
     whole_averages,
 )
 from l2p_runtime.errors import ArtifactError, CancelledError, HostError, L2PError, UsageError
+from l2p_runtime.noise import checked_seed
 
 if TYPE_CHECKING:
     from l2p_export.progress import Reporter
@@ -96,6 +97,7 @@ class Schedule:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if not 0 <= self.ema < 1:
             raise UsageError(f"ema is {self.ema}, expected 0 up to 1")
+        checked_seed(self.seed)
         if self.batch % self.micro_batches:
             raise UsageError(f"{self.batch} samples do not split into {self.micro_batches} equal parts")
 

@@ -6,13 +6,14 @@ The small one and the published Z-Image are the same kind of folder and are open
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2p_export.checkpoint import Checkpoint
 from l2p_export.families import family_of
@@ -28,7 +29,6 @@ from l2p_runtime.text import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     import tokenizers
     from diffusers import AutoencoderKL
-    from torch import nn
 
     from l2p_export.text_encoder import TextEncoder
 
@@ -112,11 +112,28 @@ def write_source(
             truncation_side="right",
         ),
         transformer=transformer,
-    ).to(dtype=torch.bfloat16)
+    )
+    for part in (transformer, text, autoencoder):
+        # The plain method: the library's own warns of what it does not do here.
+        nn.Module.to(part, torch.bfloat16)
     try:
-        pipeline.save_pretrained(folder)
+        with _no_progress_bar():
+            pipeline.save_pretrained(folder)
     except OSError as error:
         raise HostError(f"cannot write `{folder}`: {error.strerror or error}", hint="make room, then again") from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def qwen3_config(**changes: Any) -> Any:
@@ -190,7 +207,9 @@ def load_autoencoder(source: Source) -> AutoencoderKL:
         raise ArtifactError(
             f"`{source.folder / 'vae'}` is no autoencoder: {error}", hint="fetch the folder again"
         ) from error
-    return model.to(torch.float32).eval().requires_grad_(requires_grad=False)
+    # The plain method, as in `write_source`.
+    nn.Module.to(model, torch.float32)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 @torch.no_grad()

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_export.training.corpus import append_rows, write_image, written_rows
+from l2p_export.training.corpus import PIXELS_MAX, append_rows, corpus_images, write_image, written_rows
 from l2p_export.training.settings import require_settings
 from l2p_export.training.world.captions import caption, describe
 from l2p_export.training.world.render import render
 from l2p_export.training.world.scenes import draw_description, place
+from l2p_runtime.errors import UsageError
+from l2p_runtime.noise import checked_seed
+
+SHORT_SIDE_MIN_PX = 16
+"""Below this a shape is a few pixels."""
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def world_captions(count: int, seed: int, *, held_out: bool = False) -> tuple[str, ...]:
-    """Captions of the small world, said in its several ways; training combinations unless held out."""
+    """Captions of the small world, said in its several ways; training combinations unless held out.
+
+    Raises:
+        UsageError: a seed out of range.
+    """
+    checked_seed(seed)
     randoms = (np.random.default_rng([seed, index]) for index in range(count))
     return tuple(caption(draw_description(random, held_out=held_out), random) for random in randoms)
 
@@ -47,11 +57,18 @@ def render_corpus(
         Images rendered by this call.
 
     Raises:
-        UsageError: a prompt is none of the small world, or the folder holds a corpus of other settings.
+        UsageError: no prompt, one that is none of the small world, a size or seed out of range, or the folder holds a
+            corpus of other settings.
         HostError: the disk is full; what was rendered is kept.
     """
     height, width = size_px
     short = min(height, width)
+    if short < SHORT_SIDE_MIN_PX or height * width > PIXELS_MAX:
+        raise UsageError(
+            f"an image of {width}x{height} px, expected sides of at least {SHORT_SIDE_MIN_PX} px and up to "
+            f"{PIXELS_MAX:,} pixels"
+        )
+    total = corpus_images(prompts, seeds_per_prompt, seed)
     descriptions = [describe(prompt) for prompt in prompts]
     settings: dict[str, object] = {
         "source": "renders",
@@ -61,7 +78,7 @@ def render_corpus(
         "size": f"{width}x{height}",
     }
     require_settings(out, settings)
-    total, done = len(prompts) * seeds_per_prompt, written_rows(out)
+    done = written_rows(out)
     with report.stage("rendering the corpus", total - done, "images") as advance:
         for number in range(done, total):
             index = number // seeds_per_prompt

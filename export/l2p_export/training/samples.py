@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from l2p_export.training.source.tokens import CAPTION_TOKENS, caption_ids
 from l2p_export.training.world.captions import caption
 from l2p_export.training.world.judge import judge
 from l2p_export.training.world.scenes import Description, draw_description
+from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
 
@@ -48,13 +50,26 @@ class SampleSpec:
     guidance: float = 3.0
     shift: float = 2.0
 
+    def __post_init__(self) -> None:
+        """Check that there is something to judge, and what judges it.
+
+        Raises:
+            UsageError: fewer than two, which are no half of each.
+            HostError: scikit-image or matplotlib is not installed.
+        """
+        if self.count < 2:
+            raise UsageError(f"{self.count} samples, expected 2 or more", hint="or 0, for none at all")
+        for library in ("skimage", "matplotlib"):
+            if importlib.util.find_spec(library) is None:
+                raise HostError(
+                    f"samples need `{library}`, which is not installed", hint="pip install 'l2p-export[train]'"
+                )
+
 
 def source_samples(
     folder: Path, d: Dimensions, autoencoder: AutoencoderKL, tokenizer: tokenizers.Tokenizer, spec: SampleSpec
 ) -> Callable[[int, SourceModel], None]:
     """A function for `train_transformer` that draws, judges and plots at each saved state."""
-    if not spec.count:
-        return lambda step, model: None
     descriptions = _descriptions(spec.count)
     ids = caption_ids(tokenizer, [caption(description) for description in descriptions])
     empty = caption_ids(tokenizer, [""]).expand(spec.count, -1)
@@ -77,8 +92,6 @@ def source_samples(
 
 def pixel_samples(folder: Path, d: Dimensions, source: Source, spec: SampleSpec) -> Callable[[int, PixelModel], None]:
     """A function for `transfer` that draws, judges and plots at each saved state."""
-    if not spec.count:
-        return lambda step, model: None
     descriptions = _descriptions(spec.count)
     embeds = encode_texts(source, [caption(description) for description in descriptions], CAPTION_TOKENS)
     empty = encode_texts(source, [""], CAPTION_TOKENS)
@@ -87,13 +100,16 @@ def pixel_samples(folder: Path, d: Dimensions, source: Source, spec: SampleSpec)
     noise = _noise(spec.count, 3, spec.size_px)
 
     def show(step: int, model: PixelModel) -> None:
+        device = next(model.parameters()).device
+        positions = [table.to(device) for table in tables]
+
         def predict(mixed: Tensor, time: Tensor, has_caption: bool) -> Tensor:
             used = embeds if has_caption else empty
-            values, mask = (part.expand(len(mixed), *part.shape[1:]) for part in (used.values, used.mask))
-            made: Tensor = model(mixed, time, values, mask, *tables)
+            values, mask = (part.to(device).expand(len(mixed), *part.shape[1:]) for part in (used.values, used.mask))
+            made: Tensor = model(mixed, time, values, mask, *positions)
             return made
 
-        made = sample(predict, noise, spec.steps, spec.guidance, spec.shift)
+        made = sample(predict, noise.to(device), spec.steps, spec.guidance, spec.shift).cpu()
         pixels = ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         _show(folder, step, np.ascontiguousarray(pixels.numpy()), descriptions)
 

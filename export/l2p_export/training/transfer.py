@@ -6,6 +6,7 @@ as it is, the rest learns x0 - noise by flow matching.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -95,8 +96,10 @@ class TransferSpec:
             )
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"caption dropout is {self.caption_dropout}, expected 0 up to 1")
-        if self.shift <= 0 or self.head_divisor < 1:
-            raise UsageError("shift and head divisor must be positive")
+        if not 0 < self.shift < math.inf or self.head_divisor < 1:
+            raise UsageError(
+                f"shift is {self.shift} and head divisor {self.head_divisor}, expected above 0, and 1 or more"
+            )
 
     @property
     def patch_px(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from l2p_export.progress import Reporter
 
 _AT_ONCE = 64
+_MADE_FROM = "made_from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ def scene_latents(
     """Latents and captions of `count` training scenes, shifted and scaled by the autoencoder's own numbers.
 
     Args:
-        path: safetensors file that keeps them; read instead where it exists.
+        path: safetensors file that keeps them; read instead where it was made from the same.
         model: trained autoencoder.
         tokenizer: the small world's.
         count: scenes.
@@ -51,28 +53,62 @@ def scene_latents(
     Raises:
         HostError: the file cannot be written.
     """
-    from safetensors.torch import load_file, save_file
-
-    if not path.exists():
-        parts, texts = [], []
-        with report.stage("scenes as latents", count, "scenes") as advance:
-            for start in range(0, count, _AT_ONCE):
-                images = []
-                for index in range(start, min(count, start + _AT_ONCE)):
-                    random = np.random.default_rng([seed, index])
-                    description = draw_description(random)
-                    images.append(render(place(description, random), IMAGE_PX, IMAGE_PX))
-                    texts.append(caption(description, random))
-                parts.append(encode(model, np.stack(images)).to(torch.float16))
-                advance(len(images))
-        partial = path.with_suffix(".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"latents": torch.cat(parts).contiguous(), "ids": caption_ids(tokenizer, texts)}, partial)
-            partial.replace(path)
-        except OSError as error:
-            raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room") from error
-    stored = load_file(path)
+    # What the file was made from; another autoencoder's latents, or fewer, are made again.
+    made_from = f"{_digest(model)} {seed} {count}"
+    stored = _read(path, made_from)
+    if stored is None:
+        stored = _encode(model, tokenizer, count, seed, report)
+        _write(path, stored, made_from)
     config = model.config
     latents = (stored["latents"].float() - config.shift_factor) * config.scaling_factor
     return LatentData(latents.to(torch.float16), stored["ids"], caption_ids(tokenizer, [""])[0])
+
+
+def _encode(
+    model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, count: int, seed: int, report: Reporter
+) -> dict[str, Tensor]:
+    parts, texts = [], []
+    with report.stage("scenes as latents", count, "scenes") as advance:
+        for start in range(0, count, _AT_ONCE):
+            images = []
+            for index in range(start, min(count, start + _AT_ONCE)):
+                random = np.random.default_rng([seed, index])
+                description = draw_description(random)
+                images.append(render(place(description, random), IMAGE_PX, IMAGE_PX))
+                texts.append(caption(description, random))
+            parts.append(encode(model, np.stack(images)).to(torch.float16))
+            advance(len(images))
+    return {"latents": torch.cat(parts).contiguous(), "ids": caption_ids(tokenizer, texts)}
+
+
+def _read(path: Path, made_from: str) -> dict[str, Tensor] | None:
+    """The stored tensors, or None where the file is absent, damaged or made from something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get(_MADE_FROM) == made_from:
+                return {name: file.get_tensor(name) for name in ("latents", "ids")}
+    except (OSError, SafetensorError):
+        pass
+    return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], made_from: str) -> None:
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {_MADE_FROM: made_from})
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
+
+
+def _digest(model: AutoencoderKL) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(name.encode() + values.to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

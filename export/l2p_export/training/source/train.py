@@ -63,7 +63,7 @@ class SourceSpec:
 
 
 def train_source(
-    out: Path, work: Path, spec: SourceSpec, report: Reporter, *, samples: SampleSpec, init: Path | None = None
+    out: Path, work: Path, spec: SourceSpec, report: Reporter, *, samples: SampleSpec | None, init: Path | None = None
 ) -> None:
     """Train all parts and write the pipeline folder; a stopped run goes on where it stopped.
 
@@ -72,7 +72,7 @@ def train_source(
         work: training states and latents.
         spec: how to train.
         report: told of stages.
-        samples: what is drawn and judged at each saved state of the transformer.
+        samples: what is drawn and judged at each saved state of the transformer, if anything.
         init: a source of this kind to begin with; its autoencoder stays as it is.
 
     Raises:
@@ -87,8 +87,11 @@ def train_source(
         autoencoder, model = load_autoencoder(begun), load_source_model(begun, d)
     data = scene_latents(work / "latents.safetensors", autoencoder, tokenizer, spec.scenes, seed, report)
     folder = work / "transformer"
-    on_save = source_samples(folder, d, autoencoder, tokenizer, samples)
-    train_transformer(model, data, folder, spec.transformer, report, on_save)
+    if samples is None:
+        train_transformer(model, data, folder, spec.transformer, report)
+    else:
+        on_save = source_samples(folder, d, autoencoder, tokenizer, samples)
+        train_transformer(model, data, folder, spec.transformer, report, on_save)
     write_source(out, model, d, autoencoder, tokenizer, NOISE_SHIFT)
 
 
