@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +98,17 @@ class Bundles:
                 result = result if packed.returncode == 0 else packed
             self.logs[kind] = result
         self._done[kind].set()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch with one thread: matrices this small wait for each other's, on a busy machine for 28 s instead of 4."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

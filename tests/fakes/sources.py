@@ -22,7 +22,7 @@ from l2p_export.training.pipeline_folder import Source, open_source, write_sourc
 from l2p_export.training.source.autoencoder import CONFIG
 from l2p_export.training.source.model import initial_source, source_dimensions
 from l2p_export.training.source.tokens import world_tokenizer
-from l2p_export.training.transfer import TransferSpec
+from l2p_export.training.transfer.train import TransferSpec
 from l2p_runtime.tensorfile import header_bytes
 
 TEXTS = ("a red circle", "a blue square", "two green triangles on a black background")

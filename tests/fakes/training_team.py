@@ -27,7 +27,7 @@ from l2p_export.training.corpus import open_corpus
 from l2p_export.training.distributed import Team, averaging_gradients, cut_over, joined
 from l2p_export.training.loop import Schedule, generator, train_weights
 from l2p_export.training.pipeline_folder import open_source
-from l2p_export.training.transfer import PLAIN, Means, transfer
+from l2p_export.training.transfer.train import PLAIN, Means, transfer
 from l2p_export.training.weights import trained_weights
 from l2p_runtime.errors import L2PError
 

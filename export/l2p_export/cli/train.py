@@ -24,8 +24,8 @@ from l2p_runtime import CancelledError, UsageError
 
 if TYPE_CHECKING:
     from l2p_export.training.distributed import Team
-    from l2p_export.training.forecast import TrainingForecast
-    from l2p_export.training.transfer import TransferSpec
+    from l2p_export.training.transfer.forecast import TrainingForecast
+    from l2p_export.training.transfer.train import TransferSpec
 
 _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
 """Side of the square images that the published adapters were trained on (l2p.md 5.2, 5.3)."""
@@ -231,12 +231,12 @@ def transfer_command(source: Path, corpus: Path, out: Path, work: Path | None, *
 
 def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
     from l2p_export.progress import Silent
-    from l2p_export.training.batches import padded_lengths, require_seeds
     from l2p_export.training.corpus import open_corpus
-    from l2p_export.training.forecast import require_memory, transfer_forecast
     from l2p_export.training.pipeline_folder import open_headers, open_source
     from l2p_export.training.samples import SampleSpec, pixel_samples
-    from l2p_export.training.transfer import Means, pixel_dimensions, require_split, transfer
+    from l2p_export.training.transfer.batches import padded_lengths, require_seeds
+    from l2p_export.training.transfer.forecast import require_memory, transfer_forecast
+    from l2p_export.training.transfer.train import Means, pixel_dimensions, require_split, transfer
     from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 
     spec = _transfer_spec(options)
@@ -285,7 +285,7 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
 
 def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
     from l2p_export.training.loop import Schedule
-    from l2p_export.training.transfer import TransferSpec
+    from l2p_export.training.transfer.train import TransferSpec
 
     names = (
         "variant",

@@ -25,7 +25,7 @@ from l2p_export.progress import Silent
 from l2p_export.training.corpus import open_corpus
 from l2p_export.training.distributed import ALONE, Team, gathered, joined, made_whole, own_part, part_for
 from l2p_export.training.pipeline_folder import open_source
-from l2p_export.training.transfer import PLAIN, Means, transfer
+from l2p_export.training.transfer.train import PLAIN, Means, transfer
 from l2p_runtime.errors import HostError, UsageError
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +22,14 @@ from l2p_export.families.z_image_l2p.sources import latent_shapes
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.progress import Silent
 from l2p_export.tensors import read_tensor
-from l2p_export.training.batches import Batch, batches, embed_captions, square_pixels
 from l2p_export.training.corpus import Corpus, append_rows, open_corpus, write_image
 from l2p_export.training.distributed import ALONE, Team
 from l2p_export.training.flow import sample
 from l2p_export.training.loop import Schedule
 from l2p_export.training.pipeline_folder import Source, encode_texts
-from l2p_export.training.storage import StoredLinear
-from l2p_export.training.transfer import (
+from l2p_export.training.transfer.batches import Batch, batches, embed_captions, square_pixels
+from l2p_export.training.transfer.storage import StoredLinear
+from l2p_export.training.transfer.train import (
     PLAIN,
     Means,
     TransferSpec,
@@ -44,13 +43,7 @@ from l2p_runtime.errors import ArtifactError, UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +105,9 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         ({"window_tokens": -1}, "a window of -1 tokens"),
         ({"caption_dropout": 1.0}, "caption dropout is 1.0"),
         ({"caption_dropout": -0.1}, "caption dropout is -0.1"),
-        ({"shift": 0.0}, "shift and head divisor must be positive"),
-        ({"head_divisor": 0}, "shift and head divisor must be positive"),
+        ({"shift": 0.0}, "shift is 0.0 and head divisor 8, expected above 0, and 1 or more"),
+        ({"shift": float("nan")}, "shift is nan"),
+        ({"head_divisor": 0}, "head divisor 0, expected above 0, and 1 or more"),
     ],
 )
 def test_wrong_specs(changes: dict[str, Any], says: str) -> None:

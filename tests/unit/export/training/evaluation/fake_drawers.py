@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from l2p_export.training.drawers import Drawer
+from l2p_export.training.evaluation.drawers import Drawer
 from l2p_export.training.world.captions import describe
 from l2p_export.training.world.render import render
 from l2p_export.training.world.scenes import Description, place
-from unit.export.training.worlds import Pixels
+from unit.export.training.world.worlds import Pixels
 
 SIZE_PX = 64
 

@@ -27,7 +27,7 @@ from l2p_runtime.positions import rope_tables
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
     from l2p_export.training.distributed import Team
-    from l2p_export.training.transfer import TransferSpec
+    from l2p_export.training.transfer.train import TransferSpec
     from l2p_runtime.text import Tokenizer
 
 

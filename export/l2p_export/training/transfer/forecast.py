@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, expected_shapes, network_blocks, network_shapes
 from l2p_export.families.z_image_l2p.specs import HALO_ROWS, model_spec
-from l2p_export.training.storage import STORAGES
+from l2p_export.training.transfer.storage import STORAGES
 from l2p_runtime.errors import HostError
 from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
     from l2p_export.training.distributed import Team
-    from l2p_export.training.transfer import Means, TransferSpec
+    from l2p_export.training.transfer.train import Means, TransferSpec
 
 # Bytes that a block keeps for the backward pass, for each token: of its width, and of the feed-forward's inner width;
 # in float32 and under BF16 autocast; of a trained and of a frozen block. Counted with saved-tensor hooks on the blocks

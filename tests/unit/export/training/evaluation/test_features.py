@@ -7,11 +7,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import linalg
 
-from l2p_export.training.features import BLOCKS, DIMENSIONS, DIRECTIONS, features, frechet_distance
+from l2p_export.training.evaluation.features import BLOCKS, DIMENSIONS, DIRECTIONS, features, frechet_distance
 from l2p_export.training.world.render import render
 from l2p_export.training.world.scenes import COLOURS, Placed, Scene, Thing
 from l2p_runtime.errors import UsageError
-from unit.export.training.worlds import examples
+from unit.export.training.world.worlds import examples
 
 COLOUR_VALUES = DIMENSIONS - DIRECTIONS
 SCENE = Scene("grey", (Placed(Thing("red", "circle"), 0.3, 0.4, 0.15), Placed(Thing("blue", "square"), 0.7, 0.5, 0.17)))

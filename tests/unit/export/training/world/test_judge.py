@@ -31,7 +31,7 @@ from l2p_export.training.world.scenes import (
     draw_description,
 )
 from l2p_runtime.errors import UsageError
-from unit.export.training.worlds import CHANGES, Pixels, examples, means_the_same, near_misses
+from unit.export.training.world.worlds import CHANGES, Pixels, examples, means_the_same, near_misses
 
 # One object in the middle of a white image of 128 px: x and y in short sides from its centre.
 Y, X = (np.mgrid[:128, :128] + 0.5) / 128 - 0.5

@@ -23,7 +23,7 @@ from l2p_export.training.corpus import (
     write_image,
     written_rows,
 )
-from l2p_export.training.features import DIMENSIONS, features, frechet_distance
+from l2p_export.training.evaluation.features import DIMENSIONS, features, frechet_distance
 from l2p_export.training.settings import require_settings
 from l2p_export.training.world.captions import caption, describe
 from l2p_export.training.world.judge import Verdict, judge
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from l2p_export.progress import Reporter
-    from l2p_export.training.drawers import Draw, Drawer
+    from l2p_export.training.evaluation.drawers import Draw, Drawer
 
 SCORES_NAME, ROWS_NAME, SHEET_NAME = "scores.json", "rows.jsonl", "contact.png"
 

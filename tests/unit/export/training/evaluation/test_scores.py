@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from l2p_export.progress import Silent
-from l2p_export.training.evaluate import (
+from l2p_export.training.evaluation.scores import (
     FRAME_PX,
     PARTS,
     RIGHT,
@@ -33,8 +33,8 @@ from l2p_export.training.evaluate import (
 from l2p_export.training.world.captions import caption
 from l2p_export.training.world.scenes import COLOURS, RELATIONS, SHAPES, Description
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
-from unit.export.training.fake_drawers import FakeModel, rendered
-from unit.export.training.worlds import OPPOSITE, Pixels
+from unit.export.training.evaluation.fake_drawers import FakeModel, rendered
+from unit.export.training.world.worlds import OPPOSITE, Pixels
 
 Change = Callable[[Description], Description]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from l2p_export.progress import Reporter
-    from l2p_export.training.drawers import Drawer
+    from l2p_export.training.evaluation.drawers import Drawer
 
 LAYOUTS = ("geneval", "dpg")
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from l2p_export.progress import Silent
-from l2p_export.training.layouts import Layout, read_layout, write_layout
+from l2p_export.training.evaluation.layouts import Layout, read_layout, write_layout
 from l2p_runtime.errors import UsageError
-from unit.export.training.fake_drawers import SIZE_PX, FakeModel, plain
+from unit.export.training.evaluation.fake_drawers import SIZE_PX, FakeModel, plain
 
 ROWS = (
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

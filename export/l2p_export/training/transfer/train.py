@@ -26,13 +26,13 @@ from l2p_export.families.z_image_l2p.dimensions import (
 )
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
 from l2p_export.tensors import read_tensor
-from l2p_export.training.adapters import trunk_sha256, write_adapters
-from l2p_export.training.batches import batches, embed_captions, require_seeds
 from l2p_export.training.corpus import Corpus
 from l2p_export.training.distributed import ALONE, Team, averaging_gradients, cut_over
 from l2p_export.training.loop import Schedule, train_weights
 from l2p_export.training.pipeline_folder import Source
-from l2p_export.training.storage import STORAGES, StoredLinear, largest_error
+from l2p_export.training.transfer.adapters import trunk_sha256, write_adapters
+from l2p_export.training.transfer.batches import batches, embed_captions, require_seeds
+from l2p_export.training.transfer.storage import STORAGES, StoredLinear, largest_error
 from l2p_export.training.weights import Weights, trained_weights
 from l2p_runtime.errors import ArtifactError, UsageError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l2p_export.training.storage import StoredLinear
+from l2p_export.training.transfer.storage import StoredLinear
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float8"])
