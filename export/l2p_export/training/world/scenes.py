@@ -45,6 +45,12 @@ REACH = 1.2
 GAP = 0.06
 """Least distance between the outlines of two objects, in short sides."""
 
+HALF_APART = 0.25
+"""Distance of each of two objects from the middle of the image, in short sides."""
+
+STRAY = 0.03
+"""How far a centre strays from its place, along each axis, in short sides: 4 px of 128."""
+
 
 @dataclass(frozen=True, slots=True)
 class Thing:
@@ -131,26 +137,31 @@ def place(description: Description, random: np.random.Generator, aspect: tuple[f
     """
     background = description.background or DEFAULT_BACKGROUND
     if len(description.things) == 1:
-        radius = random.uniform(0.16, 0.24)
-        return Scene(background, (_anywhere(description.things[0], radius, random, aspect),))
+        (placed,) = (_near(thing, (0.0, 0.0), (0.20, 0.24), random, aspect) for thing in description.things)
+        return Scene(background, (placed,))
     if description.relation is None:
         raise UsageError("two things without a relation cannot be placed", hint=f"name one of {', '.join(RELATIONS)}")
     along_x, along_y = RELATIONS[description.relation]
     while True:
-        radii = random.uniform(0.13, 0.19, 2)
         first, second = (
-            _anywhere(thing, float(radius), random, aspect)
-            for thing, radius in zip(description.things, radii, strict=True)
+            _near(thing, (side * along_x, side * along_y), (0.14, 0.17), random, aspect)
+            for thing, side in zip(description.things, (HALF_APART, -HALF_APART), strict=True)
         )
         along = (first.x - second.x) * along_x + (first.y - second.y) * along_y
-        across = abs(first.x - second.x) * abs(along_y) + abs(first.y - second.y) * abs(along_x)
-        if along >= REACH * (first.radius + second.radius) + GAP and across <= along / 2:
+        if along >= REACH * (first.radius + second.radius) + GAP:
             return Scene(background, (first, second))
 
 
-def _anywhere(thing: Thing, radius: float, random: np.random.Generator, aspect: tuple[float, float]) -> Placed:
-    margin = REACH * radius + 0.02
+def _near(
+    thing: Thing,
+    offset: tuple[float, float],
+    radii: tuple[float, float],
+    random: np.random.Generator,
+    aspect: tuple[float, float],
+) -> Placed:
+    """A thing about as far from the middle of the image as `offset` says, along x and y."""
     height, width = aspect
-    return Placed(
-        thing, float(random.uniform(margin, width - margin)), float(random.uniform(margin, height - margin)), radius
+    x, y = (
+        float(size / 2 + part + random.uniform(-STRAY, STRAY)) for size, part in zip((width, height), offset, strict=True)
     )
+    return Placed(thing, x, y, float(random.uniform(*radii)))
