@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def transfer(root: Path, *more: str) -> tuple[str | Path, ...]:
     small = ("--size-px", "64", "--steps", "2", "--batch", "2", "--head-divisor", "8", "--quiet", "--licence", "MIT")
+    small += ("--sampling-steps", "7", "--guidance", "2.5")
     return ("train", "transfer", root / "source", "--corpus", root / "corpus", *small, *more)
 
 
@@ -42,7 +43,8 @@ def test_adapters_are_what_was_trained(folder: Path) -> None:
     """No layer of the trunk is in the file; its digest is, and import makes a whole model of it."""
     with safe_open(folder / "adapters.safetensors", "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
-    assert metadata["license"] == "MIT"
+    stated = {name: metadata[name] for name in ("license", "l2p.steps", "l2p.guidance", "l2p.shift")}
+    assert stated == {"license": "MIT", "l2p.steps": "7", "l2p.guidance": "2.5", "l2p.shift": "3"}
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "5"}
     whole = folder / "whole.safetensors"
     made = run_cli("import", folder / "adapters.safetensors", "--source", folder / "source", "--out", whole)
@@ -98,6 +100,9 @@ def test_other_settings_are_refused_by_name(folder: Path, more: tuple[str, ...],
         (("--window-tokens", "9"), 2, "a window of 9 tokens is larger than an image of 64 px"),
         (("--variant", "9k"), 2, "9k"),
         (("--batch", "0"), 2, "batch"),
+        (("--sampling-steps", "0"), 2, "steps"),
+        (("--guidance", "nan"), 2, "guidance"),
+        (("--init", "nowhere"), 4, "there is no checkpoint `nowhere`"),
         (("--corpus", "nowhere"), 2, "is no corpus"),
     ],
 )

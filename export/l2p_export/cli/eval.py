@@ -118,7 +118,8 @@ def _check_options(options: dict[str, Any], out: Path | None) -> None:
 
 def _prompts(options: dict[str, Any]) -> tuple[Prompt, ...]:
     """What is to be drawn and judged."""
-    from l2p_export.training.evaluation.scores import file_prompts, require_judge, world_prompts
+    from l2p_export.training.evaluation.scores import file_prompts, world_prompts
+    from l2p_export.training.world.judge import require_judge
 
     require_judge()
     if options["prompts"] is not None:

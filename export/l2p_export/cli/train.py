@@ -163,6 +163,7 @@ def corpus_command(
 @click.option("--variant", type=click.Choice(["1k", "4k", "8k", "10k"]), default="1k", show_default=True)
 @click.option("--size-px", "sizes_px", type=int, multiple=True, help="Side of the training images; repeatable.")
 @click.option("--window-tokens", default=0, show_default=True, help="Side of the square the head learns on; 0 is all.")
+@click.option("--halo-tokens", default=3, show_default=True, help="What the head reads around it; 3 is exact.")
 @click.option(
     "--noise",
     type=click.Choice(["stored", "fresh"]),
@@ -176,7 +177,10 @@ def corpus_command(
 @click.option("--learning-rate", default=5e-5, show_default=True)
 @click.option("--warmup-steps", default=100, show_default=True, help="Over which the learning rate rises.")
 @click.option("--ema", default=0.999, show_default=True, help="Share of the averaged weights that a step keeps.")
+@click.option("--init", type=click.Path(path_type=Path), help="Adapters of this source to begin with, of any variant.")
 @click.option("--shift", default=3.0, show_default=True, help="Of the noise levels; recorded for sampling.")
+@click.option("--sampling-steps", type=int, help="Steps that the adapter file recommends; none by default.")
+@click.option("--guidance", type=float, help="Guidance that the adapter file recommends; none by default.")
 @click.option("--caption-dropout", default=0.1, show_default=True)
 @click.option("--head-divisor", default=1, show_default=True, help="Published channels of the pixel head over this.")
 @click.option("--checkpointing", is_flag=True, help="Recompute activations instead of keeping them.")
@@ -242,6 +246,7 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
     spec = _transfer_spec(options)
     autocast = options["autocast"] or ("bf16" if team.device.type == "cuda" else "none")
     means = Means(autocast, options["trunk_storage"], options["optimizer_device"])
+    metadata = _sampling_metadata(options)
     require_split(spec.schedule, team)
     samples = None
     if options["samples"]:
@@ -271,16 +276,30 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
             console.done(line)
         require_memory(forecast, spec, means, team)
         report = console if team.leads else Silent()
-        licence = options["license_text"] or ""
         opened = open_source(source)
         on_save = None if samples is None else pixel_samples(work, d, opened, samples)
-        transfer(opened, images, spec, out, work, report, on_save, means=means, team=team, licence=licence)
+        init = options["init"]
+        transfer(opened, images, spec, out, work, report, on_save, init=init, means=means, team=team, metadata=metadata)
     if team.leads and dry_run and not as_json:
         facts["forecast"] = "\n  ".join(["", *forecast_lines(forecast)])
     if team.leads:
         _tell(facts, out, as_json=as_json, dry_run=dry_run)
     if dry_run:
         require_memory(forecast, spec, means, team)
+
+
+def _sampling_metadata(options: dict[str, Any]) -> dict[str, str]:
+    """What the adapter file says of its own use."""
+    from l2p_runtime.contract import Sampling
+
+    steps, guidance = options["sampling_steps"], options["guidance"]
+    Sampling(steps if steps is not None else 1, guidance if guidance is not None else 1.0, options["shift"])
+    stated = {"l2p.steps": steps, "l2p.guidance": guidance, "license": options["license_text"]}
+    return {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in stated.items()
+        if value is not None
+    }
 
 
 def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
@@ -293,6 +312,7 @@ def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
         "shift",
         "caption_dropout",
         "window_tokens",
+        "halo_tokens",
         "head_divisor",
         "checkpointing",
     )

@@ -93,20 +93,32 @@ def read_image(corpus: Corpus, row: Row) -> NDArray[np.uint8]:
     Raises:
         ArtifactError: damaged, changed since it was written, or absurdly large.
     """
+    path, again = corpus.folder / row.file_name, "draw the corpus again"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"`{path}` is no readable image: {error}", hint=again) from error
+    if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
+        raise ArtifactError(f"`{path}` is not the file that its row was written for", hint=again)
+    return decode_image(data, str(path), again)
+
+
+def decode_image(data: bytes, name: str, hint: str) -> NDArray[np.uint8]:
+    """Pixels [H,W,3] of an image file, named in errors.
+
+    Raises:
+        ArtifactError: damaged, no image, or absurdly large.
+    """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
-    path = corpus.folder / row.file_name
     try:
-        data = path.read_bytes()
-        if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
-            raise ArtifactError(f"`{path}` is not the file that its row was written for", hint="draw the corpus again")
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > PIXELS_MAX:
-                raise ArtifactError(f"`{path}` has {image.width}x{image.height} pixels, expected up to {PIXELS_MAX:,}")
+                raise ArtifactError(f"`{name}` has {image.width}x{image.height} pixels, expected up to {PIXELS_MAX:,}")
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ArtifactError(f"`{path}` is no readable image: {error}", hint="draw the corpus again") from error
+        raise ArtifactError(f"`{name}` is no readable image: {error}", hint=hint) from error
 
 
 def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, seed: int | None) -> Row:

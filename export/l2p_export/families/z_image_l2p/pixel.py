@@ -20,10 +20,16 @@ NETWORKS = ("caption", "stem", "trunk", "tail", "head")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Token rows and columns that the head draws; the transformer sees the whole grid."""
+    """Token rows and columns that the head draws; the transformer sees the whole grid.
+
+    Attributes:
+        halo_tokens: what the head reads around them; from 3 on they are what the whole image would have there, below
+            it zeros stand for what is missing, as they do around an image.
+    """
 
     rows: slice
     columns: slice
+    halo_tokens: int = HALO_ROWS
 
 
 class PixelModel(nn.Module):
@@ -50,8 +56,7 @@ class PixelModel(nn.Module):
     ) -> Tensor:
         """image [B,3,H,W], time [B], prompt_embeds [B,T,C], caption_mask [B,T], tables [S,R], to [B,3,H,W].
 
-        With a window, to the pixels of its tokens alone: the head reads a halo around them, so they are what the whole
-        image would have there.
+        With a window, to the pixels of its tokens alone.
         """
         caption_tokens = prompt_embeds.shape[1]
         caption = self.caption(prompt_embeds, caption_mask, rope_cos[-caption_tokens:], rope_sin[-caption_tokens:])
@@ -65,9 +70,9 @@ class PixelModel(nn.Module):
         return self._draw_window(image, grid, window)
 
     def _draw_window(self, image: Tensor, grid: Tensor, window: Window) -> Tensor:
-        p = self.patch_px
+        p, halo = self.patch_px, window.halo_tokens
         high, wide = (
-            slice(max(0, part.start - HALO_ROWS), min(size, part.stop + HALO_ROWS))
+            slice(max(0, part.start - halo), min(size, part.stop + halo))
             for part, size in zip((window.rows, window.columns), grid.shape[1:3], strict=True)
         )
         pixels = image[:, :, high.start * p : high.stop * p, wide.start * p : wide.stop * p]

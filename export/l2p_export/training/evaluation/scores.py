@@ -181,20 +181,6 @@ def file_prompts(path: Path, images_per_prompt: int, seed: int) -> tuple[Prompt,
     return tuple(prompts)
 
 
-def require_judge() -> None:
-    """Refuse to draw what could not be judged.
-
-    Raises:
-        HostError: scikit-image is not installed.
-    """
-    try:
-        import skimage  # noqa: F401
-    except ImportError as error:
-        raise HostError(
-            f"judging needs scikit-image, which cannot be imported: {error}", hint="pip install 'l2p-export[train]'"
-        ) from error
-
-
 def draw_all(
     drawer: Drawer, prompts: Sequence[Prompt], out: Path | None, reporter: Reporter
 ) -> Iterator[NDArray[np.uint8]]:

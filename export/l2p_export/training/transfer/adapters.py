@@ -1,4 +1,4 @@
-"""What a transfer saves: trained tensors alone, in BF16, with the digest of the trunk that they belong to."""
+"""What a transfer saves, and may begin with: trained tensors alone, in BF16, with the digest of their trunk."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_shapes
-from l2p_export.tensors import weights_digest
-from l2p_runtime.errors import HostError
+from l2p_export.folders import open_weights
+from l2p_export.tensors import read_tensor, weights_digest
+from l2p_runtime.errors import ArtifactError, HostError
 
 if TYPE_CHECKING:
+    from l2p_export.progress import Reporter
     from l2p_export.training.pipeline_folder import Source
 
 
@@ -42,3 +44,38 @@ def write_adapters(path: Path, trained: Mapping[str, Tensor], digest: str, metad
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
+
+
+def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -> str:
+    """Copy what matches by published name and shape into the trained part of a model; the digest of what was copied.
+
+    Args:
+        path: adapters that a transfer wrote, of any variant.
+        model: parameters are named `NETWORK.PUBLISHED`.
+        digest: the trunk that they must belong to.
+        report: told how much was copied.
+
+    Raises:
+        ArtifactError: damaged, of another trunk, or nothing in it matches.
+    """
+    adapters = open_weights(path)
+    stated = adapters.metadata.get("l2p.trunk_sha256")
+    if stated != digest:
+        raise ArtifactError(
+            f"`{path}` belongs to {f'trunk {stated[:16]}' if stated else 'no stated trunk'}, the source has trunk "
+            f"{digest[:16]}",
+            hint="begin with adapters that were trained from the same source",
+        )
+    trained = {name.partition(".")[2]: value for name, value in model.named_parameters() if value.requires_grad}
+    found = {
+        name: tensor
+        for name, tensor in adapters.tensors.items()
+        if name in trained and tuple(tensor.shape) == tuple(trained[name].shape)
+    }
+    if not found:
+        raise ArtifactError(f"nothing in `{path}` fits this model", hint="leave --init out")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            trained[name].copy_(torch.from_numpy(read_tensor(tensor)))
+    report.note(f"{len(found)} of {len(trained)} trained tensors begin as in `{path}`")
+    return weights_digest(adapters.tensors, found)

@@ -125,7 +125,7 @@ def draw_step(captions: Captions, spec: TransferSpec, step: int) -> Draws:
         tuple(captions.places[length][place] for place in picked),
         draw_sigmas(count, spec.shift, draws),
         torch.rand(count, generator=draws) < spec.caption_dropout,
-        _draw_window(size_px // spec.patch_px, spec.window_tokens, draws),
+        _draw_window(size_px // spec.patch_px, spec, draws),
     )
 
 
@@ -204,11 +204,12 @@ def _with_dropout(captions: Captions, length: int, rows: list[int], dropped: Ten
     return Embeds(values, mask)
 
 
-def _draw_window(tokens: int, side: int, draws: torch.Generator) -> Window | None:
+def _draw_window(tokens: int, spec: TransferSpec, draws: torch.Generator) -> Window | None:
+    side = spec.window_tokens
     if not side or side >= tokens:
         return None
     top, left = torch.randint(tokens - side + 1, (2,), generator=draws).tolist()
-    return Window(slice(top, top + side), slice(left, left + side))
+    return Window(slice(top, top + side), slice(left, left + side), spec.halo_tokens)
 
 
 def _cut(image: Tensor, window: Window, patch_px: int) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, expected_shapes, network_blocks, network_shapes
-from l2p_export.families.z_image_l2p.specs import HALO_ROWS, model_spec
+from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.training.transfer.storage import STORAGES
 from l2p_runtime.errors import HostError
 from l2p_runtime.memory import available_host_bytes
@@ -167,7 +167,7 @@ def kept_bytes(d: Dimensions, spec: TransferSpec, means: Means, caption_tokens: 
         kept += 4 * count * d.width if spec.checkpointing else whole
         largest = max(largest, whole)
     window = spec.window_tokens
-    drawn = side if not window or window >= side else min(side, window + 2 * HALO_ROWS)
+    drawn = side if not window or window >= side else min(side, window + 2 * spec.halo_tokens)
     item = 4 if means.autocast == "none" else 2
     head, head_largest = _head_bytes(d, (drawn * spec.patch_px) ** 2, item, checkpointing=spec.checkpointing)
     return kept + head, max(largest, head_largest)

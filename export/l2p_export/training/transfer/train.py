@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,13 @@ from l2p_export.families.z_image_l2p.dimensions import (
     source_dimensions,
 )
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
+from l2p_export.families.z_image_l2p.specs import HALO_ROWS
 from l2p_export.tensors import read_tensor
 from l2p_export.training.corpus import Corpus
 from l2p_export.training.distributed import ALONE, Team, averaging_gradients, cut_over
 from l2p_export.training.loop import Schedule, train_weights
 from l2p_export.training.pipeline_folder import Source
-from l2p_export.training.transfer.adapters import trunk_sha256, write_adapters
+from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
 from l2p_export.training.transfer.batches import batches, embed_captions, require_seeds
 from l2p_export.training.transfer.storage import STORAGES, StoredLinear, largest_error
 from l2p_export.training.weights import Weights, trained_weights
@@ -56,6 +58,7 @@ class TransferSpec:
         shift: of the noise levels.
         caption_dropout: share of samples without a caption.
         window_tokens: side of the square that the head draws and the loss sees; 0 for the whole image.
+        halo_tokens: what the head reads around it; 3 is exact, fewer cost less and show it edges that are none.
         head_divisor: the published head's channels over this; 1 for the published head.
         checkpointing: recompute activations in the backward pass.
     """
@@ -67,6 +70,7 @@ class TransferSpec:
     shift: float = 3.0
     caption_dropout: float = 0.1
     window_tokens: int = 0
+    halo_tokens: int = HALO_ROWS
     head_divisor: int = 1
     checkpointing: bool = False
 
@@ -94,6 +98,8 @@ class TransferSpec:
             raise UsageError(
                 f"a window of {self.window_tokens} tokens is larger than an image of {min(self.sizes_px)} px"
             )
+        if not 0 <= self.halo_tokens <= HALO_ROWS:
+            raise UsageError(f"a halo of {self.halo_tokens} tokens, expected 0 to {HALO_ROWS}, which is exact")
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"caption dropout is {self.caption_dropout}, expected 0 up to 1")
         if not 0 < self.shift < math.inf or self.head_divisor < 1:
@@ -154,9 +160,10 @@ def transfer(
     report: Reporter,
     on_save: Callable[[int, PixelModel], None] | None = None,
     *,
+    init: Path | None = None,
     means: Means = PLAIN,
     team: Team = ALONE,
-    licence: str = "",
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> PixelModel:
     """Train adapters and write them to `out` with the digest of the trunk that they belong to.
 
@@ -168,9 +175,10 @@ def transfer(
         folder: where training states go.
         report: told of steps and loss.
         on_save: called with the model that has the averaged weights, on the first process.
+        init: adapters of this trunk to begin with, of any variant: what matches by name and shape is copied.
         means: how memory and precision are spent.
         team: the processes that share the work; all call this alike.
-        licence: what the file states.
+        metadata: what the file states beside its trunk and the shift.
 
     Returns:
         The model with the averaged weights; with those of the last step where they are cut over processes.
@@ -188,6 +196,7 @@ def transfer(
     model = initial_model(source, d, spec.schedule.seed, means.trunk_storage)
     _tell_rounding(model, means, team, report)
     digest = trunk_sha256(source, d)
+    begun = None if init is None else copy_adapters(init, model, digest, report)
     if spec.checkpointing:
         checkpoint_activations(model)
     batch_of = batches(corpus, embed_captions(source, corpus), d, spec, team)
@@ -200,15 +209,16 @@ def transfer(
         error: Tensor = (made.to(torch.float32) - batch.wanted).square().mean()
         return error
 
-    metadata = {"l2p.shift": f"{spec.shift:g}"} | ({"license": licence} if licence else {})
+    states = {"l2p.shift": f"{spec.shift:g}", **metadata}
 
     def saved(step: int, averaged: Mapping[str, Tensor]) -> None:
-        write_adapters(out, averaged, digest, metadata)
+        write_adapters(out, averaged, digest, states)
         if on_save is not None:
             with _values_of(model, averaged):
                 on_save(step, model)
 
     settings = {"stage": "transfer", "trunk": digest, "corpus": len(corpus), **asdict(spec), **means.settings}
+    settings |= {"init": begun}
     averaged = train_weights(
         weights,
         loss,

@@ -17,7 +17,7 @@ import numpy as np
 from l2p_export.training.world.captions import PHRASES, caption
 from l2p_export.training.world.render import UNIT_AREA, inside_px
 from l2p_export.training.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Description, Thing
-from l2p_runtime.errors import UsageError
+from l2p_runtime.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,6 +128,20 @@ def judge(image: NDArray[np.uint8], description: Description) -> Verdict:
         UsageError: the image is not uint8 [H,W,3] or has no pixel.
     """
     return compare(look(image), description)
+
+
+def require_judge() -> None:
+    """Refuse to draw what could not be judged.
+
+    Raises:
+        HostError: scikit-image is not installed.
+    """
+    try:
+        import skimage  # noqa: F401
+    except ImportError as error:
+        raise HostError(
+            f"judging needs scikit-image, which cannot be imported: {error}", hint="pip install 'l2p-export[train]'"
+        ) from error
 
 
 def look(image: NDArray[np.uint8]) -> Found:

@@ -162,6 +162,7 @@ def _near(
     """A thing about as far from the middle of the image as `offset` says, along x and y."""
     height, width = aspect
     x, y = (
-        float(size / 2 + part + random.uniform(-STRAY, STRAY)) for size, part in zip((width, height), offset, strict=True)
+        float(size / 2 + part + random.uniform(-STRAY, STRAY))
+        for size, part in zip((width, height), offset, strict=True)
     )
     return Placed(thing, x, y, float(random.uniform(*radii)))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +24,13 @@ from l2p_export.training.evaluation.scores import (
     draw_all,
     evaluate,
     file_prompts,
-    require_judge,
     scores_json,
     world_prompts,
     write_evaluation,
 )
 from l2p_export.training.world.captions import caption
 from l2p_export.training.world.scenes import COLOURS, RELATIONS, SHAPES, Description
-from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.errors import ArtifactError, UsageError
 from unit.export.training.evaluation.fake_drawers import FakeModel, rendered
 from unit.export.training.world.worlds import OPPOSITE, Pixels
 
@@ -301,11 +299,3 @@ def test_large_images_are_small_on_the_sheet(height_px: int, width_px: int, tile
     sheet = evaluate(prompts, [image]).sheet
     assert sheet.shape[:2] == (tile[0] + 2 * FRAME_PX, tile[1] + 2 * FRAME_PX)
     assert (sheet[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] == 200).all()
-
-
-def test_a_missing_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_judge()
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(HostError, match="scikit-image") as caught:
-        require_judge()
-    assert "l2p-export[train]" in caught.value.hint

@@ -27,6 +27,7 @@ from l2p_export.training.distributed import ALONE, Team
 from l2p_export.training.flow import sample
 from l2p_export.training.loop import Schedule
 from l2p_export.training.pipeline_folder import Source, encode_texts
+from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
 from l2p_export.training.transfer.batches import Batch, batches, embed_captions, square_pixels
 from l2p_export.training.transfer.storage import StoredLinear
 from l2p_export.training.transfer.train import (
@@ -103,6 +104,8 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         ({"variant": "10k", "sizes_px": (320,), "window_tokens": 1}, "the 10k head draws whole images alone"),
         ({"window_tokens": 5}, "a window of 5 tokens is larger than an image of 64 px"),
         ({"window_tokens": -1}, "a window of -1 tokens"),
+        ({"halo_tokens": 4}, "a halo of 4 tokens, expected 0 to 3, which is exact"),
+        ({"halo_tokens": -1}, "a halo of -1 tokens"),
         ({"caption_dropout": 1.0}, "caption dropout is 1.0"),
         ({"caption_dropout": -0.1}, "caption dropout is -0.1"),
         ({"shift": 0.0}, "shift is 0.0 and head divisor 8, expected above 0, and 1 or more"),
@@ -134,7 +137,7 @@ def test_the_trunk_stays_bit_for_bit(source: Source, corpus: Corpus, tmp_path: P
     """Everything outside it moves, is written, and nothing else is."""
     out, spec = tmp_path / "a.safetensors", tiny_spec(steps=2, caption_dropout=0.5)
     start = model_of(source).state_dict()
-    model = transfer(source, corpus, spec, out, tmp_path / "work", Silent(), licence="MIT")
+    model = transfer(source, corpus, spec, out, tmp_path / "work", Silent(), metadata={"license": "MIT"})
     d = transfer_dimensions(source, spec)
     for name, parameter in model.trunk.named_parameters():
         assert parameter.grad is None
@@ -255,6 +258,53 @@ def test_a_window_is_what_the_whole_image_has_there(source: Source, corpus: Corp
     expected = whole[:, :, 16 * top : 16 * (top + 2), 16 * left : 16 * (left + 3)]
     assert part.shape == expected.shape
     torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("halo", [0, 1])
+def test_a_narrow_halo_is_a_smaller_image_to_the_head(source: Source, corpus: Corpus, halo: int) -> None:
+    made, model = batch_of(source, corpus, tiny_spec(sizes_px=(160,), variant="1k")), model_of(source)
+    heads: list[tuple[int, ...]] = []
+    hook = model.head.register_forward_pre_hook(lambda module, inputs: heads.append(tuple(inputs[1].shape[1:3])))
+    with torch.no_grad():
+        part = call(model, made, Window(slice(4, 6), slice(0, 3), halo))
+    hook.remove()
+    assert part.shape[2:] == (32, 48)
+    # The image ends at the left.
+    assert heads == [(2 + 2 * halo, 3 + halo)]
+    assert batch_of(source, corpus, tiny_spec(window_tokens=2, halo_tokens=halo)).window.halo_tokens == halo  # type: ignore[union-attr]
+
+
+def test_adapters_begin_as_others_of_the_trunk(source: Source, corpus: Corpus, tmp_path: Path) -> None:
+    """Another variant takes what fits: refiners, outer layers and embedder of captions, but no patch embedder."""
+    first = tmp_path / "first.safetensors"
+    transfer(source, corpus, tiny_spec(steps=1), first, tmp_path / "work", Silent())
+    spec = tiny_spec(variant="4k", sizes_px=(128,), steps=1)
+    d = transfer_dimensions(source, spec)
+    model, plain = (initial_model(source, d, 1) for _ in range(2))
+    copied = copy_adapters(first, model, trunk_sha256(source, d), Silent())
+    assert len(copied) == 64
+    begun = {name.partition(".")[2]: value for name, value in model.named_parameters()}
+    written = load_file(first)
+    layer = "layers.0.feed_forward.w1.weight"
+    assert begun[layer].to(torch.bfloat16).equal(written[layer])
+    frozen = dict(model.trunk.named_parameters())
+    assert all(value.equal(frozen[name]) for name, value in plain.trunk.named_parameters())
+    transfer(source, corpus, spec, tmp_path / "second.safetensors", tmp_path / "work4", Silent(), init=first)
+    with pytest.raises(UsageError, match="init"):
+        transfer(source, corpus, spec, tmp_path / "second.safetensors", tmp_path / "work4", Silent())
+
+
+def test_adapters_of_another_trunk_begin_nothing(source: Source, corpus: Corpus, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    model = model_of(source)
+    write_adapters(other, dict(model.tail.named_parameters(prefix="tail")), "f" * 64, {})
+    with pytest.raises(ArtifactError, match=f"belongs to trunk {'f' * 16}, the source has trunk") as refused:
+        transfer(source, corpus, tiny_spec(), tmp_path / "a.safetensors", tmp_path / "work", Silent(), init=other)
+    assert refused.value.hint == "begin with adapters that were trained from the same source"
+    digest = trunk_sha256(source, transfer_dimensions(source, tiny_spec()))
+    write_adapters(other, {"tail.layers.0.strange": torch.zeros(1)}, digest, {})
+    with pytest.raises(ArtifactError, match="nothing in"):
+        copy_adapters(other, model, digest, Silent())
 
 
 def test_windows_train_on_their_own_pixels(source: Source, corpus: Corpus, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from l2p_export.training.world.judge import (
     compare,
     judge,
     look,
+    require_judge,
 )
 from l2p_export.training.world.render import inside_px, render
 from l2p_export.training.world.scenes import (
@@ -30,7 +32,7 @@ from l2p_export.training.world.scenes import (
     Thing,
     draw_description,
 )
-from l2p_runtime.errors import UsageError
+from l2p_runtime.errors import HostError, UsageError
 from unit.export.training.world.worlds import CHANGES, Pixels, examples, means_the_same, near_misses
 
 # One object in the middle of a white image of 128 px: x and y in short sides from its centre.
@@ -370,3 +372,11 @@ def cut(shape: str, away: NDArray[np.bool_], background: str) -> Pixels:
 def sole(image: Pixels) -> Seen:
     (seen,) = look(image).objects
     return seen
+
+
+def test_a_missing_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_judge()
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(HostError, match="scikit-image") as caught:
+        require_judge()
+    assert "l2p-export[train]" in caught.value.hint
