@@ -14,8 +14,8 @@ from torch import Tensor
 from l2p_export.training.source.autoencoder import IMAGE_PX, encode
 from l2p_export.training.source.tokens import caption_ids
 from l2p_export.training.world.captions import caption
-from l2p_export.training.world.render import render
-from l2p_export.training.world.scenes import draw_description, place
+from l2p_export.training.world.render import render, what_lies_where
+from l2p_export.training.world.scenes import Scene, draw_description, place
 from l2p_runtime.errors import HostError
 
 if TYPE_CHECKING:
@@ -30,11 +30,16 @@ _MADE_FROM = "made_from"
 
 @dataclass(frozen=True, slots=True)
 class LatentData:
-    """Latents [N,16,h,w] of zero mean and unit variance, their captions' token numbers, and those of no caption."""
+    """Latents [N,16,h,w] of zero mean and unit variance, their captions' token numbers, and those of no caption.
+
+    Attributes:
+        shares: [N, h*w/4, K] of each of `LABELS` in each patch of 2 x 2 latents.
+    """
 
     latents: Tensor
     ids: Tensor
     empty: Tensor
+    shares: Tensor
 
 
 def scene_latents(
@@ -61,7 +66,21 @@ def scene_latents(
         _write(path, stored, made_from)
     config = model.config
     latents = (stored["latents"].float() - config.shift_factor) * config.scaling_factor
-    return LatentData(latents.to(torch.float16), stored["ids"], caption_ids(tokenizer, [""])[0])
+    patches = [size // 2 for size in latents.shape[2:]]
+    shares = np.stack([what_lies_where(_scene(seed, index)[1], *patches) for index in range(count)])
+    return LatentData(
+        latents.to(torch.float16),
+        stored["ids"],
+        caption_ids(tokenizer, [""])[0],
+        torch.from_numpy(shares.astype(np.float16)).flatten(1, 2),
+    )
+
+
+def _scene(seed: int, index: int) -> tuple[str, Scene]:
+    random = np.random.default_rng([seed, index])
+    description = draw_description(random)
+    scene = place(description, random)
+    return caption(description, random), scene
 
 
 def _encode(
@@ -72,10 +91,9 @@ def _encode(
         for start in range(0, count, _AT_ONCE):
             images = []
             for index in range(start, min(count, start + _AT_ONCE)):
-                random = np.random.default_rng([seed, index])
-                description = draw_description(random)
-                images.append(render(place(description, random), IMAGE_PX, IMAGE_PX))
-                texts.append(caption(description, random))
+                text, scene = _scene(seed, index)
+                images.append(render(scene, IMAGE_PX, IMAGE_PX))
+                texts.append(text)
             parts.append(encode(model, np.stack(images)).to(torch.float16))
             advance(len(images))
     return {"latents": torch.cat(parts).contiguous(), "ids": caption_ids(tokenizer, texts)}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
-from l2p_export.families.z_image_l2p.latent import LatentModel
+from l2p_export.families.z_image_l2p.latent import LATENT_PATCH, LatentModel
 from l2p_export.text_encoder.dimensions import TextEncoderConfig, TextEncoderDimensions
 from l2p_export.text_encoder.networks import TextEncoderNetwork
 from l2p_export.training.source.tokens import VOCABULARY
+from l2p_export.training.world.render import LABELS
 
 GATE_AT_START = 0.5
 """Bias of a block's gates: from zero the first thousands of steps do nothing."""
@@ -39,8 +40,16 @@ def source_dimensions() -> Dimensions:
     )
 
 
+PROBED_LAYER = 3
+"""The main layer whose image tokens are asked what lies where; three quarters of the trunk lie before it."""
+
+
 class SourceModel(nn.Module):
-    """Captions and noisy latents to x0 - noise; text encoder and transformer learn together."""
+    """Captions and noisy latents to x0 - noise; text encoder and transformer learn together.
+
+    A probe reads from image tokens in the middle what lies where, which teaches the trunk to take it from the caption:
+    of x0 - noise alone, which of two objects has which colour is a small part. It is no part of a saved source.
+    """
 
     def __init__(self, d: Dimensions) -> None:
         super().__init__()
@@ -51,6 +60,7 @@ class SourceModel(nn.Module):
 
         self.text = TextEncoderNetwork(TEXT_ENCODER, dtype_of, range(TEXT_ENCODER.built_layers))
         self.latent = LatentModel(d, dtype_of)
+        self.probe = nn.Linear(d.width, len(LABELS))
 
     def forward(self, latents: Tensor, time: Tensor, ids: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         """latents [B,16,h,w], time [B], ids [B,T] with -1 for padding, tables [S,R], to [B,16,h,w]."""
@@ -58,6 +68,20 @@ class SourceModel(nn.Module):
         embeds = self.text(ids.clamp(min=0).long(), mask.long())
         out: Tensor = self.latent(latents, time, embeds, mask, rope_cos, rope_sin)
         return out
+
+    def probed(
+        self, latents: Tensor, time: Tensor, ids: Tensor, rope_cos: Tensor, rope_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, and scores [B,N,K] of each of `LABELS` for each of N image tokens."""
+        seen: list[Tensor] = []
+        layer = self.latent.body.layers[str(PROBED_LAYER)]
+        hook = layer.register_forward_hook(lambda module, inputs, tokens: seen.append(tokens))
+        try:
+            made = self(latents, time, ids, rope_cos, rope_sin)
+        finally:
+            hook.remove()
+        tokens = latents.shape[2] // LATENT_PATCH * (latents.shape[3] // LATENT_PATCH)
+        return made, self.probe(seen[0][:, :tokens])
 
 
 @torch.no_grad()

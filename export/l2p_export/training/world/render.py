@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_export.training.world.scenes import BACKGROUNDS, COLOURS, REACH, Placed, Scene
+from l2p_export.training.world.scenes import BACKGROUNDS, COLOURS, REACH, SHAPES, Placed, Scene, Thing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +22,11 @@ UNIT_AREA: Mapping[str, float] = {
     "triangle": 3 * math.sqrt(3) / 4 * REACH**2,
 }
 """Shape to its area, in radii squared."""
+
+LABELS: tuple[str | Thing, ...] = (*BACKGROUNDS, *(Thing(colour, shape) for colour in COLOURS for shape in SHAPES))
+"""What may lie anywhere in a scene."""
+
+_CELL_PX = 8
 
 
 def render(scene: Scene, height_px: int, width_px: int) -> NDArray[np.uint8]:
@@ -41,6 +46,33 @@ def render(scene: Scene, height_px: int, width_px: int) -> NDArray[np.uint8]:
     for placed in scene.placed:
         _draw(image, placed, short_px)
     return np.rint(image).astype(np.uint8)
+
+
+def what_lies_where(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
+    """The share of each cell of a grid that each background and each thing covers.
+
+    Args:
+        scene: of the grid's aspect.
+        rows: cells from top to bottom.
+        columns: cells from left to right.
+
+    Returns:
+        [rows, columns, len(LABELS)], adding up to 1 over the last axis, in steps of 1 / `_CELL_PX`^2.
+    """
+    height, width = rows * _CELL_PX, columns * _CELL_PX
+    short_px = min(height, width)
+    shares = np.zeros((height, width, len(LABELS)), np.float32)
+    shares[..., LABELS.index(scene.background)] = 1
+    y, x = (np.arange(size, dtype=np.float32) + 0.5 for size in (height, width))
+    for placed in scene.placed:
+        inside = inside_px(
+            placed.thing.shape,
+            (x - placed.x * short_px)[None, :],
+            (y - placed.y * short_px)[:, None],
+            placed.radius * short_px,
+        )
+        shares[inside > 0] = np.eye(len(LABELS), dtype=np.float32)[LABELS.index(placed.thing)]
+    return shares.reshape(rows, _CELL_PX, columns, _CELL_PX, -1).mean((1, 3))
 
 
 def _draw(image: NDArray[np.float32], placed: Placed, short_px: int) -> None:
