@@ -125,6 +125,8 @@ def test_wrong_calls(folder: Path, tmp_path: Path, arguments: tuple[str, ...], c
         (("corpus", "SOURCE", "--guidance", "nan", "--count", "1"), "guidance is nan"),
         (("corpus", "SOURCE", "--shift", "inf", "--count", "1"), "shift inf"),
         (("source", "--seed", "-3"), "seed is -3"),
+        (("source", "--size-px", "72"), "a size is 72 px, expected a multiple of 16 px from 64 px on"),
+        (("source", "--size-px", "128", "--size-px", "48"), "a size is 48 px"),
         (("source", "--samples", "1"), "1 samples, expected 2 or more"),
         (("source", "--init", "nowhere"), "is no pipeline folder"),
     ],

@@ -42,6 +42,15 @@ def command() -> None:
 @click.option("--init", type=click.Path(path_type=Path), help="Source to begin with; its autoencoder is kept.")
 @click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each save; 0 is none.")
 @click.option("--scenes", default=16_000, show_default=True, help="Rendered images to learn from.")
+@click.option(
+    "--size-px",
+    "sizes_px",
+    type=int,
+    multiple=True,
+    default=(128,),
+    show_default=True,
+    help="Side of the training images; repeatable.",
+)
 @click.option("--autoencoder-steps", default=1500, show_default=True)
 @click.option("--steps", default=20_000, show_default=True, help="Of text encoder and transformer.")
 @click.option("--batch", default=32, show_default=True)
@@ -88,6 +97,7 @@ def source_command(
             save_every=save_every,
             seed=seed,
         ),
+        sizes_px=options["sizes_px"],
     )
     work = work or out.with_name(out.name + ".training")
     _require_new(out, "model_index.json")

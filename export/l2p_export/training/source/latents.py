@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.training.source.autoencoder import IMAGE_PX, encode
+from l2p_export.training.source.autoencoder import encode
 from l2p_export.training.source.tokens import caption_ids
 from l2p_export.training.world.captions import caption
 from l2p_export.training.world.render import render, what_lies_where
@@ -42,32 +42,40 @@ class LatentData:
     shares: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SceneSet:
+    """Which training scenes: how many, at which side, and the seed of captions and places."""
+
+    count: int
+    size_px: int
+    seed: int
+
+
 def scene_latents(
-    path: Path, model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, count: int, seed: int, report: Reporter
+    path: Path, model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, scenes: SceneSet, report: Reporter
 ) -> LatentData:
-    """Latents and captions of `count` training scenes, shifted and scaled by the autoencoder's own numbers.
+    """Latents and captions of training scenes, shifted and scaled by the autoencoder's own numbers.
 
     Args:
         path: safetensors file that keeps them; read instead where it was made from the same.
         model: trained autoencoder.
         tokenizer: the small world's.
-        count: scenes.
-        seed: where captions and places come from.
+        scenes: which.
         report: told of scenes.
 
     Raises:
         HostError: the file cannot be written.
     """
     # What the file was made from; another autoencoder's latents, or fewer, are made again.
-    made_from = f"{_digest(model)} {seed} {count}"
+    made_from = f"{_digest(model)} {scenes.seed} {scenes.count} {scenes.size_px}"
     stored = _read(path, made_from)
     if stored is None:
-        stored = _encode(model, tokenizer, count, seed, report)
+        stored = _encode(model, tokenizer, scenes, report)
         _write(path, stored, made_from)
     config = model.config
     latents = (stored["latents"].float() - config.shift_factor) * config.scaling_factor
     patches = [size // 2 for size in latents.shape[2:]]
-    shares = np.stack([what_lies_where(_scene(seed, index)[1], *patches) for index in range(count)])
+    shares = np.stack([what_lies_where(_scene(scenes.seed, index)[1], *patches) for index in range(scenes.count)])
     return LatentData(
         latents.to(torch.float16),
         stored["ids"],
@@ -84,15 +92,15 @@ def _scene(seed: int, index: int) -> tuple[str, Scene]:
 
 
 def _encode(
-    model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, count: int, seed: int, report: Reporter
+    model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, scenes: SceneSet, report: Reporter
 ) -> dict[str, Tensor]:
     parts, texts = [], []
-    with report.stage("scenes as latents", count, "scenes") as advance:
-        for start in range(0, count, _AT_ONCE):
+    with report.stage(f"scenes of {scenes.size_px} px as latents", scenes.count, "scenes") as advance:
+        for start in range(0, scenes.count, _AT_ONCE):
             images = []
-            for index in range(start, min(count, start + _AT_ONCE)):
-                text, scene = _scene(seed, index)
-                images.append(render(scene, IMAGE_PX, IMAGE_PX))
+            for index in range(start, min(scenes.count, start + _AT_ONCE)):
+                text, scene = _scene(scenes.seed, index)
+                images.append(render(scene, scenes.size_px, scenes.size_px))
                 texts.append(text)
             parts.append(encode(model, np.stack(images)).to(torch.float16))
             advance(len(images))

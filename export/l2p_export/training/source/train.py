@@ -5,7 +5,8 @@ The parts are the published ones at a small size, so the result is a pipeline fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,8 @@ from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop import Schedule, generator, train
 from l2p_export.training.pipeline_folder import load_autoencoder, open_source, write_source
 from l2p_export.training.samples import SampleSpec, source_samples
-from l2p_export.training.source.autoencoder import train_autoencoder
-from l2p_export.training.source.latents import LatentData, scene_latents
+from l2p_export.training.source.autoencoder import IMAGE_PX, train_autoencoder
+from l2p_export.training.source.latents import LatentData, SceneSet, scene_latents
 from l2p_export.training.source.model import SourceModel, initial_source, source_dimensions
 from l2p_export.training.source.tokens import CAPTION_TOKENS, world_tokenizer
 from l2p_runtime.errors import ArtifactError, UsageError
@@ -36,6 +37,7 @@ NOISE_SHIFT = 2.0
 """Noise levels are drawn evenly and shifted by this, as a sampler's: shapes and places are decided at high noise."""
 
 CAPTION_DROPOUT = 0.1
+TOKEN_PX, SIZE_MIN_PX = 16, 64
 
 PROBE_WEIGHT = 0.1
 """Of the cross entropy of what lies where, in nats a token, against the mean squared error of x0 - noise."""
@@ -46,7 +48,9 @@ class SourceSpec:
     """How a source is trained.
 
     Attributes:
-        scenes: rendered images that the transformer learns from.
+        scenes: rendered images that the transformer learns from, at the first size.
+        sizes_px: sides of the square images that steps of the transformer draw from, in turn by chance. A step has as
+            many tokens at each: fewer images of larger ones.
         autoencoder: schedule of the first stage.
         transformer: schedule of the second.
     """
@@ -54,15 +58,21 @@ class SourceSpec:
     scenes: int
     autoencoder: Schedule
     transformer: Schedule
+    sizes_px: tuple[int, ...] = (IMAGE_PX,)
 
     def __post_init__(self) -> None:
         """Check the numbers.
 
         Raises:
-            UsageError: too few scenes.
+            UsageError: too few scenes, or a size that is none.
         """
         if self.scenes < 1:
             raise UsageError(f"{self.scenes} scenes, expected 1 or more")
+        for size_px in self.sizes_px or (0,):
+            if size_px < SIZE_MIN_PX or size_px % TOKEN_PX:
+                raise UsageError(
+                    f"a size is {size_px} px, expected a multiple of {TOKEN_PX} px from {SIZE_MIN_PX} px on"
+                )
 
 
 def train_source(
@@ -87,8 +97,18 @@ def train_source(
         model = initial_source(d, seed)
     else:
         begun = open_source(init)
-        autoencoder, model = load_autoencoder(begun), load_source_model(begun, d)
-    data = scene_latents(work / "latents.safetensors", autoencoder, tokenizer, spec.scenes, seed, report)
+        autoencoder, model = load_autoencoder(begun), load_source_model(begun, d, seed)
+    first_px = spec.sizes_px[0]
+    data = [
+        scene_latents(
+            work / f"latents-{size_px}.safetensors",
+            autoencoder,
+            tokenizer,
+            SceneSet(max(1, spec.scenes * first_px**2 // size_px**2), size_px, seed),
+            report,
+        )
+        for size_px in spec.sizes_px
+    ]
     folder = work / "transformer"
     if samples is None:
         train_transformer(model, data, folder, spec.transformer, report)
@@ -98,13 +118,13 @@ def train_source(
     write_source(out, model, d, autoencoder, tokenizer, NOISE_SHIFT)
 
 
-def load_source_model(source: Source, d: Dimensions) -> SourceModel:
-    """Text encoder and transformer of a pipeline folder, to train on.
+def load_source_model(source: Source, d: Dimensions, seed: int) -> SourceModel:
+    """Text encoder and transformer of a pipeline folder, to train on; the seed is the probe's.
 
     Raises:
         ArtifactError: its sizes are others.
     """
-    model = SourceModel(d)
+    model = initial_source(d, seed)
     tensors = {name: torch.from_numpy(read_tensor(tensor)) for name, tensor in source.transformer.tensors.items()}
     missing = load_published(model.latent, tensors)
     text = source.text.state_dict()
@@ -121,7 +141,7 @@ def load_source_model(source: Source, d: Dimensions) -> SourceModel:
 
 def train_transformer(
     model: SourceModel,
-    data: LatentData,
+    data: Sequence[LatentData],
     folder: Path,
     schedule: Schedule,
     report: Reporter,
@@ -129,35 +149,47 @@ def train_transformer(
 ) -> None:
     """Train text encoder and transformer by flow matching on x0 - noise; the model is left with the averaged weights.
 
+    Args:
+        model: what learns.
+        data: scenes of each size; each step takes one of them, by chance.
+        folder: where states go.
+        schedule: `batch` counts the images of the first size; of others a step takes as many tokens.
+        report: told of steps and loss.
+        on_save: called with the averaged weights after each saved state.
+
     Raises:
         As `loop.train`.
     """
     d = source_dimensions()
-    rows, columns = data.latents.shape[2] // 2, data.latents.shape[3] // 2
-    rope_cos, rope_sin = (
-        torch.from_numpy(table) for table in rope_tables(model_spec(d), rows, columns, CAPTION_TOKENS)
-    )
+    grids = [(scenes.latents.shape[2] // 2, scenes.latents.shape[3] // 2) for scenes in data]
+    tables = [
+        [torch.from_numpy(table) for table in rope_tables(model_spec(d), rows, columns, CAPTION_TOKENS)]
+        for rows, columns in grids
+    ]
 
     def loss(step: int, micro: int) -> Tensor:
-        size = schedule.batch // schedule.micro_batches
-        draws = generator(schedule.seed, step, micro)
-        index = torch.randint(len(data.latents), (size,), generator=draws)
-        latents = data.latents[index].float()
-        ids = data.ids[index]
+        which = int(torch.randint(len(data), (1,), generator=generator(schedule.seed, step)))
+        scenes, size = data[which], schedule.batch // schedule.micro_batches
+        size = max(1, size * math.prod(grids[0]) // math.prod(grids[which]))
+        draws = generator(schedule.seed, step, micro + 1)
+        index = torch.randint(len(scenes.latents), (size,), generator=draws)
+        latents = scenes.latents[index].float()
+        ids = scenes.ids[index]
         dropped = torch.rand(size, generator=draws) < CAPTION_DROPOUT
-        ids = torch.where(dropped[:, None], data.empty, ids)
+        ids = torch.where(dropped[:, None], scenes.empty, ids)
         noise = torch.randn(latents.shape, generator=draws)
         sigma = draw_sigmas(size, NOISE_SHIFT, draws)
         mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
-        made, scores = model.probed(mixed, 1 - sigma, ids, rope_cos, rope_sin)
+        made, scores = model.probed(mixed, 1 - sigma, ids, *tables[which])
         error: Tensor = (made - (latents - noise)).square().mean()
         # Without a caption there is nothing to take it from.
-        surprise = -(data.shares[index].float() * scores.log_softmax(-1)).sum(-1).mean(-1)
+        surprise = -(scenes.shares[index].float() * scores.log_softmax(-1)).sum(-1).mean(-1)
         return error + PROBE_WEIGHT * (surprise * ~dropped).mean()
 
     # Two runs that begin with other weights are two runs; a sum tells them apart.
     start = float(sum(value.double().abs().sum() for value in model.state_dict().values()))
-    settings = {"stage": "source", "schedule": asdict(schedule), "images": len(data.latents), "start": f"{start:.6e}"}
+    images = {f"{8 * scenes.latents.shape[2]} px": len(scenes.latents) for scenes in data}
+    settings = {"stage": "source", "schedule": asdict(schedule), "images": images, "start": f"{start:.6e}"}
     averaging = SourceModel(d)
 
     def saved(step: int, averaged: Mapping[str, Tensor]) -> None:

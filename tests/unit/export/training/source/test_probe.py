@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.progress import Silent
 from l2p_export.training.source.autoencoder import CONFIG
-from l2p_export.training.source.latents import scene_latents
+from l2p_export.training.source.latents import SceneSet, scene_latents
 from l2p_export.training.source.model import SourceModel, initial_source, source_dimensions
 from l2p_export.training.source.tokens import CAPTION_TOKENS, caption_ids, world_tokenizer
 from l2p_export.training.world.captions import describe
@@ -53,7 +53,8 @@ def test_shares_belong_to_their_captions(tmp_path: Path) -> None:
     autoencoder = AutoencoderKL(**CONFIG, sample_size=128)
     autoencoder.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     tokenizer = world_tokenizer()
-    made, read = (scene_latents(tmp_path / "latents", autoencoder, tokenizer, 12, 5, Silent()) for _ in range(2))
+    scenes = SceneSet(12, 128, 5)
+    made, read = (scene_latents(tmp_path / "latents", autoencoder, tokenizer, scenes, Silent()) for _ in range(2))
     assert read.latents.equal(made.latents)
     assert read.shares.equal(made.shares)
     assert made.shares.shape == (12, 64, len(LABELS))
