@@ -72,7 +72,8 @@ def what_lies_where(scene: Scene, rows: int, columns: int) -> NDArray[np.float32
             placed.radius * short_px,
         )
         shares[inside > 0] = np.eye(len(LABELS), dtype=np.float32)[LABELS.index(placed.thing)]
-    return shares.reshape(rows, _CELL_PX, columns, _CELL_PX, -1).mean((1, 3))
+    cells: NDArray[np.float32] = shares.reshape(rows, _CELL_PX, columns, _CELL_PX, -1).mean((1, 3))
+    return cells
 
 
 def _draw(image: NDArray[np.float32], placed: Placed, short_px: int) -> None:
