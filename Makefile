@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := demo
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-gpu lint types bench bench-full clean
@@ -35,8 +36,9 @@ demo: .venv/demo
 		--size 1024x1024 --seed 7 --out $(DEMO)/picture.png
 	@echo "the picture is $(DEMO)/picture.png"
 
+# A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow

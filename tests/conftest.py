@@ -1,19 +1,23 @@
 """Checkpoints and bundles that many tests share.
 
 A bundle takes about half a minute to build, most of it tracing, so the whole session builds each kind once, through
-the command line as a user would, two at a time.
+the command line as a user would, two at a time. With pytest-xdist the processes share the work and what came of it.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 from safetensors.numpy import save_file
 
 from golden import tiny_checkpoint
@@ -25,6 +29,9 @@ height_px = {{ min = {min}, opt = {opt}, max = {max} }}
 width_px = {{ min = {min}, opt = {opt}, max = {max} }}
 sampling = {{ steps = 2, guidance = 1.0, shift = 3.0 }}
 """
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+OUTCOME = ("returncode", "stdout", "stderr")
 
 KINDS = {
     "tiny-16": (16, False, ("fp32", "fp16")),
@@ -49,7 +56,6 @@ class Bundles:
     root: Path
     logs: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
     _done: dict[str, threading.Event] = field(default_factory=lambda: {kind: threading.Event() for kind in KINDS})
-    _slots: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))
 
     @property
     def store(self) -> Path:
@@ -76,28 +82,43 @@ class Bundles:
         return path
 
     def start(self) -> None:
-        for kind in KINDS:
-            threading.Thread(target=self._build, args=(kind,), daemon=True).start()
+        for _ in range(2 // WORKERS or 1):
+            threading.Thread(target=self._build_all, daemon=True).start()
 
-    def _build(self, kind: str) -> None:
+    def _build_all(self) -> None:
+        """Build or find each kind; one that another thread or process builds is come back to."""
+        while left := [kind for kind in KINDS if not self._done[kind].is_set()]:
+            for kind in left:
+                log = self.root / f"{kind}.json"
+                try:
+                    with FileLock(self.root / f"{kind}.lock", timeout=0, thread_local=False):
+                        if not log.exists():
+                            result = self._build(kind)
+                            facts = {"args": [], **{name: getattr(result, name) for name in OUTCOME}}
+                            log.write_text(json.dumps(facts))
+                        self.logs[kind] = subprocess.CompletedProcess(**json.loads(log.read_text()))
+                        self._done[kind].set()
+                except Timeout:
+                    continue
+            time.sleep(0.2)
+
+    def _build(self, kind: str) -> subprocess.CompletedProcess[str]:
         patch, fused, precisions = KINDS[kind]
-        with self._slots:
-            profile = write_profile(self.root / f"{kind}.toml", patch)
-            command = [sys.executable, "-m", "l2p_export", "build", "--profile", str(profile), "--backend", "onnx"]
-            if fused is not None:
-                command.append(str(write_tiny_checkpoint(self.root / f"{kind}.safetensors", patch, fused=fused)))
-            if kind == "tiny-16-fused":
-                command += ["--text-encoder", str(write_text_encoder(self.root / "qwen3"))]
-            for precision in precisions:
-                command += ["--precision", precision]
-            shared = self.shared(kind)
-            command += ["--store", str(self.store), "--out", str(shared)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                packed = run_cli("pack", shared, "--out", self.root / kind)
-                result = result if packed.returncode == 0 else packed
-            self.logs[kind] = result
-        self._done[kind].set()
+        profile = write_profile(self.root / f"{kind}.toml", patch)
+        command = [sys.executable, "-m", "l2p_export", "build", "--profile", str(profile), "--backend", "onnx"]
+        if fused is not None:
+            command.append(str(write_tiny_checkpoint(self.root / f"{kind}.safetensors", patch, fused=fused)))
+        if kind == "tiny-16-fused":
+            command += ["--text-encoder", str(write_text_encoder(self.root / "qwen3"))]
+        for precision in precisions:
+            command += ["--precision", precision]
+        shared = self.shared(kind)
+        command += ["--store", str(self.store), "--out", str(shared)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            return result
+        packed = run_cli("pack", shared, "--out", self.root / kind)
+        return result if packed.returncode == 0 else packed
 
 
 @pytest.fixture
@@ -114,7 +135,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """Bundles of every kind, built once a session."""
-    built = Bundles(tmp_path_factory.mktemp("bundles"))
+    base = tmp_path_factory.getbasetemp()
+    # Each process of pytest-xdist has a folder of its own in that of the session.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+    root.mkdir(exist_ok=True)
+    built = Bundles(root)
     built.start()
     return built
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (steps done, steps in all) after each step."""
+
+Preview: TypeAlias = "Callable[[int, int, NDArray[Any]], None]"
+"""Told (step, steps in all, pixels [H,W,3]) before a step is taken: the image if the rest were one step from here."""
+
+_FLOAT_BYTES = 4
 
 
 class Pipeline:
@@ -180,6 +186,7 @@ class Pipeline:
         rng: Rng = "philox",
         dtype: PixelDType = "uint8",
         progress: Progress = lambda done, steps: None,
+        preview: Preview | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> NDArray[Any]:
         """Draw one image.
@@ -202,6 +209,7 @@ class Pipeline:
             rng: `philox`, or `torch-cpu` for the noise of `torch.randn` on the CPU.
             dtype: full-range `uint8` or `uint16`, or `float16` in [0,1].
             progress: told after each step.
+            preview: shown every step's estimate of the finished image, of `dtype`; takes buffers of its own.
             cancelled: asked between networks and stripes.
 
         Returns:
@@ -229,7 +237,8 @@ class Pipeline:
         )
         grid, sampling = request.grid, request.sampling
         tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
-        stripes = self._plan_call(1, grid, tokens)
+        shown_bytes = _FLOAT_BYTES * 2 * 3 * height * width if preview is not None else 0
+        stripes = self._plan_call(1, grid, tokens, shown_bytes)
         captions = self._embed(request.captions, truncate_prompt)
         device = denoiser.device
 
@@ -247,12 +256,14 @@ class Pipeline:
             time = device.upload(_float32([model_time(sigma)]))
             predict(denoiser, image, time, conditions, stripes, workspaces, predictions, check)
             negative = predictions[1] if len(predictions) > 1 else None
+            if preview is not None:
+                estimate = device.alloc(image.shape, "float32")
+                device.copy(estimate, image)
+                device.launch("euler", estimate, predictions[0], negative, sampling.guidance, -sigma)
+                preview(index + 1, sampling.steps, self._pixels(estimate, dtype))
             device.launch("euler", image, predictions[0], negative, sampling.guidance, following - sigma)
             progress(index + 1, sampling.steps)
-        out = device.alloc((height, width, 3), dtype)
-        device.launch("pixels", out, image[0])
-        device.synchronize()
-        return device.download(out)
+        return self._pixels(image, dtype)
 
     def encode(self, prompts: Sequence[str], *, truncate_prompt: bool = False) -> list[NDArray[np.float32]]:
         """Embeddings [L,C] of prompts, for `prompt_embeds` and `negative_embeds`; the text encoder is loaded once.
@@ -381,8 +392,14 @@ class Pipeline:
     def _load(self, network: str) -> Engine:
         return load_network(self.bundle, self._backend, network, self.plan)
 
-    def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int) -> tuple[Stripe, ...]:
+    def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int, further_bytes: int = 0) -> tuple[Stripe, ...]:
         """Cut the head for a call; where all networks and the call do not fit together, the networks take turns.
+
+        Args:
+            batch: images.
+            grid: token rows and columns.
+            tokens: of the caption, padded.
+            further_bytes: buffers beside those of a denoising call.
 
         Raises:
             HostError: the call does not fit even so.
@@ -392,6 +409,7 @@ class Pipeline:
         manifest, backend, plan = self.bundle.manifest, self._backend, self.plan
         fused = backend.load_engine is not None and plan != "fp32"
         need = (fused_call_memory if fused else call_memory)(model, batch, *grid, tokens)
+        need = replace(need, buffers_bytes=need.buffers_bytes + further_bytes)
         head_rows = None
         if backend.load_engine is not None:
             head_rows = head_rows_max(engine_record(manifest, backend, "head", plan), batch, grid[1])
@@ -433,6 +451,14 @@ class Pipeline:
         image = device.alloc((1, 3, height, width), "float32")
         device.launch("noise", image[0], seed, image_index)
         return image
+
+    def _pixels(self, image: Array, dtype: PixelDType) -> NDArray[Any]:
+        """Image [1,3,H,W] on the device as pixels [H,W,3] on the host."""
+        device = self._denoiser.device
+        out = device.alloc((*image.shape[2:], 3), dtype)
+        device.launch("pixels", out, image[0])
+        device.synchronize()
+        return device.download(out)
 
 
 def _float32(values: Sequence[float]) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import pkgutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import l2p_runtime
 
 OURS = {"l2p_export", "l2p_calib", "l2p_engines"}
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "transformers", "diffusers", "safetensors", "scipy"}
-HEAVY |= {"cuda", "ml_dtypes", "polygraphy", "tensorrt", "tensorrt_rtx"}
+HEAVY |= {"cuda", "ml_dtypes", "polygraphy", "tensorrt", "tensorrt_rtx", "tritonclient", "grpc", "google", "gevent"}
 
 
 def test_the_runtime_root_imports_the_standard_library_alone() -> None:
@@ -44,7 +45,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert foreign == {"l2p_export", "l2p_runtime", "click"}
 
 
-@pytest.mark.parametrize("command", ["build", "doctor", "generate", "inspect", "plan", "verify"])
+@pytest.mark.parametrize("command", ["build", "doctor", "generate", "inspect", "plan", "triton", "verify"])
 def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     code = f"import l2p_export.cli.{command} as c; c.command.main(['--help'], standalone_mode=False)"
     assert not _loaded_by(code) & (HEAVY | {"numpy"})
@@ -81,9 +82,22 @@ def test_importing_touches_no_file_and_no_environment() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_asking_for_health_needs_the_standard_library_alone() -> None:
+    loaded = _loaded_by("import l2p_runtime.client.health")
+    foreign = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
+    assert foreign == {"l2p_runtime"}
+
+
+def test_no_folder_beside_a_package_can_be_taken_for_a_library() -> None:
+    # Any folder on the path is a namespace package: torch took `runtime/triton` for the compiler, and broke.
+    roots = [pathlib.Path(package.__path__[0]).parent for package in (l2p_runtime, l2p_export, l2p_calib, l2p_engines)]
+    names = {entry.name for root in roots if root.name != "site-packages" for entry in root.iterdir() if entry.is_dir()}
+    assert names - {"__pycache__"} <= {"l2p_runtime", *OURS, "csrc", "triton_models"}
+
+
 def test_every_package_is_typed() -> None:
     for package in (l2p_runtime, l2p_export, l2p_calib, l2p_engines):
-        assert any((__import__("pathlib").Path(p) / "py.typed").is_file() for p in package.__path__)
+        assert any((pathlib.Path(p) / "py.typed").is_file() for p in package.__path__)
 
 
 def _loaded_by(code: str) -> set[str]:

@@ -42,6 +42,9 @@ def test_the_wheel_holds_four_packages_and_the_native_library(wheel: Path) -> No
     assert "l2p_runtime/lib/libl2p_native.so" in names
     assert {"l2p_runtime/data/normal_table.f64", "l2p_runtime/data/kernels.cu"} <= set(names)
     assert {f"l2p_engines/profiles/{name}.toml" for name in ("1k", "4k", "8k", "8k-zeroshot", "10k")} <= set(names)
+    assert {
+        f"l2p_export/data/triton_models/{name}" for name in ("glue.py", "l2p/model.py", "l2p_stream/model.py")
+    } <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "csrc" in name or "test" in name.lower()]
     assert "-py3-none-" in wheel.name
@@ -50,6 +53,7 @@ def test_the_wheel_holds_four_packages_and_the_native_library(wheel: Path) -> No
 def test_a_pure_wheel_is_made_on_request_and_holds_no_library(tmp_path: Path) -> None:
     names = zipfile.ZipFile(_build_wheel(tmp_path, {"L2P_PURE": "1"})).namelist()
     assert not [name for name in names if name.endswith(".so")]
+    assert "l2p_export/data/triton_models/glue.py" in names
 
 
 def test_without_a_compiler_the_install_falls_back_and_says_so(tmp_path: Path) -> None:

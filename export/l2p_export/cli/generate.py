@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 @click.command("generate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--server", metavar="URL", help="Draw there instead: grpc://host:8001 or http://host:8000.")
 @click.option("--prompt", help="Needs a bundle with a text encoder; beside --embeddings, a description.")
 @click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
 @click.option("--embeddings", type=click.Path(path_type=Path), help="Prompt embeddings [L, C], .npy or .safetensors.")
@@ -48,11 +49,19 @@ if TYPE_CHECKING:
 @json_option
 @dry_run_option
 @quiet_option
-def command(bundle: Path, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
-    """Draw one image from BUNDLE into a PNG file.
+def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
+    """Draw one image from BUNDLE, or on a Triton server, into a PNG file.
 
     The file carries prompt, seed, sampling and the bundle's digest as text.
     """
+    if options["server"] is not None:
+        from l2p_export.cli.generate_remote import draw_remote
+
+        _check_out(out)
+        draw_remote(bundle, out, options, Console(quiet=quiet), as_json=as_json, dry_run=dry_run)
+        return
+    if bundle is None:
+        raise UsageError("there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png")
     from l2p_export.embeddings import read_embeddings
     from l2p_runtime.bundle import open_bundle
     from l2p_runtime.requests import image_request

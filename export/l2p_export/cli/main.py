@@ -21,15 +21,18 @@ from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __ve
 COMMANDS = {
     "bench": "Measure a bundle's networks and a whole step on this machine.",
     "build": "Turn a checkpoint into a verified bundle.",
+    "calibrate": "Measure what values the layers of a bundle take.",
     "doctor": "Say what this machine can and cannot do.",
     "eval": "Score a bundle or a source, or draw what public benchmarks score.",
     "import": "Write one canonical checkpoint from whatever tool's files.",
     "generate": "Draw an image from a bundle.",
     "inspect": "Describe a checkpoint or a bundle.",
+    "judge": "Say whether a picture shows what a caption of the small world says.",
     "plan": "Forecast memory, disk and operations before anything is built.",
     "pack": "Copy a bundle with only what a target needs.",
     "store": "List, prune or check a folder that bundles share.",
     "train": "Train a small source, draw a corpus, move a source to pixels.",
+    "triton": "Write a Triton model repository, check one, ask a server how it is.",
     "verify": "Check a bundle's files and run its reference cases.",
 }
 """Command to the line that `--help` shows; each lives in the module of its name."""

@@ -1,0 +1,81 @@
+"""What a Triton server adds to the pipeline's own time: one image over shared memory, gRPC and HTTP.
+
+Run `python benchmarks/serving.py BUNDLE [--size 4096x4096] [--images 3]`; it starts a real server on this machine and
+prints a Markdown table. `draw` is the pipeline's own time as the server reports it, `added` is what the client waited
+beyond it, and `server` is the server's own count of the time in the model (`nv_inference_compute_infer_duration_us`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from l2p_export.cli.console import parse_size
+from l2p_export.progress import Silent
+from l2p_export.serving.configs import Placement
+from l2p_export.serving.repository import RepositorySpec, write_repository
+from l2p_runtime.bundle import open_bundle
+from l2p_runtime.client import Client
+from tools.triton_server import Server, serve
+
+MODEL = "l2p_embeddings"
+BUSY = "nv_inference_compute_infer_duration_us"
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--size", default="4096x4096", help="WIDTHxHEIGHT")
+    parser.add_argument("--images", type=int, default=3, help="of each way, after one that is not counted")
+    options = parser.parse_args()
+    height, width = parse_size(options.size)
+    bundle = open_bundle(options.bundle)
+    embeds = np.random.default_rng(7).standard_normal((8, bundle.manifest.model.caption_width)).astype(np.float32)
+    asked = {"prompt_embeds": embeds, "height": height, "width": width, "steps": 1, "guidance": 1.0}
+    print(f"| {width} x {height} uint8 | wait s | draw s | added ms, least | median | server's count beyond draw, ms |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as work:
+        repository = Path(work) / "repository"
+        spec = RepositorySpec(models=(MODEL,), pixels=height * width, placement=Placement("cpu"))
+        write_repository(bundle, repository, spec, Silent())
+        with serve(repository, Path(work)) as server:
+            reason = server.load(MODEL)
+            if reason:
+                print(reason, file=sys.stderr)
+                return 3
+            for way, url, shared in (
+                ("gRPC, shared memory", server.grpc, True),
+                ("gRPC", server.grpc, False),
+                ("HTTP", server.http, False),
+            ):
+                _print_row(way, server, url, shared=shared, images=options.images, asked=asked)
+    return 0
+
+
+def _print_row(way: str, server: Server, url: str, *, shared: bool, images: int, asked: dict[str, Any]) -> None:
+    rows = []
+    with Client.open(url, shared_memory=shared) as client:
+        for _ in range(images + 1):
+            busy = server.metric(BUSY, model=MODEL)
+            started = time.perf_counter()
+            reply = client.generate(**asked)
+            wait = time.perf_counter() - started
+            counted = (server.metric(BUSY, model=MODEL) - busy) / 1e6
+            draw = sum(reply.report["seconds"][stage] for stage in ("text", "draw"))
+            rows.append((wait, draw, (wait - draw) * 1e3, (counted - draw) * 1e3))
+    wait, draw, added, beyond = np.median(rows[1:], axis=0)
+    least = min(row[2] for row in rows[1:])
+    print(f"| {way} | {wait:.2f} | {draw:.2f} | {least:.0f} | {added:.0f} | {beyond:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

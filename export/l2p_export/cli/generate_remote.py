@@ -1,0 +1,92 @@
+"""`l2p-export generate --server URL`: the same picture, drawn by a Triton server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l2p_export.cli.console import Console, parse_size, print_json
+from l2p_runtime import UsageError, __version__
+
+_SERVERS_OWN: Mapping[str, object] = {
+    "shift": None,
+    "rng": "philox",
+    "positions": None,
+    "plan": None,
+    "backend": "auto",
+    "memory_budget": None,
+    "bits": "8",
+    "store": None,
+    "truncate_prompt": False,
+}
+"""Options that the server's repository decides, to their defaults."""
+
+
+def draw_remote(
+    bundle: Path | None, out: Path, options: Mapping[str, Any], console: Console, *, as_json: bool, dry_run: bool
+) -> None:
+    """Draw on a server and write a PNG file.
+
+    Raises:
+        UsageError: an option that the server decides, or a request that it refuses.
+        HostError: no server answers, or it cannot draw.
+    """
+    from l2p_export.embeddings import read_embeddings
+    from l2p_runtime.client import Client
+    from l2p_runtime.client.transport import parse_address
+    from l2p_runtime.png import write_png
+
+    if bundle is not None:
+        raise UsageError(f"there is a bundle `{bundle}` and a --server; give one of them")
+    own = [f"--{name.replace('_', '-')}" for name, default in _SERVERS_OWN.items() if options[name] != default]
+    if own:
+        raise UsageError(f"{', '.join(own)} is for the server's repository to say", hint="leave it out with --server")
+    parse_address(options["server"])
+    height, width = parse_size(options["size"]) if options["size"] is not None else (None, None)
+    embeds = read_embeddings(options["embeddings"])
+    negative_embeds = read_embeddings(options["negative_embeddings"])
+    if dry_run:
+        if as_json:
+            print_json({"out": str(out), "server": options["server"], "width": width, "height": height})
+        else:
+            click.echo(f"would draw {options['size'] or 'the preferred size'} on {options['server']} into {out}")
+        return
+    with Client.open(options["server"]) as client, console.stage(f"drawing on {options['server']}"):
+        reply = client.generate(
+            options["prompt"] if embeds is None else None,
+            height=height,
+            width=width,
+            seed=options["seed"],
+            steps=options["steps"],
+            guidance=options["guidance"],
+            negative_prompt=options["negative"],
+            prompt_embeds=embeds,
+            negative_embeds=negative_embeds,
+        )
+    if str(reply.pixels.dtype) != "uint8":
+        raise UsageError(
+            f"the server sends {reply.pixels.dtype} images, PNG takes uint8",
+            hint="use l2p_runtime.client in Python, or a repository written with --dtype uint8",
+        )
+    if not reply.report["trained"]:
+        console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
+    names = ("seed", "steps", "guidance", "shift", "positions", "plan", "bundle", "trained")
+    parameters = {name: reply.report[name] for name in names} | {"rng": "philox"}
+    text = {
+        "Software": f"l2p-export {__version__}",
+        "prompt": options["prompt"] or "",
+        "negative_prompt": options["negative"] or "",
+        "seed": str(options["seed"]),
+        "bundle": str(reply.report["bundle"]),
+        "parameters": json.dumps(parameters),
+    }
+    write_png(out, reply.pixels, text)
+    if as_json:
+        sizes = {"width": reply.report["width"], "height": reply.report["height"]}
+        print_json({"out": str(out), **sizes, **parameters, "seconds": reply.report["seconds"]})
+    else:
+        click.echo(out)

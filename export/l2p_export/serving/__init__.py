@@ -1,0 +1,1 @@
+"""Model repositories for Triton Inference Server: written from a bundle, and checked without a server."""

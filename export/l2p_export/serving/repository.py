@@ -1,0 +1,357 @@
+"""A model repository written from a bundle: one folder a model, one rising version a bundle.
+
+    l2p/config.pbtxt            what the server reads
+    l2p/warmup/                 what an instance draws before it is ready
+    l2p/1/model.py, glue.py     what the server runs
+    l2p/1/bundle/               what it runs on
+
+A version folder appears whole or not at all, so a server that looks again meanwhile loads the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_engines.stages import locked
+from l2p_export.pack import pack, pack_manifest
+from l2p_export.serving.configs import (
+    DIGEST,
+    IMAGE_MODELS,
+    NETWORK_PREFIX,
+    PRODUCER,
+    STREAMING,
+    WARM_UP_FOLDER,
+    Placement,
+    WarmUp,
+    config_text,
+    image_config,
+    network_config,
+    plan_file,
+    warm_up_files,
+)
+from l2p_runtime.backends import backend_names
+from l2p_runtime.bundle import file_digest, open_bundle
+from l2p_runtime.contract import (
+    TEXT_ENCODER,
+    EngineRecord,
+    Manifest,
+    bundle_digest,
+    manifest_to_bytes,
+    target_from_spelling,
+)
+from l2p_runtime.errors import ArtifactError, HostError, InternalError, UsageError
+from l2p_runtime.memory import parse_bytes
+from l2p_runtime.requests import check_size
+from l2p_runtime.serving import Limits, ServiceSpec
+
+if TYPE_CHECKING:
+    from l2p_export.progress import Reporter
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.requests import PixelDType
+
+NETWORKS_MODEL = "networks"
+CONFIG = "config.pbtxt"
+BUNDLE = "bundle"
+LOCK = ".l2p.lock"
+VERSIONS_KEPT = 2
+PROMPT_BYTES = 16_384
+STEPS_MAX = 1000
+
+_TEMPLATES = Path(__file__).parents[1] / "data" / "triton_models"
+_CHECKOUT = Path(__file__).parents[3] / "runtime" / "triton_models"
+
+
+@dataclass(frozen=True, slots=True)
+class RepositorySpec:
+    """What is to be written.
+
+    Attributes:
+        models: of `IMAGE_MODELS` and `networks`; empty for all that the bundle has what for.
+        backend: as `Pipeline.open` takes it.
+        plan: precision plan; None keeps all and runs the first that the backend runs.
+        memory_budget: as `Pipeline.open` takes it; empty for what the device has free.
+        dtype: of the images.
+        preview_px: longest side of a preview.
+        pixels: the most of one image; None for the largest of the bundle's profiles.
+        steps: the most of one image; None for four times the bundle's default.
+        prompt_bytes: the most of a prompt.
+        placement: where the models run.
+        warm_up: what an instance draws first; None for the least size of the first profile.
+        bundle_at: where the server finds the bundle, instead of a copy in each model.
+    """
+
+    models: tuple[str, ...] = ()
+    backend: str = "auto"
+    plan: str | None = None
+    memory_budget: str = ""
+    dtype: PixelDType = "uint8"
+    preview_px: int = 512
+    pixels: int | None = None
+    steps: int | None = None
+    prompt_bytes: int = PROMPT_BYTES
+    placement: Placement = field(default_factory=Placement)
+    warm_up: WarmUp | None = None
+    bundle_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a repository has now: model to version, the bundle's digest, and models whose version is new."""
+
+    root: Path
+    digest: str
+    versions: Mapping[str, int]
+    new: tuple[str, ...]
+
+
+def write_repository(
+    bundle: Bundle, root: Path, spec: RepositorySpec, reporter: Reporter, *, dry_run: bool = False
+) -> Written:
+    """Write, or bring up to date, the models of a bundle in a repository; other models there are left alone.
+
+    Raises:
+        UsageError: a model that the bundle has nothing for, or a folder of that name that something else made.
+        ArtifactError: the bundle is damaged.
+        HostError: tritonclient is missing, or the disk is full.
+    """
+    manifest = pack_manifest(bundle.manifest, None, (spec.plan,) if spec.plan else ())
+    digest = bundle.digest if spec.bundle_at else bundle_digest(manifest_to_bytes(manifest))
+    engines = _networks(manifest, spec.plan)
+    configs = _configs(manifest, digest, spec, engines)
+    for name in configs:
+        _require_ours(root / name)
+    if dry_run:
+        found = {name: _latest(root / name) for name in configs}
+        stale = [name for name in configs if not _is_current(root / name, digest, spec.bundle_at)]
+        return Written(root, digest, {n: v + (n in stale) for n, v in found.items()}, tuple(stale))
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / LOCK, busy=f"another command is writing `{root}`"):
+        versions, new = {}, []
+        shared: Path | None = None
+        for name, config in configs.items():
+            folder = root / name
+            if not _is_current(folder, digest, spec.bundle_at):
+                new.append(name)
+                with _new_version(folder) as version:
+                    if name in IMAGE_MODELS:
+                        _fill_image_version(version, name, bundle, manifest, spec, shared, reporter)
+                    else:
+                        _fill_network_version(version, bundle, engines[name.removeprefix(NETWORK_PREFIX)])
+            versions[name] = _latest(folder)
+            if name in IMAGE_MODELS:
+                shared = folder / str(versions[name]) / BUNDLE
+                _write_warm_up(folder, _warm_up(manifest, spec))
+            _write(folder / CONFIG, config_text(config).encode())
+            _drop_old_versions(folder)
+    return Written(root, digest, versions, tuple(new))
+
+
+def template(name: str) -> bytes:
+    """A file of `runtime/triton_models/`, as the wheel or the checkout has it."""
+    for folder in (_TEMPLATES, _CHECKOUT):
+        if (folder / name).is_file():
+            return (folder / name).read_bytes()
+    raise InternalError(f"the installation lacks the template `{name}`")
+
+
+def versions(folder: Path) -> list[int]:
+    """The version numbers of a model's folder, least first."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and not name.startswith("0"))
+
+
+def _configs(
+    manifest: Manifest, digest: str, spec: RepositorySpec, engines: Mapping[str, Sequence[EngineRecord]]
+) -> dict[str, Any]:
+    """Model name to its configuration."""
+    possible = [name for name in IMAGE_MODELS if name != "l2p" or manifest.text is not None]
+    possible += [NETWORKS_MODEL] if engines else []
+    impossible = [name for name in spec.models if name not in possible]
+    if impossible:
+        reasons = {"l2p": "it has no text encoder", NETWORKS_MODEL: "it has no TensorRT engines"}
+        known = [*IMAGE_MODELS, NETWORKS_MODEL]
+        reason = reasons.get(impossible[0], f"models are {', '.join(known)}")
+        raise UsageError(f"cannot write model `{impossible[0]}` of this bundle: {reason}")
+    largest = max(profile.height_px.max * profile.width_px.max for profile in manifest.profiles)
+    most_steps = min(4 * manifest.sampling.steps, STEPS_MAX)
+    limits = Limits(
+        largest if spec.pixels is None else spec.pixels,
+        most_steps if spec.steps is None else spec.steps,
+        spec.prompt_bytes,
+    )
+    _check_running(spec)
+    service = ServiceSpec(
+        bundle=spec.bundle_at or BUNDLE,
+        bundle_digest=digest,
+        backend=spec.backend,
+        plan=spec.plan or "",
+        memory_budget=spec.memory_budget,
+        dtype=spec.dtype,
+        preview_px=spec.preview_px,
+        limits=limits,
+    )
+    chosen = spec.models or tuple(possible)
+    warm_up = _warm_up(manifest, spec)
+    check_size(manifest.model, warm_up.height, warm_up.width)
+    if warm_up.height * warm_up.width > limits.pixels:
+        raise UsageError(f"the warm-up draws {warm_up.width}x{warm_up.height}, the limit is {limits.pixels:,} pixels")
+    configs = {
+        name: image_config(name, manifest, service, spec.placement, warm_up) for name in chosen if name in IMAGE_MODELS
+    }
+    if NETWORKS_MODEL in chosen:
+        for network, records in engines.items():
+            config = network_config(manifest.network(network), records, spec.placement)
+            config.parameters[DIGEST].string_value = digest
+            config.parameters[PRODUCER].string_value = manifest.producer
+            configs[config.name] = config
+    return configs
+
+
+def _check_running(spec: RepositorySpec) -> None:
+    """Refuse what the server would find out while it loads."""
+    if spec.backend not in ("auto", *backend_names()):
+        raise UsageError(f"there is no backend `{spec.backend}`", hint=f"backends: auto, {', '.join(backend_names())}")
+    if spec.memory_budget:
+        parse_bytes(spec.memory_budget)
+
+
+def _networks(manifest: Manifest, plan: str | None) -> dict[str, list[EngineRecord]]:
+    """Network to its TensorRT engines under one plan, the newest library's; engines of `rtx` are no plans."""
+    found: dict[str, list[EngineRecord]] = {}
+    targets = {r.target: target_from_spelling(r.target) for r in manifest.engines}
+    ours = [record for record in manifest.engines if targets[record.target].backend == "tensorrt"]
+    name = plan or (ours[0].plan if ours else "")
+    newest = max((_number(record.library_version) for record in ours), default=())
+    for record in ours:
+        if record.plan == name and _number(record.library_version) == newest and record.network != TEXT_ENCODER:
+            found.setdefault(record.network, []).append(record)
+    return found
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _warm_up(manifest: Manifest, spec: RepositorySpec) -> WarmUp:
+    profile = manifest.profiles[0]
+    return spec.warm_up or WarmUp(profile.height_px.min, profile.width_px.min)
+
+
+def _fill_image_version(
+    version: Path,
+    name: str,
+    bundle: Bundle,
+    manifest: Manifest,
+    spec: RepositorySpec,
+    shared: Path | None,
+    reporter: Reporter,
+) -> None:
+    source = name if name in STREAMING else "l2p"
+    _write(version / "model.py", template(f"{source}/model.py"))
+    _write(version / "glue.py", template("glue.py"))
+    if spec.bundle_at is not None:
+        return
+    if shared is not None and open_bundle(shared).manifest == manifest:
+        # The same content once on the disk, where the file system can.
+        shutil.copytree(shared, version / BUNDLE, copy_function=_link)
+    else:
+        pack(bundle, manifest, version / BUNDLE, reporter)
+
+
+def _fill_network_version(version: Path, bundle: Bundle, records: Sequence[EngineRecord]) -> None:
+    digests = {file.path: file.sha256 for file in bundle.manifest.files}
+    for record in records:
+        written = version / plan_file(record)
+        shutil.copyfile(bundle.path(record.engine), written)
+        if file_digest(written) != digests[record.engine]:
+            raise HostError(f"`{written}` was not written as it was read", hint="check the disk")
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+@contextmanager
+def _new_version(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes the next version when that is done."""
+    number = _latest(folder) + 1
+    partial = folder / f".{number}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder / str(number))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _drop_old_versions(folder: Path) -> None:
+    for number in versions(folder)[:-VERSIONS_KEPT]:
+        shutil.rmtree(folder / str(number))
+
+
+def _latest(folder: Path) -> int:
+    return max(versions(folder), default=0)
+
+
+def _is_current(folder: Path, digest: str, bundle_at: str | None) -> bool:
+    """Whether the latest version is of this bundle, whole, and its code is this installation's."""
+    config = read_parameters(folder / CONFIG)
+    latest = folder / str(_latest(folder))
+    if config.get(DIGEST) != digest or not latest.is_dir():
+        return False
+    if folder.name not in IMAGE_MODELS:
+        return True
+    if bundle_at is None:
+        try:
+            open_bundle(latest / BUNDLE)
+        except ArtifactError:
+            return False
+    source = folder.name if folder.name in STREAMING else "l2p"
+    wanted = {"model.py": template(f"{source}/model.py"), "glue.py": template("glue.py")}
+    return all((latest / name).is_file() and (latest / name).read_bytes() == data for name, data in wanted.items())
+
+
+def read_parameters(path: Path) -> dict[str, str]:
+    """The string parameters of a `config.pbtxt`; empty when there is none that can be read."""
+    from google.protobuf import text_format
+
+    from l2p_export.serving.configs import require_client
+
+    try:
+        config = text_format.Parse(path.read_text(encoding="utf-8"), require_client().ModelConfig())
+    except (OSError, ValueError, text_format.ParseError):
+        return {}
+    return {key: value.string_value for key, value in config.parameters.items()}
+
+
+def _require_ours(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and PRODUCER not in read_parameters(folder / CONFIG):
+        raise UsageError(f"`{folder}` is a model that l2p-export did not write", hint="choose another --out")
+
+
+def _write_warm_up(folder: Path, warm_up: WarmUp) -> None:
+    (folder / WARM_UP_FOLDER).mkdir(exist_ok=True)
+    for name, data in warm_up_files(warm_up).items():
+        _write(folder / WARM_UP_FOLDER / name, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file whole."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
