@@ -31,7 +31,19 @@ THRESHOLDS: dict[str, Threshold] = {
     "fp16": Threshold(2e-2, "float16 rounds at 5e-4 a step; 3e-3 measured on the tiny checkpoints"),
     "bf16": Threshold(1e-1, "bfloat16 rounds at 4e-3 a step; 1.2e-2 measured in torch on the demo checkpoints"),
 }
-"""Plan name to its gate, against torch float32 on the same inputs."""
+"""Base of a plan's name to its gate, against torch float32 on the same inputs."""
+
+
+def threshold_of(plan: str) -> Threshold:
+    """The gate of a plan, by the base of its name.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    base = plan.partition("-")[0]
+    if base not in THRESHOLDS:
+        raise ArtifactError(f"there is no threshold for plan `{plan}`", hint=f"known plans: {', '.join(THRESHOLDS)}")
+    return THRESHOLDS[base]
 
 
 def compare(
@@ -59,7 +71,7 @@ def compare(
     """
     import numpy as np
 
-    threshold = _threshold(plan)
+    threshold = threshold_of(plan)
     strange = int((~np.isfinite(found)).sum())
     found = found[..., ::pixel_step, ::pixel_step] if pixel_step > 1 else found
     if strange or found.shape != expected.shape:
@@ -106,12 +118,6 @@ def require_passed(entries: Iterable[LedgerEntry]) -> None:
         f"{len(failed)} comparisons failed: {'; '.join(lines[:6])}",
         hint="no bundle was written over what was there; try --precision fp32, and report the figures above",
     )
-
-
-def _threshold(plan: str) -> Threshold:
-    if plan not in THRESHOLDS:
-        raise ArtifactError(f"there is no threshold for plan `{plan}`", hint=f"known plans: {', '.join(THRESHOLDS)}")
-    return THRESHOLDS[plan]
 
 
 def _psnr_db(difference: NDArray[np.float64], peak: float) -> float:

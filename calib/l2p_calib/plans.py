@@ -1,12 +1,16 @@
-"""Precision plans: the dtype of each layer and why, as data (design section 10)."""
+"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why (design section 10).
+
+A plan's name is that of its base, `fp32`, `fp16` or `bf16`, alone or followed by a dash and something of its own; the
+base says what a bundle is judged by.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from l2p_runtime.contract import PlanRef
@@ -26,7 +30,8 @@ class LayerRule:
     """The dtype of one layer, where it differs from the plan's default.
 
     Attributes:
-        layer: published layer name, as `t_embedder` or `layers.12`; or `residual`, the stream between blocks.
+        layer: published layer name, as `t_embedder` or `layers.12`; or `residual`, the stream between blocks, of one
+            network as `residual.trunk`.
         reason: why, with the figure that was measured.
     """
 
@@ -36,17 +41,49 @@ class LayerRule:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerScale:
+    """A layer whose weights are stored times two to the power of `exponent`; the norm behind it undoes that."""
+
+    layer: str
+    exponent: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """Which dtype each layer's weights are stored in, and so computes in."""
+    """Which dtype each layer's weights are stored in, and so computes in, and which of them are scaled."""
 
     name: str
     default: ComputeDType
     rules: tuple[LayerRule, ...] = ()
+    scales: tuple[LayerScale, ...] = ()
 
     def dtype(self, layer: str) -> ComputeDType:
         """The dtype of a layer or of one of its tensors: the longest rule that names it, else the default."""
         matching = [rule for rule in self.rules if layer == rule.layer or layer.startswith(rule.layer + ".")]
         return max(matching, key=lambda rule: len(rule.layer)).dtype if matching else self.default
+
+    def exponent(self, layer: str) -> int:
+        """The power of two that a layer's weights are scaled by."""
+        return next((scale.exponent for scale in self.scales if scale.layer == layer), 0)
+
+    def of_layers(self, layers: Collection[str]) -> PrecisionPlan:
+        """What it says of some layers, without the reasons: equal where the layers' graphs are equal.
+
+        Args:
+            layers: names of layers and tensors.
+        """
+        names = set(layers)
+        rules = {
+            rule.layer: replace(rule, reason="")
+            for rule in self.rules
+            if any(name == rule.layer or name.startswith(rule.layer + ".") for name in names)
+        }
+        scales = [scale for scale in self.scales if scale.layer in names and scale.exponent]
+        return replace(
+            self,
+            rules=tuple(rules[layer] for layer in sorted(rules)),
+            scales=tuple(sorted(scales, key=lambda scale: scale.layer)),
+        )
 
     def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of weights of these names and shapes."""
@@ -73,17 +110,24 @@ class PrecisionPlan:
         return PlanRef(self.name, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
+_FP16_RULES = (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),)
+
 PLANS: dict[str, PrecisionPlan] = {
     "fp32": PrecisionPlan("fp32", "float32"),
-    "fp16": PrecisionPlan(
-        "fp16",
-        "float16",
-        (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),),
-    ),
+    "fp16": PrecisionPlan("fp16", "float16", _FP16_RULES),
+    "fp16-plain": PrecisionPlan("fp16-plain", "float16", _FP16_RULES),
     "bf16": PrecisionPlan(
         "bf16",
         "bfloat16",
         (LayerRule("t_embedder", "float32", "angles reach 1000 rad; bfloat16 spaces numbers there by 4"),),
     ),
 }
-"""The plain plans by name: no statistics behind them, no defence against float16 overflow."""
+"""The plans by name, as they are before anything is measured."""
+
+MEASURED = ("fp16",)
+"""Plans that a build completes from what it measures; the others are taken as they stand."""
+
+
+def base_plan(name: str) -> PrecisionPlan | None:
+    """The plan that one of this name is made from; None for a name that says nothing."""
+    return PLANS.get(name) or PLANS.get(name.partition("-")[0])

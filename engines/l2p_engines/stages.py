@@ -32,7 +32,7 @@ from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, L2PError
 
 STAGES, WORK = BUILD_STAGES, ".work"
-FOLDERS = ("graphs", "engines", "traces", "reference", "text")
+FOLDERS = ("graphs", "engines", "traces", "plans", "reference", "text")
 """Where the files of stages lie."""
 
 DIGEST_DIGITS = 16

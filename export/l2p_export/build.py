@@ -1,6 +1,6 @@
 """From a checkpoint to a bundle.
 
-    checkpoint -> digests -> graphs -> proof (reference and ledger) -> engines -> bundle.json
+    checkpoint -> digests -> plans -> graphs -> proof (reference and ledger) -> engines -> bundle.json
 
 Each arrow is a stage that is found again by what went into it, so that a build that was stopped goes on, and one with
 nothing new does nothing. Replacing `bundle.json` is the only commit: whatever stops a build leaves the bundle that was
@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_calib.planfile import check_layers, read_plan
 from l2p_calib.plans import PLANS, PrecisionPlan
+from l2p_calib.statistics import merge_statistics, read_statistics
 from l2p_engines.forecast import host_needs
 from l2p_engines.profiles import load_profile
 from l2p_engines.stages import STAGES, Home, StageRunner, find_stage
 from l2p_engines.store import open_store, register_bundle
-from l2p_export.demo import UNTRAINED, write_demo_checkpoint
+from l2p_export.demo import UNTRAINED, demo_model
 from l2p_export.digests import WeightDigests, weight_digests
 from l2p_export.engines import EngineWishes, build_engines, require_engine_resources, require_engines_possible
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
@@ -33,7 +35,8 @@ from l2p_export.loading import LoadedModel, checkpoint_record, load_model, requi
 from l2p_export.lora import parse_lora, trunk_layers_touched
 from l2p_export.metadata import is_trained, sampling_defaults
 from l2p_export.output import open_output, require_bundle_or_nothing, require_disk
-from l2p_export.proof import prove
+from l2p_export.precision import Asked, Planned, make_plans
+from l2p_export.proof import References, prove
 from l2p_export.text_encoder import TextEncoder, add_text_encoder, open_text_encoder
 from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
@@ -68,18 +71,24 @@ class BuildPlan:
     """A build that was checked and not yet begun.
 
     Attributes:
+        asked: the precision plans, as they are before anything is measured.
         store: folder of shared files; None for a bundle that holds all its own.
         engines: what graphs are compiled for.
     """
 
     loaded: LoadedModel
     profiles: tuple[Profile, ...]
-    plans: tuple[PrecisionPlan, ...]
+    asked: Asked
     sampling: Sampling
     out: Path
     text_encoder: TextEncoder | None = None
     store: Path | None = None
     engines: EngineWishes = field(default_factory=EngineWishes)
+
+    @property
+    def plans(self) -> tuple[PrecisionPlan, ...]:
+        """The plans of the bundle; those that are measured lack what that brings."""
+        return (*self.asked.plans, *(file.plan for file in self.asked.files))
 
     @property
     def is_trained(self) -> bool:
@@ -124,6 +133,8 @@ def plan_build(
     out: Path | None,
     *,
     engines: EngineWishes | None = None,
+    plan_files: tuple[Path, ...] = (),
+    statistics: tuple[Path, ...] = (),
     source: Path | None = None,
     loras: tuple[str, ...] = (),
     text_encoder: Path | None = None,
@@ -131,14 +142,16 @@ def plan_build(
 ) -> Iterator[BuildPlan]:
     """Check everything that headers and profiles tell, before any work.
 
-    The demo checkpoint is a temporary file and lives as long as the context.
+    A seeded demo checkpoint is a temporary file and lives as long as the context.
 
     Args:
-        checkpoint: file or folder; None for the demo checkpoint.
+        checkpoint: file or folder; None for the demo.
         profiles: names or paths, all of one patch size.
-        precisions: names of plain plans.
+        precisions: names of plans; fp32 when there is neither one nor a plan file.
         out: folder to write; named after checkpoint and profiles when None.
         engines: what graphs are compiled for; None for graphs alone.
+        plan_files: whole plans, as bundles hold them, in addition.
+        statistics: files that `calibrate` wrote, for what is measured in addition to the build's own cases.
         source: latent checkpoint to complete the checkpoint from and to compare it with.
         loras: to merge, as `FILE:STRENGTH`.
         text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
@@ -147,28 +160,30 @@ def plan_build(
 
     Raises:
         UsageError: profiles that do not fit the checkpoint, an unknown precision, an output that is something else.
-        ArtifactError: the checkpoint is damaged, incomplete or of no known family.
+        ArtifactError: the checkpoint is damaged, incomplete or of no known family; a plan or statistics cannot be read.
     """
     read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
-    unknown = [name for name in precisions if name not in PLANS]
-    if unknown:
-        raise UsageError(f"there is no precision `{unknown[0]}`", hint=f"precisions: {', '.join(PLANS)}")
-    plans = tuple(PLANS[name] for name in dict.fromkeys(precisions))
+    asked = _asked(precisions, plan_files, statistics)
     with tempfile.TemporaryDirectory(prefix="l2p-demo-") as scratch:
+        is_demo = checkpoint is None
         if checkpoint is None:
-            checkpoint = Path(scratch) / "demo.safetensors"
-            write_demo_checkpoint(checkpoint, read[0].patch_px)
+            demo = demo_model(read[0].patch_px, Path(scratch))
+            checkpoint = demo.checkpoint
+            source, text_encoder = source or demo.source, text_encoder or demo.text_encoder
         loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
         for profile in read:
             profile.check_model(loaded.model.spec)
-        stem = loaded.checkpoint.path.stem
+        stem = "demo" if is_demo else loaded.checkpoint.path.stem
         name = f"{stem}-{'-'.join(profile.name for profile in read)}.bundle"
         sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
         require_bundle_or_nothing(out or Path(name))
         text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
         wishes = engines or EngineWishes()
-        require_engines_possible(wishes, loaded.model.spec, read, plans)
-        yield BuildPlan(loaded, read, plans, sampling, out or Path(name), text, store, wishes)
+        plan = BuildPlan(loaded, read, asked, sampling, out or Path(name), text, store, wishes)
+        for file in asked.files:
+            check_layers(file, [loaded.model.layout(spec.name) for spec in loaded.model.networks])
+        require_engines_possible(wishes, loaded.model.spec, read, plan.plans)
+        yield plan
 
 
 def build(plan: BuildPlan, reporter: Reporter) -> Built:
@@ -211,18 +226,22 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
     loaded = plan.loaded
     digests = _weight_digests(loaded, run, reporter)
     require_own_trunk(loaded, digests.trunk_sha256)
-    graphs, files = _graphs(plan, run, digests, reporter)
-    proof = prove(run, loaded, plan.profiles, graphs, {record.path: record for record in files}, backend, reporter)
+    references = References(loaded, plan.profiles, reporter)
+    planned = make_plans(run, plan.asked, digests, references, reporter)
+    graphs, files = _graphs(plan, planned, run, digests, reporter)
+    proof = prove(run, references, graphs, {record.path: record for record in files}, backend, reporter)
+    del references  # holds what every case made
+    files += [item.file for item in planned if item.file is not None]
     text = None
     if plan.text_encoder is not None:
-        text = add_text_encoder(run, plan.text_encoder, plan.plans, backend, reporter)
+        text_plans = [item.for_text for item in planned]
+        text = add_text_encoder(run, plan.text_encoder, text_plans, backend, reporter)
     files += [*proof.files, *(text.files if text else ())]
     networks = {spec.name: spec for spec in (*loaded.model.networks, *((text.record.network,) if text else ()))}
     to_compile = [(networks[graph.network], graph) for graph in (*graphs, *(text.record.graphs if text else ()))]
     records = {record.path: record for record in files}
-    engines = build_engines(
-        run, plan.engines, loaded.model.spec, plan.profiles, plan.plans, to_compile, records, reporter
-    )
+    plans = [item.plan for item in planned]
+    engines = build_engines(run, plan.engines, loaded.model.spec, plan.profiles, plans, to_compile, records, reporter)
     files += engines.files
     return Manifest(
         schema=SCHEMA,
@@ -232,11 +251,16 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
         sampling=plan.sampling,
         networks=loaded.model.networks,
         profiles=plan.profiles,
-        plans=tuple(item.ref for item in plan.plans),
+        plans=tuple(item.ref for item in planned),
         graphs=tuple(graphs),
         references=proof.references,
         files=tuple(sorted(files, key=lambda record: record.path)),
-        ledger=(*proof.ledger, *(text.ledger if text else ()), *engines.ledger),
+        ledger=(
+            *(entry for item in planned for entry in item.ledger),
+            *proof.ledger,
+            *(text.ledger if text else ()),
+            *engines.ledger,
+        ),
         text=text.record if text else None,
         engines=engines.records,
     )
@@ -251,24 +275,38 @@ def _weight_digests(loaded: LoadedModel, run: StageRunner, reporter: Reporter) -
 
 
 def _graphs(
-    plan: BuildPlan, run: StageRunner, digests: WeightDigests, reporter: Reporter
+    plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, digests: WeightDigests, reporter: Reporter
 ) -> tuple[list[GraphRecord], list[FileRecord]]:
     graphs: list[GraphRecord] = []
     files: list[FileRecord] = []
     model, tensors = plan.loaded.model, plan.loaded.checkpoint.tensors
+    plans = [item.plan for item in planned]
     left_bytes = sum(
         weight_bytes(model, spec.name, precision)
-        for precision, spec in itertools.product(plan.plans, model.networks)
+        for precision, spec in itertools.product(plans, model.networks)
         if find_stage(run.home, graph_key(model, spec, precision, digests.of(spec.name))) is None
     )
     if left_bytes:
         require_disk(run.home.root, left_bytes + SPARE_DISK_BYTES)
-    for precision, spec in itertools.product(plan.plans, model.networks):
+    for precision, spec in itertools.product(plans, model.networks):
         stage = graph_stage(run, model, tensors, spec, precision, digests.of(spec.name), reporter)
         graph, weights = stage.files
         files += stage.files
         graphs.append(GraphRecord(spec.name, precision.name, precision.opset, graph.path, weights.path))
     return graphs, files
+
+
+def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> Asked:
+    unknown = [name for name in precisions if name not in PLANS]
+    if unknown:
+        raise UsageError(f"there is no precision `{unknown[0]}`", hint=f"precisions: {', '.join(PLANS)}")
+    names = list(dict.fromkeys(precisions or (() if plan_files else ("fp32",))))
+    files = tuple(read_plan(path) for path in plan_files)
+    for index, file in enumerate(files):
+        if file.name in (*names, *(other.name for other in files[:index])):
+            raise UsageError(f"two plans are called `{file.name}`", hint="change the `name` in the file of one of them")
+    measured = merge_statistics([read_statistics(path) for path in statistics]) if statistics else None
+    return Asked(tuple(PLANS[name] for name in names), files, measured)
 
 
 def _listed(names: tuple[str, ...]) -> str:

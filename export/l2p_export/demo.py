@@ -1,9 +1,13 @@
-"""A small seeded checkpoint in the published layout, for a first try and for tests. It is untrained: it draws noise."""
+"""What `build` takes where no checkpoint is given: the trained demo for 16 and 64 px patches, a seeded one for others.
+
+The trained one is a source and adapters of two variants on its one trunk, all in `data/demo` with a model card. The
+seeded one is in the published layout, untrained, and draws noise; tests use it too.
+"""
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +25,25 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+DEMO = Path(__file__).parent / "data" / "demo"
 UNTRAINED = "the demo checkpoint is untrained: its pictures are noise, whatever the prompt"
 
 
-def write_demo_checkpoint(path: Path, patch_px: int) -> None:
-    """Write the demo checkpoint for a patch size: the same bytes on every machine.
+@dataclass(frozen=True, slots=True)
+class DemoModel:
+    """What to build: a checkpoint, the latent source that completes it, and a folder with a text encoder."""
+
+    checkpoint: Path
+    source: Path | None = None
+    text_encoder: Path | None = None
+
+
+def demo_model(patch_px: int, scratch: Path) -> DemoModel:
+    """The demo for a patch size.
+
+    Args:
+        patch_px: side of a patch.
+        scratch: folder that a seeded checkpoint is written into.
 
     Raises:
         UsageError: no variant has that patch size.
@@ -35,6 +53,16 @@ def write_demo_checkpoint(path: Path, patch_px: int) -> None:
             f"there is no demo checkpoint for {patch_px} px patches",
             hint=f"the profile's patch_px must be one of {', '.join(map(str, VARIANTS))}; or give a CHECKPOINT",
         )
+    trained = DEMO / f"demo-{VARIANTS[patch_px]}.safetensors"
+    if trained.is_file():
+        return DemoModel(trained, DEMO / "source", DEMO / "source")
+    seeded = scratch / "demo.safetensors"
+    write_demo_checkpoint(seeded, patch_px)
+    return DemoModel(seeded)
+
+
+def write_demo_checkpoint(path: Path, patch_px: int) -> None:
+    """Write the seeded checkpoint for the patch size of a variant: the same bytes on every machine."""
     shapes = expected_shapes(demo_dimensions(patch_px))
     metadata = {"l2p.trained": "false", "l2p.steps": "4", "l2p.guidance": "1.0", "license": "Apache-2.0"}
     write_tensorfile(path, {name: _values(name, shape) for name, shape in shapes.items()}, metadata)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from l2p_calib.plans import PLANS
+from l2p_calib.plans import base_plan
 from l2p_runtime.backends.trt_layers import LayerPrecision
 from l2p_runtime.contract import LedgerEntry, target_from_spelling
 
@@ -60,10 +60,11 @@ def _judge(
     counts = Counter(dtype for layer in layers for dtype in set(layer.outputs))
     found = [dtype for dtype in _FLOATS if counts[dtype]]
     told = _counted(layers, counts)
-    if not found or plan not in PLANS:
+    base = base_plan(plan)
+    if not found or base is None:
         why = "the dtypes of this plan are not known here" if found else "the library tells no layer's precision"
         return "not run", f"{why}: {told}"
-    wanted = [dtype for dtype in _FLOATS if dtype in PLANS[plan].dtypes]
+    wanted = [dtype for dtype in _FLOATS if dtype in base.dtypes]
     is_listed = target_from_spelling(target).backend == "tensorrt" and _all_listed(layers)
     if wanted == ["float32"]:
         if is_listed and found == wanted:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.plans import PLANS
+from l2p_calib.plans import base_plan
 from l2p_engines.stages import WORK
 from l2p_export.output import open_output, require_disk
 from l2p_runtime.contract import PORTABLE, EngineRecord, GraphRecord, Manifest, target_from_spelling
@@ -24,7 +24,7 @@ _SPARE_BYTES = 1 << 20
 
 TARGETS: dict[str, Callable[[str], bool]] = {
     # ONNX Runtime has no bfloat16 kernels on the CPU (tensorrt.md 4).
-    "onnx-cpu": lambda plan: plan not in PLANS or PLANS[plan].default != "bfloat16",
+    "onnx-cpu": lambda plan: (base := base_plan(plan)) is None or base.default != "bfloat16",
 }
 """What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""
 
@@ -62,6 +62,7 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
     text = replace(manifest.text, graphs=of_kept(manifest.text.graphs)) if manifest.text else None
     used = {case.file for case in manifest.references} | (text.documents if text else set())
     used |= {record.engine for record in engines}
+    used |= {plan.file for plan in manifest.plans if plan.file is not None and plan.name in kept}
     if keeps_graphs:
         for record in (*graphs, *(text.graphs if text else ())):
             if manifest.has_graph(record.network, record.plan):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import THRESHOLDS, require_passed
+from l2p_calib.ledger import require_passed, threshold_of
 from l2p_engines.forecast import CallSize, forward_flops, total_flops
 from l2p_engines.stages import Made, StageRunner, named_by_content
 from l2p_export.digests import toolchain
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from numpy.typing import NDArray
+    from torch import nn
 
     from l2p_export.loading import LoadedModel
     from l2p_export.progress import Reporter
@@ -61,10 +63,44 @@ class _Facts:
     ledger: tuple[LedgerEntry, ...]
 
 
+class References:
+    """The cases of a build, and what torch float32 makes of them: run once, to be measured and to be compared with."""
+
+    def __init__(self, loaded: LoadedModel, profiles: Sequence[Profile], reporter: Reporter) -> None:
+        self.loaded, self._reporter = loaded, reporter
+        self.cases, self.too_large = _choose(loaded, profiles)
+        self._results: dict[str, dict[str, NDArray[Any]]] | None = None
+
+    def results(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Case name to inputs and, as `network.output`, outputs."""
+        if self._results is None:
+            self._results = self._run({})
+        return self._results
+
+    def observed(
+        self,
+        more: Mapping[str, Mapping[str, NDArray[Any]]],
+        observe: Callable[[str, nn.Module], AbstractContextManager[object]],
+    ) -> None:
+        """Run all cases, and others that are given by their inputs, in a context for each network."""
+        results = self._run(more, observe)
+        self._results = {name: case for name, case in results.items() if name not in more}
+
+    def _run(
+        self,
+        more: Mapping[str, Mapping[str, NDArray[Any]]],
+        observe: Callable[[str, nn.Module], AbstractContextManager[object]] = lambda network, module: nullcontext(),
+    ) -> dict[str, dict[str, NDArray[Any]]]:
+        model = self.loaded.model
+        inputs = {case.name: case_inputs(model.spec, case, seed) for seed, case in enumerate(self.cases)} | dict(more)
+        calls = len(inputs) * len(model.networks)
+        with self._reporter.stage("reference in torch float32", calls, "calls") as advance:
+            return run_reference(self.loaded, inputs, advance, observe)
+
+
 def prove(
     run: StageRunner,
-    loaded: LoadedModel,
-    profiles: Sequence[Profile],
+    references: References,
     graphs: Sequence[GraphRecord],
     files: Mapping[str, FileRecord],
     backend: Backend,
@@ -74,8 +110,7 @@ def prove(
 
     Args:
         run: keeps stages.
-        loaded: the checkpoint.
-        profiles: their corners are run where they are small enough.
+        references: cases and what is expected of them.
         graphs: of every network and plan.
         files: path to record of the graphs' files.
         backend: runs the graphs.
@@ -85,12 +120,12 @@ def prove(
         ParityError: a comparison is over its threshold.
     """
     plans = list(dict.fromkeys(record.plan for record in graphs))
-    cases, too_large = _choose(loaded, profiles)
+    loaded, cases, too_large = references.loaded, references.cases, references.too_large
     inputs = {
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "cases": cases,
         "left": [[reason, left] for reason, left in too_large],
-        "thresholds": {plan: THRESHOLDS.get(plan) for plan in plans},
+        "thresholds": {plan: threshold_of(plan) for plan in plans},
         "backend": backend.identity,
         "tools": toolchain(),
     }
@@ -104,23 +139,17 @@ def prove(
         ]
         if not cases:
             return Made(facts=_Facts((), tuple(ledger)))
-        references = _references(loaded, cases, reporter)
+        results = references.results()
         for plan in plans:
             of_plan = {record.network: record for record in graphs if record.plan == plan}
-            ledger += _compare(run, loaded, plan, of_plan, files, backend, references, reporter)
+            ledger += _compare(run, loaded, plan, of_plan, files, backend, results, reporter)
         require_passed(ledger)
-        stored, made = _store(cases, references, work, loaded.model.spec.patch_px)
+        stored, made = _store(cases, results, work, loaded.model.spec.patch_px)
         return Made("reference", tuple(made), _Facts(tuple(stored), tuple(ledger)))
 
     stage = run("proof", " ".join(plans), inputs, make)
     facts = from_json(_Facts, stage.facts)
     return Proof(facts.references, stage.files, facts.ledger)
-
-
-def _references(loaded: LoadedModel, cases: Sequence[Case], reporter: Reporter) -> dict[str, dict[str, NDArray[Any]]]:
-    inputs = {case.name: case_inputs(loaded.model.spec, case, seed) for seed, case in enumerate(cases)}
-    with reporter.stage("reference in torch float32", len(cases) * len(loaded.model.networks), "calls") as advance:
-        return run_reference(loaded, inputs, advance)
 
 
 def _compare(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from l2p_export.tensors import read_tensor
@@ -28,7 +29,10 @@ _ACTIVATION_BYTES = 256 << 20
 
 
 def run_reference(
-    loaded: LoadedModel, cases: Mapping[str, Tensors], advance: Callable[[int], None]
+    loaded: LoadedModel,
+    cases: Mapping[str, Tensors],
+    advance: Callable[[int], None],
+    observe: Callable[[str, nn.Module], AbstractContextManager[object]] = lambda network, module: nullcontext(),
 ) -> dict[str, dict[str, NDArray[Any]]]:
     """Run every case through the torch networks in float32.
 
@@ -36,6 +40,7 @@ def run_reference(
         loaded: the checkpoint.
         cases: case name to inputs, from `verification.case_inputs`.
         advance: told 1 after each network and case.
+        observe: given each network's name and module, makes the context that all its cases run in.
 
     Returns:
         Case name to its inputs and, as `network.output`, what each network made.
@@ -45,15 +50,13 @@ def run_reference(
     results = {name: dict(inputs) for name, inputs in cases.items()}
     for spec in loaded.model.networks:
         module = torch_network(loaded, spec.name)
-        for case in results.values():
-            inputs = {
-                name: torch.from_numpy(value.copy()) for name, value in network_inputs(spec.name, case, case).items()
-            }
-            with torch.no_grad():
-                made = module(**inputs)
-            values = made if isinstance(made, tuple) else (made,)
-            case |= {f"{spec.name}.{out.name}": v.numpy() for out, v in zip(spec.outputs, values, strict=True)}
-            advance(1)
+        with observe(spec.name, module), torch.no_grad():
+            for case in results.values():
+                given = network_inputs(spec.name, case, case)
+                made = module(**{name: torch.from_numpy(value.copy()) for name, value in given.items()})
+                values = made if isinstance(made, tuple) else (made,)
+                case |= {f"{spec.name}.{out.name}": v.numpy() for out, v in zip(spec.outputs, values, strict=True)}
+                advance(1)
     return results
 
 

@@ -107,6 +107,31 @@ class JoinedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """A tensor times two to the power of `exponent`: exact in float32, but for what becomes less than 1e-38."""
+
+    source: TensorSource
+    exponent: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the source."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """That of the source."""
+        return self.source.dtype
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
+        """The scaled values."""
+        import numpy as np
+
+        for chunk in self.source.chunks(chunk_bytes):
+            yield chunk * np.float32(2.0**self.exponent)
+
+
+@dataclass(frozen=True, slots=True)
 class TransposedTensor:
     """A matrix [out,in] as graphs keep it, [in,out]; whole in memory while it is read.
 

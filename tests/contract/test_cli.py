@@ -36,7 +36,7 @@ def test_build_prints_the_bundle_and_nothing_else(bundles: Bundles) -> None:
     path = bundles.path("tiny-16")
     assert bundles.logs["tiny-16"].stdout == f"{bundles.shared('tiny-16')}\n"
     assert "fp16 graph of `trunk`: done in" in bundles.logs["tiny-16"].stderr
-    assert sorted(entry.name for entry in path.iterdir()) == ["bundle.json", "graphs", "reference"]
+    assert sorted(entry.name for entry in path.iterdir()) == ["bundle.json", "graphs", "plans", "reference"]
 
 
 def test_untrained_weights_say_so_wherever_they_show(bundles: Bundles, tmp_path: Path) -> None:

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
     "--precision",
     "precisions",
     multiple=True,
-    default=("fp32",),
-    show_default=True,
-    help="fp32, fp16 or bf16; repeatable.",
+    help="fp32, fp16, fp16-plain or bf16; repeatable; fp32 by default.",
+)
+@click.option(
+    "--plan",
+    "plan_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Precision plan from a file; repeatable.",
+)
+@click.option(
+    "--statistics", multiple=True, type=click.Path(path_type=Path), help="What `calibrate` measured; repeatable."
 )
 @engine_options
 @click.option(
@@ -40,6 +48,8 @@ def command(
     checkpoint: Path | None,
     profiles: tuple[str, ...],
     precisions: tuple[str, ...],
+    plan_files: tuple[Path, ...],
+    statistics: tuple[Path, ...],
     source: Path | None,
     loras: tuple[str, ...],
     text_encoder: Path | None,
@@ -53,13 +63,15 @@ def command(
 ) -> None:
     """Turn CHECKPOINT into a verified bundle of ONNX graphs, and of engines when --target or --backend asks for them.
 
-    Without CHECKPOINT, a small seeded checkpoint is made for the profile. It is untrained and draws noise.
+    Without CHECKPOINT, the demo model is built: for 16 and 64 px patches a small trained one with its text encoder,
+    which draws plain coloured shapes; for others a seeded one that is untrained and draws noise.
 
     A build that was stopped goes on where it stopped; one that would change nothing does nothing.
     """
     from l2p_export.build import build, plan_build
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
+    inputs |= {"plan_files": plan_files, "statistics": statistics}
     inputs["engines"] = read_engine_options(**engine_arguments)
     with plan_build(checkpoint, profiles, precisions, out, **inputs) as plan:
         if dry_run:

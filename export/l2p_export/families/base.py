@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from l2p_calib.layout import NetworkLayout
     from l2p_export.checkpoint import Checkpoint
     from l2p_export.folders import Weights
     from l2p_export.tensors import TensorSource
@@ -36,12 +37,26 @@ class Model(Protocol):
         """What is missing, unknown or misshapen in `shapes`, one line each."""
 
     def module(
-        self, network: str, dtype_of: Callable[[str], torch.dtype], blocks: Iterable[str] | None = None
+        self,
+        network: str,
+        dtype_of: Callable[[str], torch.dtype],
+        blocks: Iterable[str] | None = None,
+        exponent_of: Callable[[str], int] | None = None,
     ) -> nn.Module:
-        """Build one network on the current device, with uninitialised weights under published names."""
+        """Build one network on the current device, with uninitialised weights under published names.
+
+        Args:
+            network: its name.
+            dtype_of: layer name to the dtype of its weights.
+            blocks: transformer blocks to build; all when None.
+            exponent_of: layer name to the power of two that its weights come scaled by; None where none are.
+        """
 
     def blocks(self, network: str) -> tuple[str, ...]:
         """Names of its transformer blocks, as `layers.5`."""
+
+    def layout(self, network: str) -> NetworkLayout:
+        """What can be measured in one network and which of its layers can be scaled; no torch needed."""
 
     def network_shapes(self, network: str) -> Shapes:
         """Published name and shape of the tensors of one network; no torch needed."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_calib.layout import layer_of
 from l2p_engines.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
 from l2p_export.digests import toolchain
-from l2p_export.tensors import JoinedTensor, TransposedTensor
+from l2p_export.tensors import JoinedTensor, ScaledTensor, TransposedTensor
 from l2p_export.weights import write_weights
 from l2p_runtime.errors import ArtifactError, InternalError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import NetworkSpec
     from l2p_runtime.tensorfile import TensorInfo
 
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_STORED = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
 # Where a traced graph says its weights are, until it is given some.
 _NOWHERE = "weights"
 
@@ -121,8 +122,10 @@ def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Mo
         dtype: torch.dtype = getattr(torch, plan.dtype(layer))
         return dtype
 
-    repeats = _repeats(model.blocks(network.name), plan)
-    return trace_network(lambda: model.module(network.name, dtype_of, repeats), network, plan.opset, repeats)
+    repeats = _repeats(model, network.name, plan)
+    # A text encoder has nothing that can be scaled, and no way to be told.
+    scaled = {"exponent_of": plan.exponent} if plan.scales else {}
+    return trace_network(lambda: model.module(network.name, dtype_of, repeats, **scaled), network, plan.opset, repeats)
 
 
 def traced_bytes(graph: ir.Model) -> bytes:
@@ -152,13 +155,14 @@ def write_graph(
     from l2p_export.graphs.join import published_names
 
     graph = ir.serde.deserialize_model(onnx.load_model_from_string(traced))
-    names = sorted(n for n, v in graph.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor))
+    weights_of = graph.graph.initializers
+    names = sorted(name for name, value in weights_of.items() if isinstance(value.const_value, ir.ExternalTensor))
     missing = [part for name in names for part in published_names(name) if part not in tensors]
     if missing:
         raise InternalError(f"network `{network}` wants a weight `{missing[0]}` that the checkpoint has not")
-    sources = {name: _source(name, [tensors[part] for part in published_names(name)], tensors) for name in names}
+    sources = {name: _source(name, published_names(name), tensors, plan) for name in names}
     partial = folder / f"{network}.{plan.name}.partial"
-    dtypes = {name: _STORED[plan.dtype(name)] for name in names}
+    dtypes = {name: _STORED[str(weights_of[name].dtype)] for name in names}
     weights_sha256, places = write_weights(partial, sources, dtypes, advance)
     weights = named_by_content(partial, f"{network}.{plan.name}.safetensors", weights_sha256)
     graph_sha256, path = _save(graph, places, weights, folder / f"{network}.{plan.name}")
@@ -166,10 +170,18 @@ def write_graph(
     return GraphFiles(path, graph_sha256, weights, weights_sha256)
 
 
-def _source(name: str, parts: Sequence[TensorSource], tensors: Mapping[str, TensorSource]) -> TensorSource:
-    """A weight as the graph stores it: as it is, or transposed, several joined along their outputs."""
+def _source(
+    name: str, published: Sequence[str], tensors: Mapping[str, TensorSource], plan: PrecisionPlan
+) -> TensorSource:
+    """A weight as the graph stores it: as it is, or transposed, several joined along their outputs, each scaled."""
+
+    def scaled(tensor: str) -> TensorSource:
+        exponent = plan.exponent(layer_of(tensor))
+        return ScaledTensor(tensors[tensor], exponent) if exponent else tensors[tensor]
+
     if name in tensors:
-        return tensors[name]
+        return scaled(name)
+    parts = [scaled(part) for part in published]
     return TransposedTensor(parts[0] if len(parts) == 1 else JoinedTensor(tuple(parts)))
 
 
@@ -179,7 +191,7 @@ def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings
         "network": network,
         "shapes": {name: list(shape) for name, shape in model.network_shapes(network.name).items()},
         "blocks": list(model.blocks(network.name)),
-        "plan": plan,
+        "plan": plan.of_layers(_layers(model, network.name)),
         "settings": settings,
         "tools": toolchain(),
     }
@@ -190,12 +202,21 @@ def weight_bytes(model: Model, network: str, plan: PrecisionPlan) -> int:
     return plan.weight_bytes(model.network_shapes(network))
 
 
-def _repeats(blocks: Sequence[str], plan: PrecisionPlan) -> dict[str, list[str]]:
-    """Runs of neighbouring blocks of one group and one dtype: the first is traced, the others are copied."""
+def _layers(model: Model, network: str) -> list[str]:
+    """What a plan may speak of in one network: tensors, layers, the attention of blocks, and the residual."""
+    tensors = tuple(model.network_shapes(network))
+    attention = [f"{block}.attention" for block in model.blocks(network)]
+    return [*tensors, *map(layer_of, tensors), *attention, f"residual.{network}"]
+
+
+def _repeats(model: Model, network: str, plan: PrecisionPlan) -> dict[str, list[str]]:
+    """Runs of neighbouring blocks of one group, of equal dtypes and exponents: the first is traced, others copied."""
+    layers = _layers(model, network)
     runs: dict[str, list[str]] = {}
-    previous = ("", "")
-    for block in blocks:
-        kind = (block.partition(".")[0], plan.dtype(block))
+    previous: object = None
+    for block in model.blocks(network):
+        inside = [layer for layer in layers if layer.startswith(f"{block}.")]
+        kind = block.partition(".")[0], [(plan.dtype(layer), plan.exponent(layer)) for layer in inside]
         if kind == previous:
             runs[next(reversed(runs))].append(block)
         else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from l2p_calib.ledger import THRESHOLDS, compare, require_passed
+from l2p_calib.ledger import compare, require_passed, threshold_of
 from l2p_engines.stages import Made, Stage, StageRunner, named_by_content
 from l2p_export.digests import toolchain, weight_digests
 from l2p_export.graphs.export import graph_stage
@@ -160,7 +160,7 @@ def _prove(
     inputs = {
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "fits": fits,
-        "thresholds": {record.plan: THRESHOLDS.get(record.plan) for record in graphs},
+        "thresholds": {record.plan: threshold_of(record.plan) for record in graphs},
         "backend": backend.identity,
         "tools": toolchain(),
     }

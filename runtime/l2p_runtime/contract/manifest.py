@@ -23,7 +23,7 @@ TEXT_ENCODER = "text_encoder"
 """The network that makes embeddings of prompts; a bundle may have none."""
 
 # One folder of the bundle and one plain name: nothing that climbs, hides or names a drive.
-_BUNDLE_PATH = re.compile(r"(?:engines|graphs|reference|text|traces)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_BUNDLE_PATH = re.compile(r"(?:engines|graphs|plans|reference|text|traces)/[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,8 +45,8 @@ class FileRecord:
     def __post_init__(self) -> None:
         if not _BUNDLE_PATH.fullmatch(self.path) or ".." in self.path:
             raise ArtifactError(
-                f"path {self.path!r} is refused: files of a bundle lie in `graphs/`, `engines/`, `reference/` or "
-                "`text/` under a plain name",
+                f"path {self.path!r} is refused: files of a bundle lie in `graphs/`, `engines/`, `plans/`, "
+                "`reference/` or `text/` under a plain name",
                 hint="the manifest was edited or comes from somebody careless; build the bundle again",
             )
         if self.size_bytes < 0:
@@ -58,10 +58,15 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class PlanRef:
-    """A precision plan by name, with the digest of its content."""
+    """A precision plan by name, with the digest of its content.
+
+    Attributes:
+        file: path of the whole plan, layer by layer; None for one that its name says all of.
+    """
 
     name: str
     digest: str
+    file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +272,7 @@ class Manifest:
             for path in (record.graph, record.weights)
         }
         used |= {case.file for case in self.references} | {record.engine for record in self.engines}
+        used |= {plan.file for plan in self.plans if plan.file is not None}
         if self.text is not None:
             self.text.check_model(self.model, self.plans)
             used |= self.text.documents

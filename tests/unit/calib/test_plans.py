@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from l2p_calib.plans import PLANS, LayerRule, PrecisionPlan
+from l2p_calib.ledger import threshold_of
+from l2p_calib.plans import PLANS, LayerRule, LayerScale, PrecisionPlan
 
 
 def test_the_longest_rule_that_names_a_layer_wins() -> None:
@@ -26,3 +27,27 @@ def test_a_plans_digest_follows_its_content() -> None:
     digests = {PrecisionPlan("x", "float16").ref.digest, PrecisionPlan("x", "float32").ref.digest}
     assert len(digests) == 2
     assert PLANS["fp16"].ref == PLANS["fp16"].ref
+
+
+def test_what_a_plan_says_of_some_layers() -> None:
+    """Graphs are equal where this is: reasons and other layers do not matter."""
+    rules = (
+        LayerRule("layers.2", "float32", "because"),
+        LayerRule("residual", "float32", "c"),
+        LayerRule("head", "float32", "d"),
+    )
+    plan = PrecisionPlan("x", "float16", rules, (LayerScale("layers.3.w3", -6), LayerScale("layers.1.w3", -6)))
+    trunk = plan.of_layers(["layers.1.w3", "layers.1.w3.weight", "layers.2.w3.weight", "residual.trunk"])
+    assert [rule.layer for rule in trunk.rules] == ["layers.2", "residual"]
+    assert not any(rule.reason for rule in trunk.rules)
+    assert trunk.scales == (LayerScale("layers.1.w3", -6),)
+    other = PrecisionPlan("x", "float16", (LayerRule("residual", "float32", "z"), LayerRule("layers.2", "float32", "")))
+    assert other.of_layers(["layers.2.w3.weight", "residual.trunk"]) == trunk.of_layers(
+        ["layers.2.w3.weight", "residual.trunk"]
+    )
+
+
+def test_plain_float16_stays_reachable() -> None:
+    assert PLANS["fp16-plain"].rules == PLANS["fp16"].rules
+    assert PLANS["fp16-plain"].scales == ()
+    assert threshold_of("fp16-plain") == threshold_of("fp16-mine") == threshold_of("fp16")

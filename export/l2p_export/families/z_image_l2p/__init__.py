@@ -16,12 +16,14 @@ from l2p_export.families.z_image_l2p.dimensions import (
     shape_faults,
     shared_trunk,
 )
+from l2p_export.families.z_image_l2p.layout import network_layout
 from l2p_export.families.z_image_l2p.specs import FAMILY, model_spec, network_specs
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from l2p_calib.layout import NetworkLayout
     from l2p_export.checkpoint import Checkpoint
     from l2p_export.families.base import Shapes
     from l2p_export.folders import Weights
@@ -65,16 +67,25 @@ class ZImageModel:
         return shape_faults(shapes, self.shapes)
 
     def module(
-        self, network: str, dtype_of: Callable[[str], torch.dtype], blocks: Iterable[str] | None = None
+        self,
+        network: str,
+        dtype_of: Callable[[str], torch.dtype],
+        blocks: Iterable[str] | None = None,
+        exponent_of: Callable[[str], int] | None = None,
     ) -> nn.Module:
         """Build one network on the current device, with uninitialised weights under published names."""
-        from l2p_export.families.z_image_l2p.networks import network_module
+        from l2p_export.families.z_image_l2p.networks import network_module, unscaled
 
-        return network_module(network, self.dimensions, dtype_of, self.blocks(network) if blocks is None else blocks)
+        chosen = self.blocks(network) if blocks is None else blocks
+        return network_module(network, self.dimensions, dtype_of, chosen, exponent_of or unscaled)
 
     def blocks(self, network: str) -> tuple[str, ...]:
         """Names of its transformer blocks, as `layers.5`."""
         return network_blocks(network, self.dimensions)
+
+    def layout(self, network: str) -> NetworkLayout:
+        """What can be measured in one network and which of its layers can be scaled."""
+        return network_layout(network, self.dimensions)
 
     def network_shapes(self, network: str) -> Shapes:
         """Published name and shape of the tensors of one network."""

@@ -1,11 +1,15 @@
 """Transformer blocks of Z-Image, written for export: real arithmetic, static heads, no data-dependent branch.
 
 A layer computes in the dtype of its own weight, so a precision plan is nothing but the dtypes of the parameters;
-norms keep the dtype of what they read, the rotation runs in float32 (l2p.md 1.1).
+norms keep the dtype of what they read, the rotation runs in float32 (l2p.md 1.1). Where a plan scales a branch by a
+power of two, the norm behind it undoes that: its epsilon is scaled with its input, and it runs in float32.
 Parameter names are the published ones.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,24 @@ NORM_EPSILON = 1e-5
 TIME_SCALE = 1000.0
 
 
+@dataclass(frozen=True, slots=True)
+class BlockPrecision:
+    """How one block computes.
+
+    Attributes:
+        dtype_of: name of a layer inside the block, as `attention.to_q`, to the dtype of its weights; `attention` is the
+            product of queries, keys and values.
+        attention_exponent: the input of `attention_norm2` comes scaled by two to this power.
+        ffn_exponent: likewise that of `ffn_norm2`.
+        has_wide_residual: the stream between blocks is float32, and holds more than the end of a branch may.
+    """
+
+    dtype_of: Callable[[str], torch.dtype]
+    attention_exponent: int = 0
+    ffn_exponent: int = 0
+    has_wide_residual: bool = False
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its weight."""
 
@@ -26,36 +48,49 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in the dtype of its input."""
+    """Root-mean-square norm over the last axis, in the dtype of its input.
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    What comes scaled by two to the power of `exponent` is normed as if it were not: in float32, since the epsilon that
+    goes with it is less than float16 holds.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, exponent: int = 0, *, is_wide: bool = False) -> None:
         super().__init__()
+        self.exponent, self.is_wide = exponent, is_wide or exponent != 0
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPSILON)
+        """[..., width] to the same; to float32 where it is wide."""
+        if self.is_wide:
+            x = widened(x)
+        epsilon = NORM_EPSILON * 4.0**self.exponent
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), epsilon)
 
 
 class Attention(nn.Module):
     """Self-attention over the whole sequence: norm over each head of q and k, rotation, no mask."""
 
-    def __init__(self, d: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, d: Dimensions, dtype_of: Callable[[str], torch.dtype]) -> None:
         super().__init__()
         self.heads = d.heads
-        self.to_q = Linear(d.width, d.width, bias=False, dtype=dtype)
-        self.to_k = Linear(d.width, d.width, bias=False, dtype=dtype)
-        self.to_v = Linear(d.width, d.width, bias=False, dtype=dtype)
-        self.to_out = nn.ModuleList([Linear(d.width, d.width, bias=False, dtype=dtype)])
-        self.norm_q = RMSNorm(d.head_width, dtype)
-        self.norm_k = RMSNorm(d.head_width, dtype)
+        self.to_q = Linear(d.width, d.width, bias=False, dtype=dtype_of("attention.to_q"))
+        self.to_k = Linear(d.width, d.width, bias=False, dtype=dtype_of("attention.to_k"))
+        self.to_v = Linear(d.width, d.width, bias=False, dtype=dtype_of("attention.to_v"))
+        self.to_out = nn.ModuleList([Linear(d.width, d.width, bias=False, dtype=dtype_of("attention.to_out.0"))])
+        self.norm_q = RMSNorm(d.head_width, dtype_of("attention.norm_q"))
+        self.norm_k = RMSNorm(d.head_width, dtype_of("attention.norm_k"))
+        # A plan that raises the layers around it leaves attention as it is; otherwise it follows its inputs.
+        dtype = dtype_of("attention")
+        layers = (self.to_q, self.to_k, self.to_v)
+        self.dtype = None if all(layer.weight.dtype == dtype for layer in layers) else dtype
 
     def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         """x [B,S,D], tables [S,R] float32, to [B,S,D]."""
         q, k, v = (torch.unflatten(layer(x), -1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
         q = rotate(self.norm_q(q), rope_cos, rope_sin).transpose(1, 2)
         k = rotate(self.norm_k(k), rope_cos, rope_sin).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        q, k, v = (part.to(self.dtype or part.dtype) for part in (q, k, v.transpose(1, 2)))
+        attended = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
         return out
 
@@ -63,15 +98,17 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, d: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, d: Dimensions, dtype_of: Callable[[str], torch.dtype]) -> None:
         super().__init__()
-        self.w1 = Linear(d.width, d.ffn_width, bias=False, dtype=dtype)
-        self.w2 = Linear(d.ffn_width, d.width, bias=False, dtype=dtype)
-        self.w3 = Linear(d.width, d.ffn_width, bias=False, dtype=dtype)
+        self.w1 = Linear(d.width, d.ffn_width, bias=False, dtype=dtype_of("feed_forward.w1"))
+        self.w2 = Linear(d.ffn_width, d.width, bias=False, dtype=dtype_of("feed_forward.w2"))
+        self.w3 = Linear(d.width, d.ffn_width, bias=False, dtype=dtype_of("feed_forward.w3"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,S,D] to the same."""
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.w1(x), self.w3(x)
+        dtype = torch.promote_types(gate.dtype, up.dtype)
+        out: Tensor = self.w2(F.silu(gate.to(dtype)) * up.to(dtype))
         return out
 
 
@@ -81,17 +118,21 @@ class Block(nn.Module):
     The adaLN chunks are scale_msa, gate_msa, scale_mlp, gate_mlp: scales enter as 1 + s, gates as tanh(g), no shift.
     """
 
-    def __init__(self, d: Dimensions, dtype: torch.dtype, *, modulated: bool) -> None:
+    def __init__(self, d: Dimensions, precision: torch.dtype | BlockPrecision, *, modulated: bool) -> None:
         super().__init__()
-        self.attention = Attention(d, dtype)
-        self.feed_forward = FeedForward(d, dtype)
-        self.attention_norm1 = RMSNorm(d.width, dtype)
-        self.attention_norm2 = RMSNorm(d.width, dtype)
-        self.ffn_norm1 = RMSNorm(d.width, dtype)
-        self.ffn_norm2 = RMSNorm(d.width, dtype)
-        self.adaLN_modulation = (
-            nn.ModuleList([Linear(d.time_width, 4 * d.width, dtype=dtype)]) if modulated else nn.ModuleList()
+        if isinstance(precision, torch.dtype):
+            precision = _uniform(precision)
+        dtype_of, is_wide = precision.dtype_of, precision.has_wide_residual
+        self.attention = Attention(d, dtype_of)
+        self.feed_forward = FeedForward(d, dtype_of)
+        self.attention_norm1 = RMSNorm(d.width, dtype_of("attention_norm1"))
+        self.attention_norm2 = RMSNorm(
+            d.width, dtype_of("attention_norm2"), precision.attention_exponent, is_wide=is_wide
         )
+        self.ffn_norm1 = RMSNorm(d.width, dtype_of("ffn_norm1"))
+        self.ffn_norm2 = RMSNorm(d.width, dtype_of("ffn_norm2"), precision.ffn_exponent, is_wide=is_wide)
+        modulation = [Linear(d.time_width, 4 * d.width, dtype=dtype_of("adaLN_modulation.0"))] if modulated else []
+        self.adaLN_modulation = nn.ModuleList(modulation)
 
     def forward(self, x: Tensor, modulation: Tensor | None, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         """x [B,S,D], modulation [B,A], tables [S,R], to [B,S,D] in the dtype of x."""
@@ -134,7 +175,16 @@ class TimeEmbedding(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (2k, 2k+1) of x [B,S,heads,2R] by the tables [S,R], in float32."""
-    pairs = torch.unflatten(x.to(torch.float32), -1, (-1, 2))
+    pairs = torch.unflatten(widened(x), -1, (-1, 2))
     even, odd = pairs[..., :1], pairs[..., 1:]
     cos, sin = cos[:, None, :, None], sin[:, None, :, None]
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _uniform(dtype: torch.dtype) -> BlockPrecision:
+    return BlockPrecision(lambda layer: dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,23 +29,32 @@ class PixelHead(nn.Module):
     without activation. A decoder stage reads [up, skip], the bottleneck [image, tokens].
     """
 
-    def __init__(self, d: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, d: Dimensions, precision: torch.dtype | Callable[[str], torch.dtype]) -> None:
+        """Build it with uninitialised weights: one dtype, or that of each convolution by its name, as `enc1.0`."""
         super().__init__()
+
+        def conv(name: str, inputs: int, outputs: int, kernel: int) -> Conv2d:
+            return Conv2d(inputs, outputs, kernel, precision if isinstance(precision, torch.dtype) else precision(name))
+
         self.stages = tuple(stage.name for stage in d.stages)
         self.enlarge_tokens = d.patch_px != 2 ** len(d.stages)
         channels = 3
         for stage in d.stages:
-            self.add_module(f"enc{stage.name}", nn.Sequential(Conv2d(channels, stage.encoder, 3, dtype), nn.SiLU()))
+            encoder = conv(f"enc{stage.name}.0", channels, stage.encoder, 3)
+            self.add_module(f"enc{stage.name}", nn.Sequential(encoder, nn.SiLU()))
             channels = stage.encoder
-        self.bottleneck = nn.Sequential(Conv2d(channels + d.width, d.bottleneck, 1, dtype), nn.SiLU())
+        self.bottleneck = nn.Sequential(conv("bottleneck.0", channels + d.width, d.bottleneck, 1), nn.SiLU())
         channels = d.bottleneck
         for stage in reversed(d.stages):
             upsample = nn.Upsample(scale_factor=2.0, mode="nearest")
-            self.add_module(f"up{stage.name}", nn.Sequential(upsample, Conv2d(channels, stage.up, 3, dtype)))
-            decoder = Conv2d(stage.up + stage.encoder, stage.decoder, 3, dtype)
+            self.add_module(
+                f"up{stage.name}", nn.Sequential(upsample, conv(f"up{stage.name}.1", channels, stage.up, 3))
+            )
+            decoder = conv(f"dec{stage.name}.0", stage.up + stage.encoder, stage.decoder, 3)
             self.add_module(f"dec{stage.name}", nn.Sequential(decoder, nn.SiLU()))
             channels = stage.decoder
-        self.out_conv = Conv2d(channels, 3, 1, dtype)
+        self.out_conv = conv("out_conv", channels, 3, 1)
+        self.is_mixed = len({parameter.dtype for parameter in self.parameters()}) > 1
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """image [B,3,Hs,W], tokens [B,hs,w,D], to x0 - noise [B,3,Hs,W]."""
@@ -53,15 +64,23 @@ class PixelHead(nn.Module):
             x = self.get_submodule(f"enc{stage}")(x)
             skips.append(x)
             x = F.max_pool2d(x, 2)
-        features = tokens.permute(0, 3, 1, 2).to(x.dtype)
+        # A plan may raise the bottleneck alone: tokens come as they are, and may be more than float16 holds.
+        dtype = self._dtype(self.bottleneck, x)
+        features = tokens.permute(0, 3, 1, 2).to(dtype)
         if self.enlarge_tokens:
             features = _five_for_two(_five_for_two(features, 2), 3)
-        x = self.bottleneck(torch.cat([x, features], dim=1))
+        x = self.bottleneck(torch.cat([x.to(dtype), features], dim=1))
         for stage, skip in zip(reversed(self.stages), reversed(skips), strict=True):
             x = self.get_submodule(f"up{stage}")(x)
-            x = self.get_submodule(f"dec{stage}")(torch.cat([x, skip], dim=1))
+            decoder = self.get_submodule(f"dec{stage}")
+            dtype = self._dtype(decoder, x)
+            x = decoder(torch.cat([x.to(dtype), skip.to(dtype)], dim=1))
         out: Tensor = self.out_conv(x)
         return out
+
+    def _dtype(self, step: nn.Module, x: Tensor) -> torch.dtype:
+        """What a step is given: the dtype of its weights where a plan mixes them, else that of what came before."""
+        return next(step.parameters()).dtype if self.is_mixed else x.dtype
 
 
 def _five_for_two(x: Tensor, axis: int) -> Tensor:

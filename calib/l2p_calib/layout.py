@@ -1,0 +1,69 @@
+"""What a family tells of one network: the points where values can be measured, and what can be done at each.
+
+A point is `LAYER:in` or `LAYER:out`, the values that a layer reads or makes, by its published name; `residual.trunk` is
+the stream between the trunk's blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place in a network whose values a narrow dtype may not hold.
+
+    Attributes:
+        name: as `layers.3.feed_forward.w2:in`.
+        holders: layers that must all compute in a wider dtype for the point to be held in it; none where nothing can
+            be widened, as inside attention.
+        scaled_by: layers whose weights scale the point when they are scaled.
+    """
+
+    name: str
+    holders: tuple[str, ...] = ()
+    scaled_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Layers in a row that a norm follows: scaling them is exact when the norm's epsilon follows.
+
+    Attributes:
+        first: the layer that is scaled where its own output, or what is linear in it, is too large.
+        last: the layer whose output the norm reads.
+        usual: whichever of the two is scaled in every block.
+    """
+
+    first: str
+    last: str
+    usual: str
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkLayout:
+    """The points, branches and layers of one network.
+
+    Attributes:
+        network: its name.
+        layers: every name that a precision plan may give a dtype: layers, pads, and `residual.NETWORK`.
+    """
+
+    network: str
+    layers: tuple[str, ...]
+    points: tuple[Point, ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+    def point(self, name: str) -> Point | None:
+        """The point of that name."""
+        return next((point for point in self.points if point.name == name), None)
+
+    @property
+    def scalable(self) -> tuple[str, ...]:
+        """Layers whose weights may be scaled."""
+        return tuple(layer for branch in self.branches for layer in (branch.first, branch.last))
+
+
+def layer_of(tensor: str) -> str:
+    """The layer that a published tensor belongs to: its name without `.weight` or `.bias`."""
+    return tensor.removesuffix(".weight").removesuffix(".bias")

@@ -1,0 +1,196 @@
+"""Precision plans as files: every layer with its dtype, exponent, reason and evidence. Builds write them, people edit.
+
+{"schema": 1, "name": "fp16", "default": "float16", "headroom": 4.0,
+ "networks": [{"network": "trunk", "sha256": "..."}, ...],
+ "layers": [{"layer": "layers.3.feed_forward.w3", "dtype": "float16", "exponent": -6, "reason": "...",
+             "evidence": [{"point": "layers.3.feed_forward.w3:out", "peak": 12.5, "p999": 4.5, "calls": 9}]}, ...]}
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2p_calib.layout import NetworkLayout
+from l2p_calib.plans import PLANS, ComputeDType, LayerRule, LayerScale, PrecisionPlan, base_plan
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.errors import ArtifactError, L2PError, UsageError
+
+SCHEMA = 1
+EXPONENTS = range(-24, 25)
+"""Powers of two that weights may be scaled by: float16 spans about forty."""
+
+_FILE_BYTES_MAX = 64 << 20
+_NAME = re.compile(r"[a-z0-9]{2,8}(-[a-z0-9][a-z0-9_]{0,31})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was measured at one point of a layer, before any scaling.
+
+    Attributes:
+        peak: largest magnitude.
+        p999: magnitude that 99.9 % of the values do not exceed.
+        calls: denoising calls.
+    """
+
+    point: str
+    peak: float
+    p999: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer.
+
+    Attributes:
+        layer: published name; a pad token; or `residual.NETWORK`.
+        dtype: that its weights are stored in and that it computes in.
+        exponent: its weights are stored times two to this power; only where a norm undoes it.
+        reason: why it is so; empty where it is the plan's default.
+        evidence: what was measured of it.
+    """
+
+    layer: str
+    dtype: ComputeDType
+    exponent: int = 0
+    reason: str = ""
+    evidence: tuple[Evidence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkDigest:
+    """A network that a plan was made for, by the digest of its weights."""
+
+    network: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """A whole plan, as a file holds it.
+
+    Attributes:
+        name: its base, `fp16`, alone or with a dash and something of its own.
+        default: dtype of layers that are not listed.
+        headroom: factor between the largest magnitude that was measured and the most that the dtype holds.
+        networks: what it was made for; it is refused for others. A network that is left out takes any weights.
+    """
+
+    name: str
+    default: ComputeDType
+    headroom: float
+    networks: tuple[NetworkDigest, ...]
+    layers: tuple[LayerPlan, ...]
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ArtifactError(f"schema version {self.schema}, this version reads {SCHEMA}")
+        base = base_plan(self.name)
+        if not _NAME.fullmatch(self.name) or base is None:
+            raise ArtifactError(
+                f"a plan cannot be called {self.name[:80]!r}",
+                hint=f"call it {', '.join(PLANS)}, or one of these, a dash and a word of small letters and digits",
+            )
+        if self.default != base.default:
+            raise ArtifactError(f"plan `{self.name}` has the default {self.default}, expected {base.default}")
+        if self.headroom < 1:
+            raise ArtifactError(f"the headroom is {self.headroom:g}, expected 1 or more")
+        names = [entry.layer for entry in self.layers]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise ArtifactError(f"`{twice}` stands twice")
+        for entry in self.layers:
+            if entry.exponent not in EXPONENTS:
+                raise ArtifactError(
+                    f"`{entry.layer}` has the exponent {entry.exponent}: a scale of 0 or infinity in float16; "
+                    f"expected {EXPONENTS.start} to {EXPONENTS.stop - 1}"
+                )
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """What graphs are made by."""
+        return PrecisionPlan(
+            self.name,
+            self.default,
+            tuple(LayerRule(e.layer, e.dtype, e.reason) for e in self.layers if e.dtype != self.default),
+            tuple(LayerScale(e.layer, e.exponent) for e in self.layers if e.exponent),
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file."""
+        return hashlib.sha256(plan_to_bytes(self)).hexdigest()
+
+
+def plan_to_bytes(plan: PlanFile) -> bytes:
+    """The file as UTF-8 JSON: equal plans give equal bytes."""
+    return (json.dumps(to_json(plan), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Read a plan and check what it says without knowing a model.
+
+    Raises:
+        UsageError: no such file.
+        ArtifactError: not JSON, another schema, an unknown key, dtype or name, an exponent out of range.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no plan `{path}`", hint="a bundle holds the plans it was built by in `plans/`")
+    if path.stat().st_size > _FILE_BYTES_MAX:
+        raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes, expected at most {_FILE_BYTES_MAX:,}")
+    try:
+        return from_json(PlanFile, json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"plan `{path}` is not JSON: {error}", hint="correct it, or take the bundle's") from error
+    except L2PError as error:
+        raise ArtifactError(f"plan `{path}`: {error}", hint=error.hint or "correct it") from error
+
+
+def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
+    """Check that a plan speaks of a model's layers, and scales those that may be.
+
+    Raises:
+        ArtifactError: an unknown layer, or one that no norm follows is scaled.
+    """
+    known = {layer for layout in layouts for layer in layout.layers}
+    scalable = {layer for layout in layouts for layer in layout.scalable}
+    for entry in plan.layers:
+        if entry.layer not in known:
+            near = difflib.get_close_matches(entry.layer, known, 1)
+            raise ArtifactError(
+                f"plan `{plan.name}` speaks of `{entry.layer[:80]}`, which the model has not",
+                hint=f"did you mean `{near[0]}`?" if near else "layers go by their published names",
+            )
+        if entry.exponent and entry.layer not in scalable:
+            raise ArtifactError(
+                f"plan `{plan.name}` scales `{entry.layer}`, and nothing behind it would undo that",
+                hint=f"layers that a norm follows may be scaled, as `{min(scalable)}`" if scalable else "set it to 0",
+            )
+
+
+def check_digests(plan: PlanFile, digests: Mapping[str, str]) -> None:
+    """Check that a plan was made for these weights.
+
+    Args:
+        plan: as read.
+        digests: network to the digest of its weights.
+
+    Raises:
+        ArtifactError: it was made for another trunk, or other adapters.
+    """
+    for item in plan.networks:
+        found = digests.get(item.network)
+        if found != item.sha256:
+            what = f"has {item.network} {found[:16]}" if found else f"has no network `{item.network[:40]}`"
+            raise ArtifactError(
+                f"plan `{plan.name}` was made for {item.network[:40]} {item.sha256[:16]}, the checkpoint {what}",
+                hint=f"build without --plan; or remove `{item.network[:40]}` from its `networks` and take it anyway",
+            )

@@ -1,0 +1,83 @@
+"""Where values of a `z_image_l2p` network can be measured, what holds them, and which branches end in a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of
+from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_blocks, network_shapes
+
+ATTENTION_BRANCH = ("attention.to_v", "attention.to_out.0")
+"""Attention is linear in its values, so that both scale what `attention_norm2` reads."""
+FFN_BRANCH = ("feed_forward.w3", "feed_forward.w2")
+"""SwiGLU is linear in w3, so that both scale what `ffn_norm2` reads."""
+
+
+def network_layout(name: str, d: Dimensions) -> NetworkLayout:
+    """The layout of one network."""
+    shapes = network_shapes(name, d)
+    blocks = network_blocks(name, d)
+    layers = tuple(dict.fromkeys(layer_of(tensor) for tensor in shapes))
+    residual = f"residual.{name}"
+    points: list[Point] = []
+    inside = tuple(f"{block}." for block in blocks)
+    for tensor, shape in shapes.items():
+        if len(shape) < 2 or not tensor.endswith(".weight") or tensor.startswith(inside):
+            continue
+        layer = layer_of(tensor)
+        joins_residual = layer.startswith(("all_x_embedder.", "cap_embedder."))
+        points.append(Point(f"{layer}:in", (layer,)))
+        points.append(Point(f"{layer}:out", (layer, residual) if joins_residual else (layer,)))
+    for block in blocks:
+        points += _block_points(block, residual, modulated=f"{block}.adaLN_modulation.0" in layers)
+    if name == "head":
+        return NetworkLayout(name, layers, tuple(points))
+    points.append(Point(f"{residual}:out", (residual,)))
+    branches = tuple(branch for block in blocks for branch in _branches(block))
+    return NetworkLayout(name, (*layers, residual), tuple(points), branches)
+
+
+def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Point]:
+    q, k, v, out, w1, w2, w3 = (
+        f"{block}.{layer}"
+        for layer in (
+            "attention.to_q",
+            "attention.to_k",
+            "attention.to_v",
+            "attention.to_out.0",
+            "feed_forward.w1",
+            "feed_forward.w2",
+            "feed_forward.w3",
+        )
+    )
+    if modulated:
+        adaln = f"{block}.adaLN_modulation.0"
+        yield Point(f"{adaln}:in", (adaln,))
+        yield Point(f"{adaln}:out", (adaln, residual))
+    yield Point(f"{block}.attention_norm1:in", (residual,))
+    yield Point(f"{block}.attention_norm1:out", (residual,))
+    # Norm and modulation run in the dtype of the residual; all three read what they make, each cast to its own dtype.
+    yield Point(f"{q}:in", (q, k, v, residual))
+    yield Point(f"{q}:out", (q,))
+    yield Point(f"{k}:out", (k,))
+    # Attention itself is never widened: TensorRT for RTX has no float32 kernel for it.
+    yield Point(f"{block}.attention.norm_q:out")
+    yield Point(f"{block}.attention.norm_k:out")
+    yield Point(f"{v}:out", (), (v,))
+    yield Point(f"{out}:in", (), (v,))
+    yield Point(f"{out}:out", (out,), (v, out))
+    yield Point(f"{block}.attention_norm2:out", (residual,))
+    yield Point(f"{block}.ffn_norm1:in", (residual,))
+    yield Point(f"{block}.ffn_norm1:out", (residual,))
+    yield Point(f"{w1}:in", (w1, w3, residual))
+    yield Point(f"{w1}:out", (w1,))
+    yield Point(f"{w3}:out", (w3,), (w3,))
+    yield Point(f"{w2}:in", (w1, w3, w2), (w3,))
+    yield Point(f"{w2}:out", (w2,), (w3, w2))
+    yield Point(f"{block}.ffn_norm2:out", (residual,))
+
+
+def _branches(block: str) -> Iterator[Branch]:
+    v, out, w3, w2 = (f"{block}.{layer}" for layer in (*ATTENTION_BRANCH, *FFN_BRANCH))
+    yield Branch(v, out, usual=out)
+    yield Branch(w3, w2, usual=w3)

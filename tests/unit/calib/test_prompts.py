@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from l2p_calib.prompts import read_prompts
+from l2p_runtime.errors import UsageError
+
+
+def test_the_packages_own_prompts() -> None:
+    prompts = read_prompts()
+    assert len(prompts) == len(set(prompts)) >= 32
+    assert not any(prompt.startswith("#") for prompt in prompts)
+    text = (Path(__file__).parents[3] / "calib/l2p_calib/data/prompts.txt").read_text(encoding="utf-8")
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("# mine\n\n a cat \na dog\na cat\n", encoding="utf-8")
+    assert read_prompts(path) == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(("data", "needle"), [(b"", "holds no prompt"), (b"# x\n", "holds no"), (b"\xff", "not UTF-8")])
+def test_a_file_without_prompts(tmp_path: Path, data: bytes, needle: str) -> None:
+    (tmp_path / "p.txt").write_bytes(data)
+    with pytest.raises(UsageError, match=needle):
+        read_prompts(tmp_path / "p.txt")
+    with pytest.raises(UsageError, match="there is no file"):
+        read_prompts(tmp_path / "q.txt")
