@@ -144,18 +144,18 @@ def test_wrong_numbers_are_the_callers_mistake(
 def test_quiet_training_says_nothing(folder: Path, tmp_path: Path) -> None:
     """Nor do the libraries beneath it; other scenes in the same work folder are made anew, not taken for the old."""
     work = folder / "source.training"
-    before = (work / "latents.safetensors").read_bytes()
+    before = (work / "latents-128.safetensors").read_bytes()
     more = ("--scenes", "8", "--autoencoder-steps", "2", "--steps", "2", "--batch", "4", "--samples", "0", "--quiet")
     result = run_cli("train", "source", "--out", tmp_path / "again", "--init", folder / "source", *more)
     assert (result.returncode, result.stderr) == (0, "")
     copy = tmp_path / "again.training"
-    assert (copy / "latents.safetensors").stat().st_size < len(before)
-    shutil.copyfile(work / "latents.safetensors", copy / "latents.safetensors")
+    assert (copy / "latents-128.safetensors").stat().st_size < len(before)
+    shutil.copyfile(work / "latents-128.safetensors", copy / "latents-128.safetensors")
     shutil.rmtree(tmp_path / "again")
     shutil.rmtree(copy / "transformer")
     result = run_cli("train", "source", "--out", tmp_path / "again", "--init", folder / "source", *more)
     assert result.returncode == 0, result.stderr
-    assert (copy / "latents.safetensors").stat().st_size < len(before)
+    assert (copy / "latents-128.safetensors").stat().st_size < len(before)
 
 
 def test_samples_of_a_transfer(folder: Path, tmp_path: Path) -> None:

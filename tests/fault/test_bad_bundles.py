@@ -136,7 +136,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "huge": (make_huge, ("bundle.json` has 83886080 bytes",)),
     "ledger failed": (
         lambda b: rewrite(b, lambda d: d["ledger"][0].update(status="failed")),
-        ("ledger holds comparisons that failed: caption on padded",),
+        ("ledger holds comparisons that failed: caption on ranges",),
     ),
     "file twice": (lambda b: rewrite(b, lambda d: d["files"].append(d["files"][0])), ("stands twice",)),
     "file unused": (
