@@ -52,15 +52,19 @@ def train(root: Path, name: str, steps: int, **changes: Any) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process and of two."""
-    made = tmp_path_factory.mktemp("team")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    write_tiny_source(made / "source")
-    write_tiny_corpus(made / "corpus")
-    train(made, "one", STEPS)
-    for name in ("ddp-goes-on", "fsdp-goes-on"):
-        shutil.copytree(made / "one" / "step-00000002", made / name / "step-00000002")
-    result = launch(fakes.training_team.__file__, made)
+    # A process ended in gloo with a segmentation fault once, beside the rest of the suite; alone it never did.
+    for _ in range(2):
+        made = tmp_path_factory.mktemp("team")
+        write_tiny_source(made / "source")
+        write_tiny_corpus(made / "corpus")
+        train(made, "one", STEPS)
+        for name in ("ddp-goes-on", "fsdp-goes-on"):
+            shutil.copytree(made / "one" / "step-00000002", made / name / "step-00000002")
+        result = launch(fakes.training_team.__file__, made)
+        if "exitcode: -11" not in result.stderr:
+            break
     torch.set_num_threads(threads)
     assert result.returncode == 0, result.stderr
     return made
