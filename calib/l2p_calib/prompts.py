@@ -1,4 +1,4 @@
-"""Calibration prompts: the captions that ship with the package, or a file of one's own."""
+"""Prompts, one a line: the captions that ship with the package, or a file of one's own."""
 
 from __future__ import annotations
 
@@ -7,31 +7,40 @@ from pathlib import Path
 
 from l2p_runtime.errors import UsageError
 
-_FILE_BYTES_MAX = 1 << 20
+FILE_BYTES_MAX = 1 << 20
+"""Of prompts to calibrate on, all of which are read."""
 
 
-def read_prompts(path: Path | None = None) -> tuple[str, ...]:
-    """Prompts, one a line; empty lines and those that begin with `#` are left out.
+def read_prompts(path: Path | None = None, most_bytes: int = FILE_BYTES_MAX) -> tuple[str, ...]:
+    """Prompts in their order; empty lines and those that begin with `#` are left out.
 
     Args:
         path: None for those of the package (Apache-2.0).
+        most_bytes: of the file.
 
     Raises:
-        UsageError: no such file, not UTF-8, too large, or no prompt in it.
+        UsageError: the file cannot be read, is not UTF-8, too large, or holds no prompt.
     """
     if path is None:
         text = resources.files("l2p_calib").joinpath("data/prompts.txt").read_text(encoding="utf-8")
     else:
-        if not path.is_file():
-            raise UsageError(f"there is no file `{path}`", hint="give a text file with one prompt a line")
-        if path.stat().st_size > _FILE_BYTES_MAX:
-            raise UsageError(f"`{path}` has {path.stat().st_size:,} bytes, expected at most {_FILE_BYTES_MAX:,}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"`{path}` is not UTF-8: {error}") from error
+        text = _read(path, most_bytes)
     lines = (line.strip() for line in text.splitlines())
-    prompts = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise UsageError(f"`{path}` holds no prompt", hint="write one prompt a line")
     return prompts
+
+
+def _read(path: Path, most_bytes: int) -> str:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > most_bytes:
+            raise UsageError(f"`{path}` has {size_bytes:,} bytes, expected at most {most_bytes:,}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read prompts from `{path}`: {error.strerror or error}", hint="give a text file, one prompt a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`{path}` is not UTF-8: {error}", hint="save it as UTF-8") from error

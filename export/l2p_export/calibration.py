@@ -146,7 +146,7 @@ def plan_calibration(
     wrong = next((size for size in chosen if size[0] % unit or size[1] % unit or min(size) < unit), None)
     if wrong is not None:
         raise UsageError(f"the size {wrong[1]}x{wrong[0]} is no multiple of {unit} pixels")
-    texts = read_prompts(prompts)
+    texts = tuple(dict.fromkeys(read_prompts(prompts)))
     drawn = [
         Sample(
             prompt=(index // TIMES_A_PICTURE) % len(texts),

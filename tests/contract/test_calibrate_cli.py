@@ -144,6 +144,11 @@ def test_what_calibrate_refuses(bundles: Bundles, tmp_path: Path) -> None:
         assert (result.returncode, needle in result.stderr) == (code, True), result.stderr
     dry = run_cli("calibrate", bundle, "--out", out, "--dry-run")
     assert dry.stdout == f"would measure 16 calls, 4 captions of noise, 16x16, 32x16, and write {out}\n"
+    dry = run_cli("calibrate", bundle, "--out", out, "--dry-run", "--json")
+    assert json.loads(dry.stdout) == {
+        "statistics": str(out),
+        "source": "16 calls, 4 captions of noise, 16x16, 32x16",
+    }
     assert not out.exists()
 
 

@@ -56,7 +56,10 @@ def command(
     opened = open_bundle(bundle, store)
     plan = plan_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
     if dry_run:
-        click.echo(f"would measure {plan.source}, and write {out}")
+        if as_json:
+            print_json({"statistics": str(out), "source": plan.source})
+        else:
+            click.echo(f"would measure {plan.source}, and write {out}")
         return
     found = calibrate(plan, Console(quiet=quiet))
     if as_json:

@@ -139,11 +139,12 @@ def corpus_command(
     SOURCE is a pipeline folder: one that `train source` wrote, or a published Z-Image. Without it, the images are
     renders of the small world.
     """
-    from l2p_export.training.corpus import read_prompts
+    from l2p_calib.prompts import read_prompts
+    from l2p_export.training.corpus import PROMPTS_BYTES_MAX
     from l2p_export.training.rendered import render_corpus, world_captions
 
     height, width = parse_size(options["size"])
-    texts = read_prompts(prompts) if prompts else world_captions(options["count"], options["seed"])
+    texts = read_prompts(prompts, PROMPTS_BYTES_MAX) if prompts else world_captions(options["count"], options["seed"])
     console = Console(quiet=quiet)
     facts: dict[str, Any] = {"out": str(out), "prompts": len(texts), "images": len(texts) * options["seeds_per_prompt"]}
     if source is None:

@@ -29,6 +29,8 @@ SHARD_IMAGES = 10_000
 
 TEXT_CHARACTERS_MAX = 1 << 16
 PIXELS_MAX = 1 << 28
+PROMPTS_BYTES_MAX = 64 << 20
+"""Of a file of prompts to draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,22 +192,6 @@ def corpus_images(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> i
     checked_seed(seed)
     checked_seed(seed + total - 1)
     return total
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Prompts from a text file, one a line; empty lines and lines that begin with # are left out.
-
-    Raises:
-        UsageError: absent, no text, or no prompt in it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from `{path}`: {error}", hint="give a UTF-8 file, one a line") from error
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not prompts:
-        raise UsageError(f"`{path}` holds no prompt", hint="write one prompt a line")
-    return prompts
 
 
 def _row(line: str) -> Row:

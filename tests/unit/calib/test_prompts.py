@@ -19,7 +19,11 @@ def test_the_packages_own_prompts() -> None:
 def test_a_file_of_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("# mine\n\n a cat \na dog\na cat\n", encoding="utf-8")
-    assert read_prompts(path) == ("a cat", "a dog")
+    assert read_prompts(path) == ("a cat", "a dog", "a cat")
+    path.write_bytes(b"a\r\nb")
+    assert read_prompts(path) == ("a", "b")
+    with pytest.raises(UsageError, match="has 4 bytes, expected at most 3"):
+        read_prompts(path, 3)
 
 
 @pytest.mark.parametrize(("data", "needle"), [(b"", "holds no prompt"), (b"# x\n", "holds no"), (b"\xff", "not UTF-8")])
@@ -27,5 +31,6 @@ def test_a_file_without_prompts(tmp_path: Path, data: bytes, needle: str) -> Non
     (tmp_path / "p.txt").write_bytes(data)
     with pytest.raises(UsageError, match=needle):
         read_prompts(tmp_path / "p.txt")
-    with pytest.raises(UsageError, match="there is no file"):
-        read_prompts(tmp_path / "q.txt")
+    for path in (tmp_path / "q.txt", tmp_path):
+        with pytest.raises(UsageError, match="cannot read prompts from"):
+            read_prompts(path)

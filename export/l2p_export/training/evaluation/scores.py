@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from l2p_calib.prompts import read_prompts
 from l2p_export.training.corpus import (
+    PROMPTS_BYTES_MAX,
     append_rows,
     open_corpus,
     read_image,
-    read_prompts,
     write_image,
     written_rows,
 )
@@ -163,7 +164,7 @@ def file_prompts(path: Path, images_per_prompt: int, seed: int) -> tuple[Prompt,
         UsageError: no such file, no prompt in it, a line that says what the small world does not have, or a seed out of
             range.
     """
-    texts = read_prompts(path)
+    texts = read_prompts(path, PROMPTS_BYTES_MAX)
     _check_seeds(seed, len(texts) * images_per_prompt)
     prompts: list[Prompt] = []
     for text in texts:

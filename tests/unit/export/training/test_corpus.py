@@ -19,7 +19,6 @@ from l2p_export.training.corpus import (
     append_rows,
     open_corpus,
     read_image,
-    read_prompts,
     write_image,
     written_rows,
 )
@@ -150,24 +149,6 @@ def test_full_disk_keeps_what_was_written(folder: Path) -> None:
         append_rows(folder, [])
     assert written_rows(folder) == 6
     assert not list(folder.rglob("*.partial"))
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("a\n\n# note\n b \n", ("a", "b")), ("a\r\nb", ("a", "b"))],
-)
-def test_prompts_are_lines(tmp_path: Path, text: str, found: tuple[str, ...]) -> None:
-    (tmp_path / "p.txt").write_bytes(text.encode())
-    assert read_prompts(tmp_path / "p.txt") == found
-
-
-@pytest.mark.parametrize("data", [b"", b"# only\n", b"\xff\xfe"])
-def test_files_without_prompts_are_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "p.txt").write_bytes(data)
-    with pytest.raises(UsageError):
-        read_prompts(tmp_path / "p.txt")
-    with pytest.raises(UsageError, match="cannot read prompts"):
-        read_prompts(tmp_path / "absent.txt")
 
 
 flat_settings = st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4) | st.none(), max_size=4)
