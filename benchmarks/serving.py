@@ -1,8 +1,10 @@
 """What a Triton server adds to the pipeline's own time: one image over shared memory, gRPC and HTTP.
 
-Run `python benchmarks/serving.py BUNDLE [--size 4096x4096] [--images 3]`; it starts a real server on this machine and
-prints a Markdown table. `draw` is the pipeline's own time as the server reports it, `added` is what the client waited
-beyond it, and `server` is the server's own count of the time in the model (`nv_inference_compute_infer_duration_us`).
+Run `python benchmarks/serving.py BUNDLE [--size 4096x4096] [--images 3] [--way shared] [--made-up]`; it starts a real
+server on this machine and prints a Markdown table. `draw` is the pipeline's own time as the server reports it, `added`
+is what the client waited beyond it, and `server` is the server's own count of the time in the model
+(`nv_inference_compute_infer_duration_us`). With `--made-up` the models answer with noise that they do not draw: what is
+added does not depend on it, and there is time for many images.
 """
 
 from __future__ import annotations
@@ -27,7 +29,25 @@ from l2p_runtime.client import Client
 from tools.triton_server import Server, serve
 
 MODEL = "l2p_embeddings"
+WAYS = {"shared": "gRPC, shared memory", "grpc": "gRPC", "http": "HTTP"}
+COUNTED_SECONDS = 0.3
+"""The server counts a request after it has answered."""
 BUSY = "nv_inference_compute_infer_duration_us"
+
+MADE_UP = """
+from l2p_runtime.serving import Drawn
+
+def _made_up(service, values, **_):
+    started, size = time.perf_counter(), (int(values["height"]), int(values["width"]), 3)
+    if size not in _known:
+        _known[size] = np.random.default_rng(7).integers(0, 256, size, np.uint8)
+    pixels = _known[size].copy()
+    report = {"width": size[1], "height": size[0], "seconds": {"text": 0.0, "draw": time.perf_counter() - started}}
+    return Drawn(pixels, report, {})
+
+_known = {}
+Service.draw = _made_up
+"""
 
 
 def main() -> int:
@@ -36,6 +56,8 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--size", default="4096x4096", help="WIDTHxHEIGHT")
     parser.add_argument("--images", type=int, default=3, help="of each way, after one that is not counted")
+    parser.add_argument("--way", choices=WAYS, action="append", help="only this one; repeatable")
+    parser.add_argument("--made-up", action="store_true", help="answer with noise instead of drawing")
     options = parser.parse_args()
     height, width = parse_size(options.size)
     bundle = open_bundle(options.bundle)
@@ -47,17 +69,19 @@ def main() -> int:
         repository = Path(work) / "repository"
         spec = RepositorySpec(models=(MODEL,), pixels=height * width, placement=Placement("cpu"))
         write_repository(bundle, repository, spec, Silent())
+        if options.made_up:
+            with (repository / MODEL / "1" / "glue.py").open("a") as glue:
+                glue.write(MADE_UP)
         with serve(repository, Path(work)) as server:
             reason = server.load(MODEL)
             if reason:
                 print(reason, file=sys.stderr)
                 return 3
-            for way, url, shared in (
-                ("gRPC, shared memory", server.grpc, True),
-                ("gRPC", server.grpc, False),
-                ("HTTP", server.http, False),
-            ):
-                _print_row(way, server, url, shared=shared, images=options.images, asked=asked)
+            for way in options.way or WAYS:
+                url = server.http if way == "http" else server.grpc
+                _print_row(WAYS[way], server, url, shared=way == "shared", images=options.images, asked=asked)
+    copies = [_copy_ms(height, width) for _ in range(10)]
+    print(f"\nOne copy of such an image takes {min(copies):.0f} ms here at least, {np.median(copies):.0f} ms usually.")
     return 0
 
 
@@ -69,12 +93,20 @@ def _print_row(way: str, server: Server, url: str, *, shared: bool, images: int,
             started = time.perf_counter()
             reply = client.generate(**asked)
             wait = time.perf_counter() - started
+            time.sleep(COUNTED_SECONDS)
             counted = (server.metric(BUSY, model=MODEL) - busy) / 1e6
             draw = sum(reply.report["seconds"][stage] for stage in ("text", "draw"))
             rows.append((wait, draw, (wait - draw) * 1e3, (counted - draw) * 1e3))
     wait, draw, added, beyond = np.median(rows[1:], axis=0)
     least = min(row[2] for row in rows[1:])
     print(f"| {way} | {wait:.2f} | {draw:.2f} | {least:.0f} | {added:.0f} | {beyond:.0f} |", flush=True)
+
+
+def _copy_ms(height: int, width: int) -> float:
+    source, target = np.ones((2, height, width, 3), np.uint8)
+    started = time.perf_counter()
+    target[...] = source
+    return (time.perf_counter() - started) * 1e3
 
 
 if __name__ == "__main__":

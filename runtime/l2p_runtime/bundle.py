@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2p_runtime.contract import MANIFEST_NAME, FileRecord, Manifest, bundle_digest, manifest_from_bytes
-from l2p_runtime.errors import ArtifactError, HostError, L2PError
+from l2p_runtime.errors import ArtifactError, HostError, L2PError, counted
 
 MANIFEST_BYTES_MAX = 64 << 20
 FULL_HASH_BYTES = 64 << 20
@@ -111,7 +111,8 @@ def check_file(
     size_bytes = path.stat().st_size
     if size_bytes != record.size_bytes:
         raise ArtifactError(
-            f"`{record.path}` has {size_bytes} bytes, the manifest says {record.size_bytes}", hint=_CHANGED
+            f"`{record.path}` has {counted(size_bytes, 'byte')}, the manifest says {record.size_bytes:,}",
+            hint=_CHANGED,
         )
     found = file_digest(path, advance) if full else file_stamp(path)
     if found != (record.sha256 if full else record.stamp):
@@ -173,7 +174,7 @@ def _find_store(root: Path, digest: str, store: Path | None, shared: int) -> Pat
     listed = ", ".join(f"`{ascii(str(path))[1:-1][:200]}`" for path in pointed)
     found = f"the one it points to does not know it ({listed})" if listed else "does not say which"
     raise ArtifactError(
-        f"`{root}` keeps {shared} files in a shared store and {found}",
+        f"`{root}` keeps {counted(shared, 'file')} in a shared store and {found}",
         hint="give the store with --store DIR (store= in Python), or copy bundles with `l2p-export pack`",
     )
 

@@ -61,3 +61,8 @@ class CancelledError(L2PError):
     """The caller asked to stop."""
 
     exit_code = 130
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 byte`, `2 bytes`, `1,024 bytes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 from l2p_runtime.backends import Array, Backend, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
-from l2p_runtime.errors import CancelledError, HostError, InternalError, L2PError, UsageError
+from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
 from l2p_runtime.memory import call_memory, fused_call_memory, parse_bytes
 from l2p_runtime.networks import engine_record, head_rows_max, load_network, network_bytes, open_for, require_sizes
 from l2p_runtime.requests import (
@@ -27,7 +26,7 @@ from l2p_runtime.requests import (
     image_request,
     plan_call,
 )
-from l2p_runtime.schedule import model_time, sigmas
+from l2p_runtime.sampler import Preview, Progress, preview_bytes, sample
 from l2p_runtime.text import Tokenizer, bundle_tokenizer, encode_prompts
 
 if TYPE_CHECKING:
@@ -36,14 +35,6 @@ if TYPE_CHECKING:
 
     from l2p_runtime.positions import Policy
     from l2p_runtime.stripes import Stripe
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Told (steps done, steps in all) after each step."""
-
-Preview: TypeAlias = "Callable[[int, int, NDArray[Any]], None]"
-"""Told (step, steps in all, pixels [H,W,3]) before a step is taken: the image if the rest were one step from here."""
-
-_FLOAT_BYTES = 4
 
 
 class Pipeline:
@@ -237,33 +228,22 @@ class Pipeline:
         )
         grid, sampling = request.grid, request.sampling
         tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
-        shown_bytes = _FLOAT_BYTES * 2 * 3 * height * width if preview is not None else 0
+        shown_bytes = preview_bytes(height, width) if preview is not None else 0
         stripes = self._plan_call(1, grid, tokens, shown_bytes)
         captions = self._embed(request.captions, truncate_prompt)
-        device = denoiser.device
-
         image = self._noise(height, width, seed, image_index, rng)
         conditions = [encode_caption(denoiser, [caption], *grid, self._policy(positions)) for caption in captions]
-        workspaces = [make_workspace(denoiser, condition) for condition in conditions]
-        predictions = [device.alloc((1, 3, height, width), "float32") for _ in captions]
-
-        def check() -> None:
-            if cancelled():
-                raise CancelledError("drawing was cancelled")
-
-        levels = sigmas(sampling.steps, sampling.shift)
-        for index, (sigma, following) in enumerate(itertools.pairwise(levels)):
-            time = device.upload(_float32([model_time(sigma)]))
-            predict(denoiser, image, time, conditions, stripes, workspaces, predictions, check)
-            negative = predictions[1] if len(predictions) > 1 else None
-            if preview is not None:
-                estimate = device.alloc(image.shape, "float32")
-                device.copy(estimate, image)
-                device.launch("euler", estimate, predictions[0], negative, sampling.guidance, -sigma)
-                preview(index + 1, sampling.steps, self._pixels(estimate, dtype))
-            device.launch("euler", image, predictions[0], negative, sampling.guidance, following - sigma)
-            progress(index + 1, sampling.steps)
-        return self._pixels(image, dtype)
+        return sample(
+            denoiser,
+            image,
+            conditions,
+            stripes,
+            sampling,
+            dtype,
+            progress=progress,
+            preview=preview,
+            cancelled=cancelled,
+        )
 
     def encode(self, prompts: Sequence[str], *, truncate_prompt: bool = False) -> list[NDArray[np.float32]]:
         """Embeddings [L,C] of prompts, for `prompt_embeds` and `negative_embeds`; the text encoder is loaded once.
@@ -451,17 +431,3 @@ class Pipeline:
         image = device.alloc((1, 3, height, width), "float32")
         device.launch("noise", image[0], seed, image_index)
         return image
-
-    def _pixels(self, image: Array, dtype: PixelDType) -> NDArray[Any]:
-        """Image [1,3,H,W] on the device as pixels [H,W,3] on the host."""
-        device = self._denoiser.device
-        out = device.alloc((*image.shape[2:], 3), dtype)
-        device.launch("pixels", out, image[0])
-        device.synchronize()
-        return device.download(out)
-
-
-def _float32(values: Sequence[float]) -> NDArray[np.float32]:
-    import numpy as np
-
-    return np.asarray(values, np.float32)

@@ -5,6 +5,7 @@ The common imaging libraries write no 16-bit RGB, and the runtime depends on Num
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -36,12 +37,11 @@ def write_png(path: Path, pixels: NDArray[Any], text: Mapping[str, str]) -> None
     Raises:
         HostError: the file cannot be written.
     """
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or str(pixels.dtype) not in ("uint8", "uint16"):
-        raise InternalError(f"PNG takes [H,W,3] uint8 or uint16, was given {list(pixels.shape)} {pixels.dtype}")
+    _check(pixels)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            _write(file, pixels, text)
+            _write(file, pixels, text, _LEVEL)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -51,13 +51,32 @@ def write_png(path: Path, pixels: NDArray[Any], text: Mapping[str, str]) -> None
         partial.unlink(missing_ok=True)
 
 
-def _write(file: BinaryIO, pixels: NDArray[Any], text: Mapping[str, str]) -> None:
+def encode_png(pixels: NDArray[Any], text: Mapping[str, str], *, level: int = _LEVEL) -> bytes:
+    """The same as bytes.
+
+    Args:
+        pixels: [H,W,3] uint8 or uint16.
+        text: as `write_png` takes it.
+        level: of the compression, 1 (fast) to 9 (small).
+    """
+    _check(pixels)
+    file = io.BytesIO()
+    _write(file, pixels, text, level)
+    return file.getvalue()
+
+
+def _check(pixels: NDArray[Any]) -> None:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or str(pixels.dtype) not in ("uint8", "uint16"):
+        raise InternalError(f"PNG takes [H,W,3] uint8 or uint16, was given {list(pixels.shape)} {pixels.dtype}")
+
+
+def _write(file: BinaryIO, pixels: NDArray[Any], text: Mapping[str, str], level: int) -> None:
     height, width, _ = pixels.shape
     file.write(_SIGNATURE)
     _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * pixels.dtype.itemsize, _RGB, 0, 0, 0))
     for keyword, value in text.items():
         _chunk(file, b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode())
-    packer = zlib.compressobj(_LEVEL)
+    packer = zlib.compressobj(level)
     for rows in _filtered_rows(pixels):
         if data := packer.compress(rows.tobytes()):
             _chunk(file, b"IDAT", data)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from l2p_runtime.contract import Manifest, Sampling
-from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.errors import HostError, UsageError, counted
 from l2p_runtime.memory import CallMemory
 from l2p_runtime.stripes import Stripe, plan_stripes
 
@@ -84,7 +84,7 @@ def check_size(model: ModelSpec, height: int, width: int) -> tuple[int, int]:
     Raises:
         UsageError: not positive, does not divide by the patch, or larger than the model's positions reach.
     """
-    multiple, longest = model.size_multiple_px, model.rotary.axis_lengths[1] * model.patch_px
+    multiple, longest = model.size_multiple_px, longest_px(model)
     for name, size in (("height", height), ("width", width)):
         if isinstance(size, bool) or not hasattr(size, "__index__"):
             raise UsageError(f"{name} is {size!r}, expected a whole number of pixels")
@@ -97,6 +97,11 @@ def check_size(model: ModelSpec, height: int, width: int) -> tuple[int, int]:
             hint=f"the nearest sizes that do (width x height): {', '.join(near)}",
         )
     return height // model.patch_px, width // model.patch_px
+
+
+def longest_px(model: ModelSpec) -> int:
+    """The longest side that the model's positions reach."""
+    return model.rotary.axis_lengths[1] * model.patch_px
 
 
 def check_embeds(model: ModelSpec, embeds: object, batch: int | None = None) -> list[NDArray[np.float32]]:
@@ -114,7 +119,9 @@ def check_embeds(model: ModelSpec, embeds: object, batch: int | None = None) -> 
         raise UsageError(f"prompt embeddings are a {type(embeds).__name__}, expected an array [B,L,C]")
     captions = [_check_caption(model, np.asarray(caption)) for caption in embeds]
     if not captions or (batch is not None and len(captions) != batch):
-        raise UsageError(f"there are {len(captions)} captions for {batch or 1} images")
+        raise UsageError(
+            f"expected one caption an image, got {counted(len(captions), 'caption')} for {counted(batch or 1, 'image')}"
+        )
     lengths = {model.padded(len(caption)) for caption in captions}
     if len(lengths) > 1:
         raise UsageError(

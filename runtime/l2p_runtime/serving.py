@@ -5,6 +5,8 @@ Nothing here knows Triton; the models in `runtime/triton_models/` turn tensors i
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
+from l2p_runtime import __version__
 from l2p_runtime.bundle import Bundle, check_file, open_bundle
 from l2p_runtime.errors import ArtifactError, CancelledError, HostError, L2PError, UsageError
 from l2p_runtime.pipeline import Pipeline
+from l2p_runtime.png import encode_png
 from l2p_runtime.requests import ImageRequest, PixelDType, check_size, image_request
 
 if TYPE_CHECKING:
@@ -99,7 +103,7 @@ class ServiceSpec:
         """
         missing = [name for name in (*_TEXTS, *_NUMBERS) if name not in parameters]
         if missing:
-            raise UsageError(f"the configuration lacks the parameters {', '.join(missing)}", hint=_WRITE_AGAIN)
+            raise UsageError(f"the configuration does not say {', '.join(missing)}", hint=_WRITE_AGAIN)
         numbers = {name: _number(name, parameters[name]) for name in _NUMBERS}
         dtype = next((known for known in _DTYPES if known == parameters["dtype"]), None)
         if dtype is None:
@@ -114,10 +118,17 @@ class ServiceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """An image [H,W,3] and what was done for it: sampling as used, bundle, plan, seconds of each stage."""
+    """An image [H,W,3] and what was done for it.
+
+    Attributes:
+        pixels: the image.
+        report: sampling as used, bundle, plan, seconds of each stage.
+        text: what a file of it says of itself.
+    """
 
     pixels: NDArray[Any]
     report: Mapping[str, Any]
+    text: Mapping[str, str]
 
 
 class Service:
@@ -207,7 +218,7 @@ class Service:
             "positions": pipe.bundle.manifest.profiles[0].positions,
             "seconds": {"text": encoded - started, "draw": drawn - encoded},
         }
-        return Drawn(pixels, report)
+        return Drawn(pixels, report, picture_text(report, call["prompt"], call["negative_prompt"]))
 
     def probe(self) -> Drawn:
         """Find out whether an image can be drawn now: look at the bundle's files, then draw the least one there is.
@@ -246,7 +257,9 @@ class Service:
         self._pipe.close()
 
     def _told(self, error: L2PError) -> str:
-        text = f"{error} ({error.hint})" if error.hint and isinstance(error, UsageError) else str(error)
+        # Hints that name options are for whoever is at a command line.
+        tells = isinstance(error, UsageError) and error.hint and "--" not in error.hint
+        text = f"{error} ({error.hint})" if tells else str(error)
         bundle = self._pipe.bundle
         for folder in filter(None, (bundle.root, bundle.store)):
             text = text.replace(f"{folder.absolute()}{os.sep}", "").replace(str(folder), "bundle")
@@ -324,6 +337,34 @@ def small_preview(pixels: NDArray[Any], longest_px: int) -> NDArray[np.uint8]:
     step = max(1, -(-max(pixels.shape[:2]) // longest_px))
     small = pixels[::step, ::step]
     return np.ascontiguousarray(small if small.dtype == np.uint8 else np.rint(small.astype(np.float32) * 255), np.uint8)
+
+
+def png_base64(pixels: NDArray[Any], text: Mapping[str, str]) -> bytes:
+    """A PNG file as ASCII, which JSON can carry.
+
+    Args:
+        pixels: [H,W,3] uint8, or float16 in [0,1], which becomes 16 bits a channel.
+        text: keyword to text that the file carries.
+    """
+    import numpy as np
+
+    if pixels.dtype == np.float16:
+        pixels = np.rint(pixels.astype(np.float32) * 65535).astype(np.uint16)
+    # The caller waits while this is packed: level 6 made a smooth image 8 % smaller, in eight times the time.
+    return base64.b64encode(encode_png(pixels, text, level=1))
+
+
+def picture_text(report: Mapping[str, Any], prompt: str | None, negative_prompt: str | None) -> dict[str, str]:
+    """What a file of an image says of itself, from the report that came with it."""
+    names = ("seed", "steps", "guidance", "shift", "positions", "plan", "bundle", "trained")
+    return {
+        "Software": f"l2p-export {__version__}",
+        "prompt": prompt or "",
+        "negative_prompt": negative_prompt or "",
+        "seed": str(report["seed"]),
+        "bundle": str(report["bundle"]),
+        "parameters": json.dumps({name: report[name] for name in names} | {"rng": "philox"}),
+    }
 
 
 _TEXTS = ("bundle", "bundle_digest", "backend", "plan", "memory_budget", "dtype")

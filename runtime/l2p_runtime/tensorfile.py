@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_runtime.errors import ArtifactError
+from l2p_runtime.errors import ArtifactError, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -147,7 +147,7 @@ def _read_header(
     path: Path,
 ) -> tuple[dict[str, Any], int]:
     if len(prefix) < 8:
-        what = "is empty" if not prefix else f"has {size_bytes} bytes"
+        what = "is empty" if not prefix else f"has {counted(size_bytes, 'byte')}"
         raise _bad(path, f"{what}, too short for a safetensors header")
     length = struct.unpack("<Q", prefix)[0]
     # A header of 128 bytes also starts with 0x80; only a length that cannot be is taken for a pickle's first bytes.

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from l2p_runtime import L2PError
-from l2p_runtime.serving import Service, ServiceSpec
+from l2p_runtime import HostError, L2PError
+from l2p_runtime.serving import Service, ServiceSpec, png_base64
 
 INPUTS = (
     "prompt", "negative_prompt", "prompt_embeds", "negative_embeds", "height", "width", "seed", "steps", "guidance"
 )  # fmt: skip
 PROBE = "health"
+PNG = "png"
 
 
 class Host:
@@ -40,7 +41,8 @@ class Host:
         """The response to a request; it never raises."""
         started = time.perf_counter()
         try:
-            if json.loads(request.parameters() or "{}").get(PROBE):
+            check_answerable(request)
+            if asks_for(request, PROBE):
                 drawn, stage = self.service.probe(), "probe"
             else:
                 drawn, stage = self.service.draw(values(request), cancelled=request.is_cancelled, shown=shown), "draw"
@@ -50,13 +52,14 @@ class Host:
                 pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
             self.counters.request({"INVALID_ARG": "refused", "CANCELLED": "cancelled"}.get(code, "failed"))
             return pb_utils.InferenceResponse([], pb_utils.TritonError(text, getattr(pb_utils.TritonError, code)))
+        image = as_png("image", drawn.pixels, drawn.text) if asks_for(request, PNG) else {"image": drawn.pixels}
         report = json.dumps(
             {**drawn.report, "seconds": {**drawn.report["seconds"], "all": time.perf_counter() - started}}
         )
         self.counters.request("probed" if stage == "probe" else "drawn")
         if stage == "draw":
             self.counters.image(drawn)
-        outputs = {"image": drawn.pixels, "report": np.frombuffer(report.encode(), np.uint8).copy()}
+        outputs = {**image, "report": np.frombuffer(report.encode(), np.uint8).copy()}
         wanted = {"report"} if stage == "probe" else set(request.requested_output_names())
         return response({name: value for name, value in outputs.items() if name in wanted})
 
@@ -102,6 +105,22 @@ def values(request) -> dict:
             array = np.from_dlpack(tensor).copy() if reads_wrong() else tensor.as_numpy()
             found[name] = array if name.endswith("embeds") else array.reshape(-1)[0]
     return found
+
+
+def asks_for(request, parameter: str) -> bool:
+    """Whether a request has a parameter that is true."""
+    return bool(json.loads(request.parameters() or "{}").get(parameter))
+
+
+def check_answerable(request) -> None:
+    """Refuse what this server's Python backend cannot send."""
+    if asks_for(request, PNG) and reads_wrong():
+        raise HostError(f"this server's Python backend cannot send texts with NumPy {np.__version__}")
+
+
+def as_png(name: str, pixels: np.ndarray, text: dict) -> dict:
+    """An output that carries pixels [H,W,3] as a PNG file in base64."""
+    return {f"{name}_png": np.array([png_base64(pixels, text)], np.object_)}
 
 
 def response(outputs: dict):

@@ -82,8 +82,9 @@ def test_importing_touches_no_file_and_no_environment() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_asking_for_health_needs_the_standard_library_alone() -> None:
-    loaded = _loaded_by("import l2p_runtime.client.health")
+@pytest.mark.parametrize("module", ["health", "page"])
+def test_asking_for_health_or_showing_the_page_needs_the_standard_library_alone(module: str) -> None:
+    loaded = _loaded_by(f"import l2p_runtime.client.{module}")
     foreign = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
     assert foreign == {"l2p_runtime"}
 

@@ -219,11 +219,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "warm-up size": (
         lambda root: (root / "l2p/warmup/height").write_bytes(b"1"),
         "model_warmup",
-        "of 1 bytes, `height` takes 4",
+        "of 1 byte, `height` takes 4",
     ),
     "instances": (_edit("l2p", "count: 1", "count: 0"), "instance_group[0]", "has count 0"),
-    "digest": (_edit("l2p", '"bundle_digest"', '"bundle_digets"'), "parameters", "lacks the parameters bundle_digest"),
+    "digest": (_edit("l2p", '"bundle_digest"', '"bundle_digets"'), "parameters", "does not say bundle_digest"),
     "limit": (_edit("l2p", '"4096"', '"many"'), "parameters", "max_pixels is 'many'"),
+    "stated size": (
+        _edit("l2p", '"size_multiple_px"', '"size_multiples_px"'),
+        "parameters",
+        "say that size_multiple_px is missing, the bundle says 16",
+    ),
     "dtype": (_edit("l2p", "TYPE_UINT8", "TYPE_FP32"), "output image", "the bundle's is TYPE_UINT8"),
     "embedding width": (
         _edit("l2p_embeddings", "dims: 40", "dims: 41"),
@@ -233,7 +238,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "changed bundle": (
         lambda root: _replace(next((root / "l2p/1/bundle/graphs").glob("head*.onnx"))),
         "1/bundle",
-        "1 bytes",
+        "1 byte,",
     ),
 }
 
@@ -268,6 +273,7 @@ def test_lint_at_the_command_line(repository: Path) -> None:
     result = run_cli("triton", "lint", repository, "--json")
     assert result.returncode == 4
     assert json.loads(result.stdout)["findings"][0]["place"] == "1/model.py"
+    assert "has 1 fault\n" in result.stderr
     assert run_cli("triton", "lint", repository / "absent").returncode == 2
 
 
@@ -319,7 +325,7 @@ def test_a_service_reads_what_it_wrote() -> None:
     for name, value in (("max_steps", "0"), ("max_pixels", "1e9"), ("preview_px", "-1"), ("dtype", "float32")):
         with pytest.raises(UsageError, match=name):
             ServiceSpec.from_parameters(spec.to_parameters() | {name: value})
-    with pytest.raises(UsageError, match="lacks the parameters plan"):
+    with pytest.raises(UsageError, match="does not say plan"):
         ServiceSpec.from_parameters({k: v for k, v in spec.to_parameters().items() if k != "plan"})
 
 

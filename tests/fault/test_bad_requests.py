@@ -181,7 +181,7 @@ NOT_FINITE[3, 3] = np.nan
 FILES: dict[str, tuple[int, bytes, tuple[str, ...]]] = {
     "wrong width": (2, saved(np.ones((7, WIDTH + 1), np.float32)), ("[7, 41], expected [L, 40]",)),
     "one axis": (4, saved(np.ones(WIDTH, np.float32)), ("bad.npy", "[40]", "[L, C]")),
-    "batch of two": (2, saved(np.ones((2, 7, WIDTH), np.float32)), ("2 captions for 1 images",)),
+    "batch of two": (2, saved(np.ones((2, 7, WIDTH), np.float32)), ("2 captions for 1 image",)),
     "513 tokens": (2, saved(np.ones((513, WIDTH), np.float32)), ("513 tokens, expected 1 to 512",)),
     "NaN": (2, saved(NOT_FINITE), ("prompt embeddings holds NaN or Inf",)),
     "integers": (4, saved(np.ones((7, WIDTH), np.int64)), ("bad.npy", "int64", "expected floats")),
@@ -323,8 +323,8 @@ CALLS: dict[str, tuple[object, object, object, str]] = {
     "time NaN": (IMAGE, float("nan"), EMBEDS, "time holds NaN or Inf"),
     "times": (IMAGE, np.array([0.1, 0.2], np.float32), EMBEDS, "expected 1 values from 0 to 1"),
     "time of rank 2": (IMAGE, np.zeros((1, 1), np.float32), EMBEDS, "expected 1 values from 0 to 1"),
-    "batches": (IMAGE, 0.5, np.ones((2, 7, WIDTH), np.float32), "2 captions for 1 images"),
-    "more images": (np.repeat(IMAGE, 2, 0), 0.5, EMBEDS, "1 captions for 2 images"),
+    "batches": (IMAGE, 0.5, np.ones((2, 7, WIDTH), np.float32), "2 captions for 1 image"),
+    "more images": (np.repeat(IMAGE, 2, 0), 0.5, EMBEDS, "1 caption for 2 images"),
     "unequal captions": (
         np.repeat(IMAGE, 2, 0),
         0.5,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, parse_size, print_json
-from l2p_runtime import UsageError, __version__
+from l2p_runtime import UsageError
 
 _SERVERS_OWN: Mapping[str, object] = {
     "shift": None,
@@ -39,6 +39,7 @@ def draw_remote(
     from l2p_runtime.client import Client
     from l2p_runtime.client.transport import parse_address
     from l2p_runtime.png import write_png
+    from l2p_runtime.serving import picture_text
 
     if bundle is not None:
         raise UsageError(f"there is a bundle `{bundle}` and a --server; give one of them")
@@ -74,19 +75,10 @@ def draw_remote(
         )
     if not reply.report["trained"]:
         console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
-    names = ("seed", "steps", "guidance", "shift", "positions", "plan", "bundle", "trained")
-    parameters = {name: reply.report[name] for name in names} | {"rng": "philox"}
-    text = {
-        "Software": f"l2p-export {__version__}",
-        "prompt": options["prompt"] or "",
-        "negative_prompt": options["negative"] or "",
-        "seed": str(options["seed"]),
-        "bundle": str(reply.report["bundle"]),
-        "parameters": json.dumps(parameters),
-    }
+    text = picture_text(reply.report, options["prompt"], options["negative"])
     write_png(out, reply.pixels, text)
     if as_json:
         sizes = {"width": reply.report["width"], "height": reply.report["height"]}
-        print_json({"out": str(out), **sizes, **parameters, "seconds": reply.report["seconds"]})
+        print_json({"out": str(out), **sizes, **json.loads(text["parameters"]), "seconds": reply.report["seconds"]})
     else:
         click.echo(out)

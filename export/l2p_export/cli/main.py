@@ -32,7 +32,7 @@ COMMANDS = {
     "pack": "Copy a bundle with only what a target needs.",
     "store": "List, prune or check a folder that bundles share.",
     "train": "Train a small source, draw a corpus, move a source to pixels.",
-    "triton": "Write a Triton model repository, check one, ask a server how it is.",
+    "triton": "Write a Triton model repository, check one, ask its server, draw on it in a browser.",
     "verify": "Check a bundle's files and run its reference cases.",
 }
 """Command to the line that `--help` shows; each lives in the module of its name."""

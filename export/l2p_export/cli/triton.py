@@ -1,4 +1,4 @@
-"""`l2p-export triton`: a model repository of a bundle; `triton lint` and `triton health` look after it."""
+"""`l2p-export triton`: a model repository of a bundle, what looks after it, and a page that draws on its server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_runtime import ArtifactError, HostError, UsageError
+from l2p_runtime.errors import counted
 
 _HELP = ("-h", "--help")
 
@@ -33,7 +34,7 @@ class _WritesByDefault(click.Group):
 
 @click.group("triton", cls=_WritesByDefault)
 def command() -> None:
-    """Write a Triton model repository from a bundle, check one, or ask a server whether it can draw.
+    """Write a Triton model repository from a bundle, check one, ask a server whether it can draw, or draw in a browser.
 
     `l2p-export triton BUNDLE --out REPO` is short for `triton write`; a bundle whose folder is called as one of the
     commands is given as `./lint`.
@@ -116,7 +117,9 @@ def lint(repository: Path, *, as_json: bool) -> None:
         for finding in found:
             click.echo(f"{finding.model}: {finding.place}: {finding.text}")
     if found:
-        raise ArtifactError(f"`{repository}` has {len(found)} faults", hint="correct them, or write it again")
+        raise ArtifactError(
+            f"`{repository}` has {counted(len(found), 'fault')}", hint="correct what is listed, or write it again"
+        )
     if not as_json:
         click.echo(f"{repository}: nothing found")
 
@@ -145,3 +148,22 @@ def health(server: str, models: tuple[str, ...], timeout: float, *, as_json: boo
     if ill:
         sys.stdout.flush()
         raise HostError(f"{', '.join(ill)} cannot draw", hint="unload and load it, or start the server again")
+
+
+@command.command("page")
+@click.argument("server", metavar="URL")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for any.")
+@click.option("--port", type=int, default=8080, show_default=True, help="0 for any that is free.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that the server may be silent.")
+@click.option("--name", "names", multiple=True, help="Host name that a web server in front gives it; repeatable.")
+def page(server: str, host: str, port: int, timeout: float, names: tuple[str, ...]) -> None:
+    """Show a page in the browser that draws on the server at URL (http://host:8000), until interrupted.
+
+    The browser reaches the model `l2p_stream` and nothing else of the server. Whoever reaches the page can draw.
+    """
+    from l2p_runtime.client.page import PageSpec, open_page
+
+    with open_page(PageSpec(server, host, port, timeout, tuple(name.lower() for name in names))) as opened:
+        click.echo(opened.url)
+        click.echo("open this address in a browser; Ctrl-C ends it", err=True)
+        opened.serve_forever()

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from l2p_runtime.contract import DType, EngineRecord, Manifest, NetworkSpec, split_dim, target_from_spelling
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.requests import longest_px
 from l2p_runtime.serving import ServiceSpec
 
 Kind = Literal["auto", "cpu", "gpu"]
@@ -83,9 +84,10 @@ def image_config(name: str, manifest: Manifest, spec: ServiceSpec, placement: Pl
     for tensor, kind, dims, optional in _inputs(name, manifest):
         config.input.add(name=tensor, data_type=_type(kind), dims=dims, optional=optional)
     pixels = "TYPE_UINT8" if spec.dtype == "uint8" else "TYPE_FP16"
-    outputs = [("image", pixels, (-1, -1, 3)), ("report", "TYPE_UINT8", (-1,))]
+    outputs = [("image", pixels, (-1, -1, 3)), ("image_png", "TYPE_STRING", (1,)), ("report", "TYPE_UINT8", (-1,))]
     if name in STREAMING:
-        outputs += [("preview", "TYPE_UINT8", (-1, -1, 3)), ("step", "TYPE_INT32", (2,))]
+        outputs += [("preview", "TYPE_UINT8", (-1, -1, 3)), ("preview_png", "TYPE_STRING", (1,))]
+        outputs += [("step", "TYPE_INT32", (2,))]
         config.model_transaction_policy.decoupled = True
     for tensor, kind, dims in outputs:
         config.output.add(name=tensor, data_type=_type(kind), dims=dims)
@@ -98,11 +100,25 @@ def image_config(name: str, manifest: Manifest, spec: ServiceSpec, placement: Pl
     config.dynamic_batching.priority_levels = 2
     config.dynamic_batching.default_priority_level = 2
     config.version_policy.latest.num_versions = 1
-    for key, value in {**spec.to_parameters(), PRODUCER: manifest.producer}.items():
+    for key, value in {**spec.to_parameters(), **stated(manifest), PRODUCER: manifest.producer}.items():
         config.parameters[key].string_value = value
     if warm_up is not None:
         _warm(config, name, manifest)
     return config
+
+
+def stated(manifest: Manifest) -> dict[str, str]:
+    """What a caller may want to know before it asks: sizes that are possible, and the values of what is left out."""
+    model, profile, sampling = manifest.model, manifest.profiles[0], manifest.sampling
+    return {
+        "size_multiple_px": str(model.size_multiple_px),
+        "size_max_px": str(longest_px(model)),
+        "default_height": str(profile.height_px.opt),
+        "default_width": str(profile.width_px.opt),
+        "default_steps": str(sampling.steps),
+        "default_guidance": str(sampling.guidance),
+        "trained": str(manifest.checkpoint.trained).lower(),
+    }
 
 
 def warm_up_files(warm_up: WarmUp) -> dict[str, bytes]:

@@ -23,11 +23,12 @@ from l2p_export.serving.configs import (
     network_config,
     plan_file,
     require_client,
+    stated,
 )
 from l2p_export.serving.repository import CONFIG, versions
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import target_from_spelling
-from l2p_runtime.errors import L2PError, UsageError
+from l2p_runtime.errors import L2PError, UsageError, counted
 from l2p_runtime.serving import ServiceSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -163,7 +164,7 @@ def _check_warm_up(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
             yield place, "has batch_size 0: the server skips it without a word"
         absent = [t.name for t in config.input if not t.optional and t.name not in request.inputs]
         if absent:
-            yield place, f"lacks the inputs {', '.join(absent)}"
+            yield place, f"sends no {', '.join(absent)}"
         for name, tensor in request.inputs.items():
             yield from ((place, text) for text in _warm_up_input(folder, known.get(name), name, tensor))
 
@@ -187,7 +188,8 @@ def _warm_up_input(folder: Path, declared: Any, name: str, tensor: Any) -> Itera
     if not path.is_file():
         yield f"reads {WARM_UP_FOLDER}/{tensor.input_data_file}, which is missing"
     elif size and path.stat().st_size != size:
-        yield f"reads {WARM_UP_FOLDER}/{tensor.input_data_file} of {path.stat().st_size} bytes, `{name}` takes {size}"
+        found = counted(path.stat().st_size, "byte")
+        yield f"reads {WARM_UP_FOLDER}/{tensor.input_data_file} of {found}, `{name}` takes {size:,}"
 
 
 def _check_image_model(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
@@ -211,6 +213,9 @@ def _check_image_model(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
         return
     if bundle.digest != spec.bundle_digest:
         yield DIGEST, f"is {spec.bundle_digest[:12]}, the bundle of version {number} is {bundle.digest[:12]}"
+    for key, value in stated(bundle.manifest).items():
+        if parameters.get(key) != value:
+            yield "parameters", f"say that {key} is {parameters.get(key, 'missing')}, the bundle says {value}"
     yield from _tensors_differ(config, image_config(folder.name, bundle.manifest, spec, _placement(), None))
 
 

@@ -160,7 +160,7 @@ def _prove(
     inputs = {
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "fits": fits,
-        "thresholds": {record.plan: threshold_of(record.plan) for record in graphs},
+        "thresholds": {record.plan: threshold_of(record.plan, TEXT_ENCODER) for record in graphs},
         "backend": backend.identity,
         "tools": toolchain(),
     }

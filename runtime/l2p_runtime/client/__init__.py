@@ -39,7 +39,11 @@ _REGION_BYTES_MAX = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An image [H,W,3], and what the server says of it: bundle, plan, sampling as used, seconds."""
+    """An image [H,W,3], and what the server says of it: bundle, plan, sampling as used, seconds.
+
+    The first few images that a caller holds at a time are the shared memory that they came through: the caller's alone
+    until the array and all views of it are gone, also after the client was closed.
+    """
 
     pixels: NDArray[Any]
     report: Mapping[str, Any]
@@ -185,7 +189,7 @@ class Client:
     def _through_memory(self, regions: Regions, model: str, inputs: Mapping[str, Any], size_bytes: int) -> Reply:
         with regions.take(size_bytes) as region:
             result = self._transport.infer(model, inputs, {"image": region, "report": None}, self._timeout_s)
-            return Reply(region.read(*self._transport.described(result, "image")), _report(result))
+            return Reply(regions.read(region, *self._transport.described(result, "image")), _report(result))
 
 
 def _inputs(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from glue import Host, response
+from glue import PNG, Host, as_png, asks_for, response
 
 
 class TritonPythonModel:
@@ -15,10 +15,11 @@ class TritonPythonModel:
     def execute(self, requests: list) -> None:
         """Previews, then the image, then the end; a caller that went away stops the drawing."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender, png = request.get_response_sender(), asks_for(request, PNG)
 
-            def show(step: int, steps: int, pixels: np.ndarray, sender=sender) -> None:
-                sender.send(response({"preview": pixels, "step": np.array([step, steps], np.int32)}))
+            def show(step: int, steps: int, pixels: np.ndarray, sender=sender, png=png) -> None:
+                preview = as_png("preview", pixels, {}) if png else {"preview": pixels}
+                sender.send(response({**preview, "step": np.array([step, steps], np.int32)}))
 
             sender.send(self._host.answer(request, show), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 

@@ -71,7 +71,7 @@ def test_every_parameter_is_counted_once(variant: str) -> None:
 
 @pytest.mark.parametrize("precision", sorted(set(PLANS) & set(PRECISIONS)))
 def test_plain_plans_store_what_is_forecast(precision: str) -> None:
-    item = {"float32": 4, "float16": 2, "bfloat16": 2}
+    item = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
     for name in MODELS["4k"].shapes:
         assert bytes_per_value(precision, name) == item[PLANS[precision].dtype(name)]
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from l2p_runtime.errors import HostError, InternalError
-from l2p_runtime.png import write_png
+from l2p_runtime.png import encode_png, write_png
 
 TEXT = {"prompt": "ein roter Kreis, \u7ea2\u8272 \U0001f534", "seed": "7"}
 
@@ -17,6 +17,18 @@ def test_8_bit_pixels_and_text_come_back(tmp_path: Path, size: tuple[int, int]) 
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     write_png(tmp_path / "x.png", pixels, TEXT)
     with Image.open(tmp_path / "x.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+        assert image.text == TEXT
+
+
+@pytest.mark.parametrize("level", [1, 6])
+def test_a_file_as_bytes_is_the_file(tmp_path: Path, level: int) -> None:
+    pixels = np.arange(300 * 7 * 3, dtype=np.uint8).reshape(300, 7, 3)
+    write_png(tmp_path / "x.png", pixels, TEXT)
+    made = encode_png(pixels, TEXT, level=level)
+    assert (made == (tmp_path / "x.png").read_bytes()) == (level == 6)
+    (tmp_path / "y.png").write_bytes(made)
+    with Image.open(tmp_path / "y.png") as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
         assert image.text == TEXT
 

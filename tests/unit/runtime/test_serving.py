@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 
 from l2p_runtime import ArtifactError, CancelledError, HostError, InternalError, UsageError
 from l2p_runtime.client.transport import Address, parse_address, to_l2p_error
-from l2p_runtime.serving import Service, small_preview
+from l2p_runtime.png import encode_png
+from l2p_runtime.serving import Service, picture_text, png_base64, small_preview
 
 
 @pytest.fixture
@@ -46,6 +49,25 @@ def test_a_caller_is_told_no_path(service: Service) -> None:
     root = service._pipe.bundle.root
     _, text = service.describe(ArtifactError(f"`{root}/graphs/head.onnx` is damaged, and `{root}` too"))
     assert text == "`graphs/head.onnx` is damaged, and `bundle` too"
+
+
+def test_a_caller_is_told_no_options_of_the_command_line(service: Service) -> None:
+    assert service.describe(UsageError("too long", hint="cut it with --truncate-prompt"))[1] == "too long"
+
+
+def test_pixels_become_a_file_that_json_can_carry() -> None:
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    assert base64.b64decode(png_base64(pixels, {"seed": "7"})) == encode_png(pixels, {"seed": "7"}, level=1)
+    half = np.array([[[0, 0.5, 1]]], np.float16)
+    whole = np.array([[[0, 32768, 65535]]], np.uint16)
+    assert base64.b64decode(png_base64(half, {})) == encode_png(whole, {}, level=1)
+
+
+def test_a_picture_says_how_it_was_drawn() -> None:
+    names = ("steps", "guidance", "shift", "positions", "plan", "bundle", "trained")
+    text = picture_text({"seed": 7, "seconds": {}, **dict.fromkeys(names, "x")}, "a red circle", None)
+    assert (text["prompt"], text["negative_prompt"], text["seed"]) == ("a red circle", "", "7")
+    assert json.loads(text["parameters"]) == {"seed": 7, **dict.fromkeys(names, "x"), "rng": "philox"}
 
 
 def test_previews_are_small_and_of_uint8() -> None:
