@@ -120,6 +120,7 @@ def source_command(
 @click.option("--guidance", default=3.0, show_default=True)
 @click.option("--shift", type=float, help="Of the noise schedule; the source's otherwise.")
 @click.option("--batch", default=16, show_default=True)
+@click.option("--judged", is_flag=True, help="Leave out what does not show its caption; captions of the small world.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @json_option
 @dry_run_option
@@ -163,7 +164,14 @@ def corpus_command(
         if not dry_run:
             artist = load_artist(opened)
             facts["drawn"] = draw_corpus(
-                artist, texts, options["seeds_per_prompt"], options["seed"], spec, out, console
+                artist,
+                texts,
+                options["seeds_per_prompt"],
+                options["seed"],
+                spec,
+                out,
+                console,
+                judged=options["judged"],
             )
     _tell(facts, out, as_json=as_json, dry_run=dry_run)
 

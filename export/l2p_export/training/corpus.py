@@ -180,6 +180,24 @@ def written_rows(folder: Path) -> int:
     return whole.count(b"\n")
 
 
+def next_image(folder: Path) -> int:
+    """Number of the image after a corpus's last row, where images may have been left out; see `written_rows`.
+
+    Raises:
+        ArtifactError: the last row names no numbered image.
+        HostError: the folder refuses.
+    """
+    if not written_rows(folder):
+        return 0
+    line = (folder / METADATA_NAME).read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]
+    try:
+        return int(Path(_row(line).file_name).stem) + 1
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"`{folder / METADATA_NAME}`: the last line is damaged: {error}", hint="take it out, then again"
+        ) from error
+
+
 def corpus_images(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> int:
     """How many images a corpus will have.
 

@@ -17,10 +17,12 @@ from l2p_export.families.z_image_l2p.latent import LATENT_CHANNELS, LATENT_PATCH
 from l2p_export.families.z_image_l2p.pixel import load_published
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors import read_tensor, weights_digest
-from l2p_export.training.corpus import append_rows, corpus_images, write_image, written_rows
+from l2p_export.training.corpus import append_rows, corpus_images, next_image, write_image
 from l2p_export.training.flow import sample
 from l2p_export.training.pipeline_folder import Embeds, Source, encode_texts, load_autoencoder
 from l2p_export.training.settings import require_settings
+from l2p_export.training.world.captions import describe
+from l2p_export.training.world.judge import judge, require_judge
 from l2p_runtime.errors import ArtifactError, UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
@@ -129,6 +131,8 @@ def draw_corpus(
     spec: DrawSpec,
     out: Path,
     report: Reporter,
+    *,
+    judged: bool = False,
 ) -> int:
     """Draw a corpus: each prompt with as many seeds; a stopped run goes on with the next image.
 
@@ -140,15 +144,20 @@ def draw_corpus(
         spec: how to draw.
         out: the corpus's folder.
         report: told of images.
+        judged: keep only what shows its caption, which must be one of the small world.
 
     Returns:
-        Images drawn by this call.
+        Images added by this call.
 
     Raises:
-        UsageError: no prompt, a seed out of range, or the folder holds a corpus of other settings.
-        HostError: the disk is full; what was drawn is kept.
+        UsageError: no prompt, one that the judge does not know, a seed out of range, or the folder holds a corpus of
+            other settings.
+        HostError: the disk is full; what was drawn is kept. Or scikit-image, which judges, is not installed.
     """
     total = corpus_images(prompts, seeds_per_prompt, seed)
+    if judged:
+        require_judge()
+    descriptions = [describe(prompt) for prompt in prompts] if judged else None
     settings: dict[str, object] = {
         # By content: a folder of the same name may hold another source by the time that a run goes on.
         "source": weights_digest(artist.source.transformer.tensors, artist.source.transformer.tensors),
@@ -160,8 +169,10 @@ def draw_corpus(
         "guidance": spec.guidance,
         "shift": spec.shift,
     }
+    if judged:
+        settings["judged"] = True
     require_settings(out, settings)
-    done = written_rows(out)
+    done, added = next_image(out), 0
     with report.stage("drawing the corpus", total - done, "images") as advance:
         for start in range(done, total, spec.batch):
             numbers = range(start, min(total, start + spec.batch))
@@ -170,10 +181,12 @@ def draw_corpus(
             rows = [
                 write_image(out, number, image, text, seed + number)
                 for number, image, text in zip(numbers, images, texts, strict=True)
+                if descriptions is None or judge(image, descriptions[number // seeds_per_prompt]).passed
             ]
             append_rows(out, rows)
-            advance(len(rows))
-    return total - done
+            advance(len(numbers))
+            added += len(rows)
+    return added
 
 
 @torch.no_grad()

@@ -357,4 +357,4 @@ def _tell_rounding(model: PixelModel, means: Means, team: Team, report: Reporter
 
 def _divided(channels: int, divisor: int) -> int:
     # The outermost encoders of the 8k and 10k heads have 3 channels, as many as the image.
-    return channels if channels == 3 else max(channels // divisor, min(channels, 8))
+    return channels if channels == 3 else max(channels // divisor, min(channels, 16))

@@ -2,7 +2,7 @@
 
 The background is read from the border, objects are what stands out from it, a colour is the median of an object's
 interior, a shape is the renderer's own shape that covers the object best, and a relation compares centres. Nothing here
-is learned, so a model that draws the small world cannot have been trained against it.
+is learned; a corpus may be chosen by it (`train corpus --judged`), no gradient comes from it.
 """
 
 from __future__ import annotations

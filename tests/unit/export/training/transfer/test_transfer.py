@@ -275,7 +275,7 @@ def test_a_narrow_halo_is_a_smaller_image_to_the_head(source: Source, corpus: Co
 
 
 def test_adapters_begin_as_others_of_the_trunk(source: Source, corpus: Corpus, tmp_path: Path) -> None:
-    """Another variant takes what fits: refiners, outer layers and embedder of captions, but no patch embedder."""
+    """Another variant takes what fits: refiners, outer layers, embedder of captions, the inner stages of the head."""
     first = tmp_path / "first.safetensors"
     transfer(source, corpus, tiny_spec(steps=1), first, tmp_path / "work", Silent())
     spec = tiny_spec(variant="4k", sizes_px=(128,), steps=1)
@@ -292,6 +292,37 @@ def test_adapters_begin_as_others_of_the_trunk(source: Source, corpus: Corpus, t
     transfer(source, corpus, spec, tmp_path / "second.safetensors", tmp_path / "work4", Silent(), init=first)
     with pytest.raises(UsageError, match="init"):
         transfer(source, corpus, spec, tmp_path / "second.safetensors", tmp_path / "work4", Silent())
+
+
+def test_larger_patches_begin_as_smaller_ones_on_a_reduced_picture(
+    source: Source, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Four pixels of one value embed as one pixel did, and new decoder stages pass on their first channels."""
+    first = tmp_path / "first.safetensors"
+    transfer(source, corpus, tiny_spec(steps=1), first, tmp_path / "work", Silent())
+    models = []
+    for variant, size_px in (("1k", SIZE_PX), ("4k", 256)):
+        d = transfer_dimensions(source, tiny_spec(variant=variant, sizes_px=(size_px,)))
+        model = initial_model(source, d, 1)
+        copy_adapters(first, model, trunk_sha256(source, d), Silent())
+        models.append(model)
+    small, large = models
+    values = torch.randn(2, 4, 4, 16, 16, 3, generator=torch.Generator().manual_seed(1))
+    rows = values.flatten(3).flatten(1, 2)
+    enlarged = values.repeat_interleave(4, 3).repeat_interleave(4, 4).flatten(3).flatten(1, 2)
+    with torch.no_grad():
+        expected = small.stem.all_x_embedder["16-1"](rows)
+        assert torch.allclose(large.stem.all_x_embedder["64-1"](enlarged), expected, atol=1e-5)
+    for name in ("up0", "dec0", "up0b", "dec0b"):
+        (weight,) = (
+            value
+            for _, value in large.head.get_submodule(f"local_decoder.{name}").named_parameters()
+            if value.ndim == 4
+        )
+        passed = weight[:, : len(weight)]
+        assert passed.equal(nn.init.dirac_(torch.empty_like(passed)))
+    skipped = large.head.get_parameter("local_decoder.dec0.0.weight")
+    assert skipped[:, len(skipped) :].abs().min() > 0
 
 
 def test_adapters_of_another_trunk_begin_nothing(source: Source, corpus: Corpus, tmp_path: Path) -> None:
