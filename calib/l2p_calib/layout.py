@@ -41,18 +41,35 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A linear layer that may be in FP8.
+
+    Attributes:
+        layer: its name.
+        reads: the point of its input; layers that read one point read the same values.
+        group: layers that are raised together, as `layers.3 qkv`.
+    """
+
+    layer: str
+    reads: str
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkLayout:
     """The points, branches and layers of one network.
 
     Attributes:
         network: its name.
         layers: every name that a precision plan may give a dtype: layers, pads, and `residual.NETWORK`.
+        products: those of them that may be in FP8.
     """
 
     network: str
     layers: tuple[str, ...]
     points: tuple[Point, ...] = ()
     branches: tuple[Branch, ...] = ()
+    products: tuple[Product, ...] = ()
 
     def point(self, name: str) -> Point | None:
         """The point of that name."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of
 from l2p_calib.planfile import EXPONENTS, Evidence, LayerPlan, NetworkDigest, PlanFile
-from l2p_calib.plans import ComputeDType, PrecisionPlan
+from l2p_calib.plans import ComputeDType, LayerRule, PrecisionPlan
 from l2p_calib.statistics import NetworkStatistics, require_finite
 from l2p_runtime.errors import ParityError
 
@@ -64,7 +64,7 @@ def measured_plan(base: PrecisionPlan, measurements: Sequence[Measurement], head
         ArtifactError: a network made NaN or Inf in float32.
         ParityError: values inside attention exceed float16, and nothing exact brings them down.
     """
-    layers = [entry for item in measurements for entry in _network_plan(base, item, headroom)]
+    layers = [entry for item in measurements for entry in measured_layers(base, item, headroom)]
     digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
     return PlanFile(base.name, base.default, headroom, digests, tuple(layers))
 
@@ -73,7 +73,7 @@ def overflows(plan: PrecisionPlan, measurement: Measurement, limit: float = FLOA
     """Points that a plan holds in float16, with the scaled magnitude that is over the limit; empty where none is."""
     found = []
     for point in measurement.layout.points:
-        is_narrow = not point.holders or any(plan.dtype(layer) == "float16" for layer in point.holders)
+        is_narrow = not point.holders or any(plan.carrier(layer) == "float16" for layer in point.holders)
         peak = _scaled(measurement.peak(point.name), point, {layer: plan.exponent(layer) for layer in point.scaled_by})
         if is_narrow and peak > limit:
             found.append((point.name, peak))
@@ -85,7 +85,18 @@ def largest(plan: PrecisionPlan, measurement: Measurement) -> tuple[str, float]:
     return next(iter(overflows(plan, measurement, limit=0.0)), ("", 0.0))
 
 
-def _network_plan(base: PrecisionPlan, item: Measurement, headroom: float) -> list[LayerPlan]:
+def base_layers(base: PrecisionPlan, item: Measurement) -> list[LayerPlan]:
+    """The layers of one network as a plan's rules have them, nothing scaled and nothing raised, with their evidence."""
+    return [_entry(base, item, layer, 0, None) for layer in item.layout.layers]
+
+
+def measured_layers(base: PrecisionPlan, item: Measurement, headroom: float = HEADROOM) -> list[LayerPlan]:
+    """The layers of one network, scaled and raised as was measured.
+
+    Raises:
+        ArtifactError: the network made NaN or Inf in float32.
+        ParityError: values inside attention exceed float16, and nothing exact brings them down.
+    """
     if item.statistics is not None:
         require_finite(item.statistics)
     limit = FLOAT16_MAX / headroom
@@ -137,7 +148,7 @@ def _raised_by_weights(
 def _entry(
     base: PrecisionPlan, item: Measurement, layer: str, exponent: int, raised: Sequence[str] | None
 ) -> LayerPlan:
-    rule = next((rule for rule in base.rules if layer == rule.layer or layer.startswith(rule.layer + ".")), None)
+    rule: LayerRule | None = next((rule for rule in base.rules if rule.names(layer)), None)
     why = [f"a norm undoes 2^{exponent} exactly"] if exponent else []
     why += [*(raised or ())[:1], *((rule.reason,) if rule else ())]
     dtype: ComputeDType = "float32" if raised else base.dtype(layer)

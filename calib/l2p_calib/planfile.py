@@ -3,7 +3,8 @@
 {"schema": 1, "name": "fp16", "default": "float16", "headroom": 4.0,
  "networks": [{"network": "trunk", "sha256": "..."}, ...],
  "layers": [{"layer": "layers.3.feed_forward.w3", "dtype": "float16", "exponent": -6, "reason": "...",
-             "evidence": [{"point": "layers.3.feed_forward.w3:out", "peak": 12.5, "p999": 4.5, "calls": 9}]}, ...]}
+             "evidence": [{"point": "layers.3.feed_forward.w3:out", "peak": 12.5, "p999": 4.5, "calls": 9}],
+             "float8": null}, ...]}
 """
 
 from __future__ import annotations
@@ -16,14 +17,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from l2p_calib.fp8 import ScaleChoice
 from l2p_calib.layout import NetworkLayout
-from l2p_calib.plans import PLANS, ComputeDType, LayerRule, LayerScale, PrecisionPlan, base_plan
+from l2p_calib.plans import (
+    FLOAT8,
+    PLANS,
+    ComputeDType,
+    InputScale,
+    LayerRule,
+    LayerScale,
+    PrecisionPlan,
+    base_plan,
+)
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError
 
 SCHEMA = 1
 EXPONENTS = range(-24, 25)
 """Powers of two that weights may be scaled by: float16 spans about forty."""
+
+INPUT_SCALES = (2.0**-24, 65504.0)
+"""The least and largest scale of an FP8 layer's inputs: graphs hold it in float16."""
 
 _FILE_BYTES_MAX = 64 << 20
 _NAME = re.compile(r"[a-z0-9]{2,8}(-[a-z0-9][a-z0-9_]{0,31})?")
@@ -46,6 +60,29 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8:
+    """How the inputs of a layer in FP8 are rounded; the scales of its weights follow from these.
+
+    Attributes:
+        input_scale: what inputs are divided by, before any scaling by powers of two.
+        method: how it was chosen: one of the choices, or whatever a person calls it.
+        choices: what was there to choose from, each with its error.
+    """
+
+    input_scale: float
+    method: str
+    choices: tuple[ScaleChoice, ...] = ()
+
+    def __post_init__(self) -> None:
+        least, most = INPUT_SCALES
+        if not least <= self.input_scale <= most:
+            raise ArtifactError(
+                f"input_scale is {self.input_scale:g}, expected {least:.3g} to {most:g}",
+                hint="it is the largest input over 448; take it from a plan that was measured",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """One layer.
 
@@ -55,6 +92,7 @@ class LayerPlan:
         exponent: its weights are stored times two to this power; only where a norm undoes it.
         reason: why it is so; empty where it is the plan's default.
         evidence: what was measured of it.
+        float8: how its inputs are rounded; of layers in FP8 alone.
     """
 
     layer: str
@@ -62,6 +100,7 @@ class LayerPlan:
     exponent: int = 0
     reason: str = ""
     evidence: tuple[Evidence, ...] = ()
+    float8: Float8 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +152,7 @@ class PlanFile:
                     f"`{entry.layer}` has the exponent {entry.exponent}: a scale of 0 or infinity in float16; "
                     f"expected {EXPONENTS.start} to {EXPONENTS.stop - 1}"
                 )
+            _check_float8(entry, base, self.name)
 
     @property
     def plan(self) -> PrecisionPlan:
@@ -122,6 +162,7 @@ class PlanFile:
             self.default,
             tuple(LayerRule(e.layer, e.dtype, e.reason) for e in self.layers if e.dtype != self.default),
             tuple(LayerScale(e.layer, e.exponent) for e in self.layers if e.exponent),
+            tuple(InputScale(e.layer, e.float8.input_scale) for e in self.layers if e.float8 is not None),
         )
 
     @property
@@ -158,7 +199,8 @@ def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
     """Check that a plan speaks of a model's layers, and scales those that may be.
 
     Raises:
-        ArtifactError: an unknown layer, or one that no norm follows is scaled.
+        ArtifactError: an unknown layer; one that no norm follows is scaled; or one is in FP8 that cannot be, or whose
+            input has another scale for another layer.
     """
     known = {layer for layout in layouts for layer in layout.layers}
     scalable = {layer for layout in layouts for layer in layout.scalable}
@@ -174,6 +216,41 @@ def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
                 f"plan `{plan.name}` scales `{entry.layer}`, and nothing behind it would undo that",
                 hint=f"layers that a norm follows may be scaled, as `{min(scalable)}`" if scalable else "set it to 0",
             )
+
+    _check_products(plan, {product.layer: product.reads for layout in layouts for product in layout.products})
+
+
+def _check_products(plan: PlanFile, reads: Mapping[str, str]) -> None:
+    scales: dict[str, tuple[str, float]] = {}
+    for entry in plan.layers:
+        if entry.float8 is None:
+            continue
+        if entry.layer not in reads:
+            raise ArtifactError(
+                f"plan `{plan.name}` has `{entry.layer}` in {FLOAT8}, which products of attention and feed-forward "
+                "alone can be",
+                hint=f"as `{min(reads)}`; set this one to {plan.default}" if reads else f"set it to {plan.default}",
+            )
+        other, scale = scales.setdefault(reads[entry.layer], (entry.layer, entry.float8.input_scale))
+        if scale != entry.float8.input_scale:
+            raise ArtifactError(
+                f"plan `{plan.name}`: `{other}` and `{entry.layer}` read the same values, and their input_scale is "
+                f"{scale:g} and {entry.float8.input_scale:g}",
+                hint="give both the same",
+            )
+
+
+def _check_float8(entry: LayerPlan, base: PrecisionPlan, name: str) -> None:
+    if (entry.dtype == FLOAT8) != (entry.float8 is not None):
+        what = "has no `float8` with an input_scale" if entry.dtype == FLOAT8 else "has `float8`"
+        raise ArtifactError(
+            f"`{entry.layer}` is in {entry.dtype} and {what}", hint=f"both belong to layers in {FLOAT8}"
+        )
+    if entry.float8 is not None and FLOAT8 not in base.dtypes:
+        raise ArtifactError(
+            f"`{entry.layer}` is in {FLOAT8}, and the plan is called `{name}`",
+            hint="call it fp8, a dash and a word of small letters and digits: that is what it is judged by",
+        )
 
 
 def check_digests(plan: PlanFile, digests: Mapping[str, str]) -> None:

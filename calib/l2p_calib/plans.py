@@ -1,7 +1,7 @@
 """Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why (design section 10).
 
-A plan's name is that of its base, `fp32`, `fp16` or `bf16`, alone or followed by a dash and something of its own; the
-base says what a bundle is judged by.
+A plan's name is that of its base, `fp32`, `fp16`, `fp8` or `bf16`, alone or followed by a dash and something of its
+own; the base says what a bundle is judged by.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from l2p_runtime.contract import PlanRef
 from l2p_runtime.contract.codec import to_json
 
-ComputeDType = Literal["float32", "float16", "bfloat16"]
+ComputeDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOAT8: Final = "float8_e4m3fn"
+"""The dtype of products of FP8 numbers: their inputs and weights are rounded to it, what they make is not."""
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FLOAT8: 1}
 """Bytes of a value of each dtype."""
+SCALE_BYTES = 2
+"""Bytes of the scale of an FP8 weight's output channel."""
 
 OPSET_DECOMPOSED_ATTENTION = 20
 OPSET_WHOLE_ATTENTION = 23
@@ -31,13 +36,19 @@ class LayerRule:
 
     Attributes:
         layer: published layer name, as `t_embedder` or `layers.12`; or `residual`, the stream between blocks, of one
-            network as `residual.trunk`.
+            network as `residual.trunk`; after `*.`, the end of layers' names, as `*.feed_forward.w1`.
         reason: why, with the figure that was measured.
     """
 
     layer: str
     dtype: ComputeDType
     reason: str
+
+    def names(self, layer: str) -> bool:
+        """Whether a layer or tensor is meant."""
+        if self.layer.startswith("*."):
+            return f"{self.layer[1:]}." in f"{layer}."
+        return layer == self.layer or layer.startswith(self.layer + ".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +60,32 @@ class LayerScale:
 
 
 @dataclass(frozen=True, slots=True)
+class InputScale:
+    """What the inputs of an FP8 layer are divided by, before any scaling by powers of two."""
+
+    layer: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """Which dtype each layer's weights are stored in, and so computes in, and which of them are scaled."""
+    """Which dtype each layer's weights are stored in, and so computes in; scales of weights, and of inputs of FP8."""
 
     name: str
     default: ComputeDType
     rules: tuple[LayerRule, ...] = ()
     scales: tuple[LayerScale, ...] = ()
+    inputs: tuple[InputScale, ...] = ()
 
     def dtype(self, layer: str) -> ComputeDType:
         """The dtype of a layer or of one of its tensors: the longest rule that names it, else the default."""
-        matching = [rule for rule in self.rules if layer == rule.layer or layer.startswith(rule.layer + ".")]
+        matching = [rule for rule in self.rules if rule.names(layer)]
         return max(matching, key=lambda rule: len(rule.layer)).dtype if matching else self.default
+
+    def carrier(self, layer: str) -> ComputeDType:
+        """The dtype of what a layer makes, and of what it reads before it is rounded: its own, but for FP8 layers."""
+        dtype = self.dtype(layer)
+        return self.default if dtype == FLOAT8 else dtype
 
     def exponent(self, layer: str) -> int:
         """The power of two that a layer's weights are scaled by."""
@@ -73,21 +98,21 @@ class PrecisionPlan:
             layers: names of layers and tensors.
         """
         names = set(layers)
-        rules = {
-            rule.layer: replace(rule, reason="")
-            for rule in self.rules
-            if any(name == rule.layer or name.startswith(rule.layer + ".") for name in names)
-        }
+        rules = {rule.layer: replace(rule, reason="") for rule in self.rules if any(map(rule.names, names))}
         scales = [scale for scale in self.scales if scale.layer in names and scale.exponent]
+        inputs = [item for item in self.inputs if item.layer in names]
         return replace(
             self,
             rules=tuple(rules[layer] for layer in sorted(rules)),
             scales=tuple(sorted(scales, key=lambda scale: scale.layer)),
+            inputs=tuple(sorted(inputs, key=lambda item: item.layer)),
         )
 
     def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of weights of these names and shapes."""
-        return sum(math.prod(shape) * ITEM_BYTES[self.dtype(name)] for name, shape in shapes.items())
+        """Bytes of weights of these names and shapes, with the scales of those in FP8."""
+        dtypes = {name: self.dtype(name) for name in shapes}
+        values = sum(math.prod(shape) * ITEM_BYTES[dtypes[name]] for name, shape in shapes.items())
+        return values + sum(SCALE_BYTES * shape[0] for name, shape in shapes.items() if dtypes[name] == FLOAT8)
 
     @property
     def dtypes(self) -> tuple[ComputeDType, ...]:
@@ -112,10 +137,23 @@ class PrecisionPlan:
 
 _FP16_RULES = (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),)
 
+_FP8_RULES = (
+    *_FP16_RULES,
+    *(
+        LayerRule(f"*.{layer}", FLOAT8, "a product of attention or feed-forward")
+        for layer in (
+            *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+            *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
+        )
+    ),
+)
+
 PLANS: dict[str, PrecisionPlan] = {
     "fp32": PrecisionPlan("fp32", "float32"),
     "fp16": PrecisionPlan("fp16", "float16", _FP16_RULES),
     "fp16-plain": PrecisionPlan("fp16-plain", "float16", _FP16_RULES),
+    "fp8": PrecisionPlan("fp8", "float16", _FP8_RULES),
+    "fp8-plain": PrecisionPlan("fp8-plain", "float16", _FP8_RULES),
     "bf16": PrecisionPlan(
         "bf16",
         "bfloat16",
@@ -124,7 +162,7 @@ PLANS: dict[str, PrecisionPlan] = {
 }
 """The plans by name, as they are before anything is measured."""
 
-MEASURED = ("fp16",)
+MEASURED = ("fp16", "fp8", "fp8-plain")
 """Plans that a build completes from what it measures; the others are taken as they stand."""
 
 

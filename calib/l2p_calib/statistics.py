@@ -97,6 +97,10 @@ class Ranges:
                 return min(_edge(index + 1), self.peak)
         return self.peak
 
+    def edges(self) -> tuple[float, ...]:
+        """Lower edge of each bin of the histogram, and the upper edge of the last one."""
+        return tuple(_edge(index) for index in range(self.first_bin, self.first_bin + len(self.bins) + 1))
+
     def octaves(self) -> dict[int, int]:
         """Log2 histogram: exponent e to the number of magnitudes from 2^e to below 2^(e+1); zeros stand under -127."""
         found: dict[int, int] = {}

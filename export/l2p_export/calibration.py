@@ -106,6 +106,13 @@ class Calibration:
         count = len({sample.prompt for sample in self.samples})
         return f"{len(self.samples)} calls, {count} {captions}, {sizes}"
 
+    @property
+    def settings(self) -> str:
+        """All that decides what is measured, as JSON."""
+        samples = [[s.prompt, s.height_px, s.width_px, s.seed, s.time] for s in self.samples]
+        said = {"bundle": self.bundle.digest, "version": __version__, "prompts": self.prompts, "samples": samples}
+        return json.dumps(said, sort_keys=True)
+
 
 def plan_calibration(
     bundle: Bundle,
@@ -160,12 +167,15 @@ def plan_calibration(
     return Calibration(bundle, tuple(drawn), texts, manifest.text is not None, out)
 
 
-def calibrate(plan: Calibration, reporter: Reporter) -> Statistics:
+def calibrate(
+    plan: Calibration, reporter: Reporter, more: Callable[[Path, Statistics], object] | None = None
+) -> Statistics:
     """Measure every network and write the file, or go on with what was stopped.
 
     Args:
         plan: what to run.
         reporter: shows the runs.
+        more: what else to do with the samples, given their folder and what was measured.
 
     Raises:
         ArtifactError: a graph is not this version's, or made NaN or Inf.
@@ -181,6 +191,8 @@ def calibrate(plan: Calibration, reporter: Reporter) -> Statistics:
         parts = [_measure(plan, name, digests[name], model.layout(name), folder, reporter) for name in NETWORKS]
         found = Statistics(SCHEMA, plan.source, tuple(sorted(parts, key=lambda item: (item.network, item.sha256))))
         _write(plan.out, statistics_to_bytes(found))
+        if more is not None:
+            more(folder, found)
     shutil.rmtree(work, ignore_errors=True)
     return found
 
@@ -245,24 +257,15 @@ def _weights_digest(path: Path, advance: Callable[[int], None]) -> str:
 @contextmanager
 def _work_folder(work: Path, plan: Calibration) -> Iterator[Path]:
     """The folder with what is done of this very calibration; emptied when it is of another one."""
-    settings = json.dumps(
-        {
-            "bundle": plan.bundle.digest,
-            "version": __version__,
-            "prompts": plan.prompts,
-            "samples": [[s.prompt, s.height_px, s.width_px, s.seed, s.time] for s in plan.samples],
-        },
-        sort_keys=True,
-    )
     if work.exists() and not (work / _SETTINGS).is_file():
         raise UsageError(f"`{work}` is in the way: no calibration made it", hint="remove it, or choose another --out")
     work.mkdir(exist_ok=True)
     with locked(work.with_name(f"{work.name}.lock"), busy=f"another calibration is writing `{plan.out}`"):
         path = work / _SETTINGS
-        if path.is_file() and path.read_text(encoding="utf-8") != settings:
+        if path.is_file() and path.read_text(encoding="utf-8") != plan.settings:
             shutil.rmtree(work)
             work.mkdir()
-        _write(path, settings.encode())
+        _write(path, plan.settings.encode())
         yield work
 
 
@@ -359,13 +362,19 @@ def _measure(
 
 def _inputs(folder: Path, network: str, index: int) -> dict[str, NDArray[Any]]:
     """The inputs of one network, from the sample and what the networks before it made of it."""
+    known = sample_values(folder, index)
+    return network_inputs(network, known, known)
+
+
+def sample_values(folder: Path, index: int) -> dict[str, NDArray[Any]]:
+    """A sample's inputs and, as `network.output`, what each network that was measured made of it."""
     known: dict[str, NDArray[Any]] = {}
     paths = [_case_path(folder, index), *(folder / f"{index}.{name}.safetensors" for name in NETWORKS)]
     for path in paths:
         if path.is_file():
             file = open_tensorfile(path)
             known |= {name: file.read(name) for name in file.tensors}
-    return network_inputs(network, known, known)
+    return known
 
 
 def _values_bytes(plan: Calibration, network: str, layout: NetworkLayout) -> int:

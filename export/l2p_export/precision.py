@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2p_calib.float8_plan import float8_plan
 from l2p_calib.hooks import counting
 from l2p_calib.measured import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
 from l2p_calib.planfile import PlanFile, check_digests, plan_to_bytes
-from l2p_calib.plans import MEASURED, PrecisionPlan, base_plan
+from l2p_calib.plans import FLOAT8, MEASURED, PrecisionPlan, base_plan
 from l2p_calib.statistics import (
     NetworkStatistics,
     Statistics,
@@ -151,7 +152,8 @@ def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, mea
 
     def make(work: Path) -> Made:
         measurements = measuring.measurements() if plan.default == "float16" else ()
-        whole = measured_plan(plan, measurements) if inputs["is_measured"] else file
+        complete = float8_plan if FLOAT8 in plan.dtypes else measured_plan
+        whole = complete(plan, measurements) if inputs["is_measured"] else file
         chosen = whole.plan if whole is not None else plan
         facts = _Facts(_judge(chosen, measurements), chosen)
         if whole is None:

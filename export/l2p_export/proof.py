@@ -16,6 +16,7 @@ from l2p_export.reference import reference_bytes, run_reference
 from l2p_export.stored_cases import write_case
 from l2p_export.verification import (
     CORNER_PIXELS_MAX,
+    END_TO_END,
     LEAST_FLOPS_MAX,
     LEAST_PIXELS_MAX,
     Case,
@@ -125,7 +126,7 @@ def prove(
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "cases": cases,
         "left": [[reason, left] for reason, left in too_large],
-        "thresholds": {plan: threshold_of(plan) for plan in plans},
+        "thresholds": {plan: [threshold_of(plan, network) for network in (*NETWORKS, END_TO_END)] for plan in plans},
         "backend": backend.identity,
         "tools": toolchain(),
     }

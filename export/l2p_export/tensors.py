@@ -167,6 +167,56 @@ class TransposedTensor:
             yield turned.reshape(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class ArrayTensor:
+    """A small tensor that is in memory, as scales are."""
+
+    values: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> str:
+        """Always `F32`."""
+        return "F32"
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
+        """The values, flat and in order."""
+        del chunk_bytes
+        yield self.values.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class DividedTensor:
+    """A matrix [out,in] with each row divided by a number of its own, as it is encoded in FP8."""
+
+    source: TensorSource
+    divisors: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the source."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """That of the source."""
+        return self.source.dtype
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
+        """The divided values."""
+        import numpy as np
+
+        columns, start = math.prod(self.shape[1:]), 0
+        for chunk in self.source.chunks(chunk_bytes):
+            rows = np.arange(start, start + chunk.size) // columns
+            yield chunk / self.divisors[rows]
+            start += chunk.size
+
+
 def read_tensor(source: TensorSource) -> NDArray[np.float32]:
     """The whole tensor as float32."""
     import numpy as np

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_calib.fp8 import encoded
 from l2p_runtime.errors import ArtifactError
 from l2p_runtime.tensorfile import TensorInfo, header_bytes
 
@@ -32,7 +33,7 @@ def write_weights(
     Args:
         path: file to write; replaced if it is there.
         tensors: published name to source, in the order to write.
-        dtypes: name to `F32`, `F16` or `BF16`.
+        dtypes: name to `F32`, `F16`, `BF16` or `F8_E4M3`; what is stored as the last comes divided by its scale.
         advance: told the bytes written since the last call.
         metadata: text to store beside them.
 
@@ -70,6 +71,8 @@ def _stored(chunk: NDArray[np.float32], name: str, dtype: str) -> NDArray[np.gen
         import ml_dtypes
 
         return chunk.astype(ml_dtypes.bfloat16)
+    if dtype == "F8_E4M3":
+        return encoded(chunk, 1.0)
     with np.errstate(over="ignore"):
         stored = chunk.astype(_NUMPY[dtype])
     if dtype == "F16" and not np.isfinite(stored).all():

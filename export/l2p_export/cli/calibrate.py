@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l2p_calib.sensitivity import GATE
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
@@ -19,6 +20,7 @@ from l2p_export.cli.console import (
 
 if TYPE_CHECKING:
     from l2p_calib.statistics import Statistics
+    from l2p_export.sensitivity import Swept
 
 
 @click.command("calibrate")
@@ -27,7 +29,20 @@ if TYPE_CHECKING:
 @click.option("--samples", type=int, default=16, show_default=True, help="Denoising calls to measure.")
 @click.option("--size", "sizes", multiple=True, metavar="WxH", help="Of the pictures; repeatable.")
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of the first picture.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, for `build --statistics`.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write, for `build --statistics`.")
+@click.option(
+    "--sensitivity",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write: what FP8 does to each group of layers, and a plan for `build --plan`.",
+)
+@click.option(
+    "--gate",
+    type=float,
+    default=GATE,
+    show_default=True,
+    help="Relative error that the plan of --sensitivity may make.",
+)
+@click.option("--explain", metavar="LAYER", help="Tell what the plans of BUNDLE, or of a plan's file, say of a layer.")
 @store_option
 @json_option
 @dry_run_option
@@ -38,7 +53,10 @@ def command(
     samples: int,
     sizes: tuple[str, ...],
     seed: int,
-    out: Path,
+    out: Path | None,
+    sensitivity: Path | None,
+    gate: float,
+    explain: str | None,
     store: Path | None,
     *,
     as_json: bool,
@@ -49,23 +67,53 @@ def command(
 
     A calibration that was stopped goes on behind the last network that was finished.
     """
+    if explain is not None:
+        _explain(bundle, explain, store, as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("--out is missing: the file that statistics are written to")
+    from l2p_calib.sensitivity import require_gate
     from l2p_export.calibration import calibrate, plan_calibration
     from l2p_runtime.bundle import open_bundle
 
     parsed = [parse_size(size) for size in sizes]
     opened = open_bundle(bundle, store)
     plan = plan_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
+    require_gate(gate)
     if dry_run:
         if as_json:
             print_json({"statistics": str(out), "source": plan.source})
         else:
-            click.echo(f"would measure {plan.source}, and write {out}")
+            click.echo(f"would measure {plan.source}, and write {out}" + (f" and {sensitivity}" if sensitivity else ""))
         return
-    found = calibrate(plan, Console(quiet=quiet))
+    console = Console(quiet=quiet)
+    swept: list[Swept] = []
+
+    def sweep(folder: Path, found: Statistics) -> None:
+        from l2p_export.sensitivity import sweep_bundle
+
+        if sensitivity is not None:
+            swept.append(sweep_bundle(plan, folder, found, sensitivity, gate, console))
+
+    found = calibrate(plan, console, sweep)
     if as_json:
-        print_json(_result(found, out))
+        print_json(_result(found, out) | (_swept(swept[0]) if swept else {}))
     else:
-        click.echo(out)
+        for path in (out, *(swept[0].files if swept else ())):
+            click.echo(path)
+
+
+def _explain(path: Path, layer: str, store: Path | None, *, as_json: bool) -> None:
+    from l2p_export.explain import explain, explained_lines
+    from l2p_runtime.contract.codec import to_json
+
+    found = explain(path, layer, store)
+    if as_json:
+        print_json({"layer": layer, "plans": to_json(found)})
+    else:
+        for item in found:
+            for line in explained_lines(item):
+                click.echo(line)
 
 
 def _result(found: Statistics, out: Path) -> dict[str, object]:
@@ -80,3 +128,18 @@ def _result(found: Statistics, out: Path) -> dict[str, object]:
             "peak_at": largest.point,
         }
     return {"statistics": str(out), "source": found.source, "networks": networks}
+
+
+def _swept(swept: Swept) -> dict[str, object]:
+    found = swept.found
+    step = next(step for step in found.steps if step.kept == found.kept)
+    return {
+        "sensitivity": {
+            "files": [str(path) for path in swept.files],
+            "gate": found.gate,
+            "groups": len(found.groups),
+            "kept": [item.group for item in found.groups if item.is_kept],
+            "error": step.deviation.error,
+            "image_psnr_db": step.deviation.image_psnr_db,
+        }
+    }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.layout import layer_of
+from l2p_calib.plans import FLOAT8
 from l2p_engines.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
 from l2p_export.digests import toolchain
 from l2p_export.tensors import JoinedTensor, ScaledTensor, TransposedTensor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import NetworkSpec
     from l2p_runtime.tensorfile import TensorInfo
 
-_STORED = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
+_STORED = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "F8_E4M3"}
 # Where a traced graph says its weights are, until it is given some.
 _NOWHERE = "weights"
 
@@ -71,6 +72,8 @@ def graph_stage(
     """
     label = f"{network.name}.{plan.name}"
     structure = _structure(model, network, plan, settings)
+    # A trace knows the scales of inputs as little as it knows weights, and plans of two names may say the same.
+    traced = structure | {"plan": replace(plan.of_layers(_layers(model, network.name)), name="", inputs=())}
 
     def make_trace(work: Path) -> Made:
         with reporter.stage(f"tracing `{network.name}` in {plan.name}"):
@@ -80,10 +83,11 @@ def graph_stage(
         return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
 
     def make(work: Path) -> Made:
-        path = run.path(run("trace", label, structure, make_trace).files[0])
+        path = run.path(run("trace", label, traced, make_trace).files[0])
         total = weight_bytes(model, network.name, plan)
         with reporter.stage(f"{plan.name} graph of `{network.name}`", total) as advance:
-            found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance)
+            scales = _input_scales(model, network.name, plan)
+            found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance, scales)
         return Made("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
 
     return run("graph", label, {**structure, "weights": weights_sha256}, make)
@@ -109,7 +113,8 @@ def export_graph(
     Raises:
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
     """
-    return write_graph(traced_bytes(trace_plan(model, network, plan)), tensors, network.name, plan, folder, advance)
+    traced, scales = traced_bytes(trace_plan(model, network, plan)), _input_scales(model, network.name, plan)
+    return write_graph(traced, tensors, network.name, plan, folder, advance, scales)
 
 
 def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Model:
@@ -119,13 +124,19 @@ def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Mo
     from l2p_export.graphs.trace import trace_network
 
     def dtype_of(layer: str) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, plan.dtype(layer))
+        dtype: torch.dtype = getattr(torch, plan.carrier(layer))
         return dtype
 
     repeats = _repeats(model, network.name, plan)
     # A text encoder has nothing that can be scaled, and no way to be told.
     scaled = {"exponent_of": plan.exponent} if plan.scales else {}
-    return trace_network(lambda: model.module(network.name, dtype_of, repeats, **scaled), network, plan.opset, repeats)
+    return trace_network(
+        lambda: model.module(network.name, dtype_of, repeats, **scaled),
+        network,
+        plan.opset,
+        repeats,
+        _float8_weights(model, network.name, plan),
+    )
 
 
 def traced_bytes(graph: ir.Model) -> bytes:
@@ -143,8 +154,18 @@ def write_graph(
     plan: PrecisionPlan,
     folder: Path,
     advance: Callable[[int], None],
+    input_scales: Mapping[str, float] | None = None,
 ) -> GraphFiles:
     """Stream a traced network's weights into `folder`, and write the graph that points into them.
+
+    Args:
+        traced: from `traced_bytes`.
+        tensors: published name to tensor.
+        network: its name.
+        plan: dtypes and exponents of layers.
+        folder: where both files go.
+        advance: told the bytes written since the last call.
+        input_scales: of FP8 products, by the point that they read.
 
     Raises:
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
@@ -152,15 +173,18 @@ def write_graph(
     import onnx
     import onnx_ir as ir
 
-    from l2p_export.graphs.join import published_names
+    from l2p_export.graphs.float8 import float8_sources, is_float8, weight_parts
 
     graph = ir.serde.deserialize_model(onnx.load_model_from_string(traced))
     weights_of = graph.graph.initializers
     names = sorted(name for name, value in weights_of.items() if isinstance(value.const_value, ir.ExternalTensor))
-    missing = [part for name in names for part in published_names(name) if part not in tensors]
+    missing = [part for name in names for part in weight_parts(name) if part not in tensors]
     if missing:
         raise InternalError(f"network `{network}` wants a weight `{missing[0]}` that the checkpoint has not")
-    sources = {name: _source(name, published_names(name), tensors, plan) for name in names}
+    eighths = [name for name in names if is_float8(name, weights_of[name].dtype)]
+    parts = {name: _scaled(weight_parts(name), tensors, plan) for name in eighths if weight_parts(name)}
+    encoded = float8_sources(eighths, parts, input_scales or {})
+    sources = {name: encoded.get(name) or _source(name, weight_parts(name), tensors, plan) for name in names}
     partial = folder / f"{network}.{plan.name}.partial"
     dtypes = {name: _STORED[str(weights_of[name].dtype)] for name in names}
     weights_sha256, places = write_weights(partial, sources, dtypes, advance)
@@ -174,15 +198,18 @@ def _source(
     name: str, published: Sequence[str], tensors: Mapping[str, TensorSource], plan: PrecisionPlan
 ) -> TensorSource:
     """A weight as the graph stores it: as it is, or transposed, several joined along their outputs, each scaled."""
-
-    def scaled(tensor: str) -> TensorSource:
-        exponent = plan.exponent(layer_of(tensor))
-        return ScaledTensor(tensors[tensor], exponent) if exponent else tensors[tensor]
-
+    parts = _scaled(published, tensors, plan)
     if name in tensors:
-        return scaled(name)
-    parts = [scaled(part) for part in published]
+        return parts[0]
     return TransposedTensor(parts[0] if len(parts) == 1 else JoinedTensor(tuple(parts)))
+
+
+def _scaled(
+    published: Sequence[str], tensors: Mapping[str, TensorSource], plan: PrecisionPlan
+) -> tuple[TensorSource, ...]:
+    """Tensors times two to the power of their exponents."""
+    exponents = {name: plan.exponent(layer_of(name)) for name in published}
+    return tuple(ScaledTensor(tensors[n], e) if e else tensors[n] for n, e in exponents.items())
 
 
 def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:
@@ -195,6 +222,25 @@ def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings
         "settings": settings,
         "tools": toolchain(),
     }
+
+
+def _float8_weights(model: Model, network: str, plan: PrecisionPlan) -> dict[str, str]:
+    """Weights of a network that a plan has in FP8, with the point that each reads."""
+    names = [name for name in model.network_shapes(network) if plan.dtype(name) == FLOAT8]
+    # A text encoder has no layout, and nothing in FP8.
+    reads = {product.layer: product.reads for product in model.layout(network).products} if names else {}
+    return {name: reads[layer_of(name)] for name in names}
+
+
+def _input_scales(model: Model, network: str, plan: PrecisionPlan) -> dict[str, float]:
+    """Point to what its values are divided by for FP8, as they are in the graph: scaled where layers before are."""
+    scales = {item.layer: item.scale for item in plan.inputs}
+    found = {}
+    for name, read in _float8_weights(model, network, plan).items():
+        point = model.layout(network).point(read)
+        exponent = sum(map(plan.exponent, point.scaled_by)) if point is not None else 0
+        found[read] = scales[layer_of(name)] * 2.0**exponent
+    return found
 
 
 def weight_bytes(model: Model, network: str, plan: PrecisionPlan) -> int:

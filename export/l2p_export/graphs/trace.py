@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from l2p_export.graphs.float8 import decode_weights, round_inputs
 from l2p_export.graphs.join import join_products
 from l2p_export.graphs.simplify import simplify
 from l2p_export.graphs.transpose import store_transposed
@@ -24,7 +25,11 @@ _EXAMPLE_PADS = 17
 
 
 def trace_network(
-    build: Callable[[], nn.Module], spec: NetworkSpec, opset: int, repeats: Mapping[str, Sequence[str]]
+    build: Callable[[], nn.Module],
+    spec: NetworkSpec,
+    opset: int,
+    repeats: Mapping[str, Sequence[str]],
+    float8: Mapping[str, str] | None = None,
 ) -> ir.Model:
     """Trace one network with every size of its spec dynamic.
 
@@ -33,6 +38,7 @@ def trace_network(
         spec: the network's inputs and outputs.
         opset: ONNX operator set. FP32 engines need 20, where attention is decomposed; 23 keeps `Attention` whole.
         repeats: for each traced block the blocks of equal structure that follow it.
+        float8: published name of each weight in FP8 to the point that it reads; None where there is none.
 
     Returns:
         A graph whose initializers carry published names, dtype and shape, and no value.
@@ -46,7 +52,9 @@ def trace_network(
         unroll(model, repeats)
         simplify(model, set(model.graph.initializers))
     store_transposed(model)
+    round_inputs(model, float8 or {})
     join_products(model)
+    decode_weights(model)
     _strip(model, spec)
     return model
 

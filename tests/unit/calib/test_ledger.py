@@ -54,3 +54,7 @@ def test_the_gate_names_what_failed() -> None:
     require_passed([_compare(EXPECTED.copy()), LedgerEntry("s", "head", "c", "not run", "too large")])
     with pytest.raises(ParityError, match=r"head in a -> b on c: relative error 1\.0"):
         require_passed([_compare(np.zeros_like(EXPECTED))])
+    rounded = LedgerEntry("torch float32 -> fp8 graph", "trunk", "c", "failed", "r", 0.2, relative=0.3)
+    with pytest.raises(ParityError) as caught:
+        require_passed([rounded])
+    assert "`calibrate --sensitivity` makes a plan" in caught.value.hint

@@ -8,13 +8,23 @@ from typing import Any
 
 import pytest
 
-from l2p_calib.layout import Branch, NetworkLayout
-from l2p_calib.planfile import LayerPlan, NetworkDigest, PlanFile, check_digests, check_layers, plan_to_bytes, read_plan
-from l2p_calib.plans import PLANS, LayerRule, LayerScale, base_plan
+from l2p_calib.layout import Branch, NetworkLayout, Product
+from l2p_calib.planfile import (
+    Float8,
+    LayerPlan,
+    NetworkDigest,
+    PlanFile,
+    check_digests,
+    check_layers,
+    plan_to_bytes,
+    read_plan,
+)
+from l2p_calib.plans import FLOAT8, PLANS, InputScale, LayerRule, LayerScale, base_plan
 from l2p_runtime.errors import ArtifactError, UsageError
 
 LAYERS = ("w1", "w3", "w2", "layers.1.w2", "residual.trunk")
-LAYOUT = NetworkLayout("trunk", LAYERS, (), (Branch("w3", "w2", usual="w3"),))
+PRODUCTS = (Product("w1", "w1:in", "w1w3"), Product("w3", "w1:in", "w1w3"), Product("w2", "w2:in", "w2"))
+LAYOUT = NetworkLayout("trunk", LAYERS, (), (Branch("w3", "w2", usual="w3"),), PRODUCTS)
 PLAN = PlanFile(
     "fp16-mine",
     "float16",
@@ -36,6 +46,15 @@ def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
     assert (found.plan.exponent("w3"), found.plan.exponent("w2")) == (-8, 0)
 
 
+EIGHTHS = PlanFile(
+    "fp8-mine",
+    "float16",
+    4.0,
+    (),
+    (LayerPlan("w1", "float16"), LayerPlan("w3", FLOAT8, -6, "", (), Float8(0.25, "amax")), LayerPlan("w2", "float16")),
+)
+
+
 def layer(data: Any, **changes: object) -> None:
     data["layers"][1] |= changes
 
@@ -49,7 +68,7 @@ def layer(data: Any, **changes: object) -> None:
         (lambda data: data.update(default="float32"), "has the default float32, expected float16"),
         (lambda data: data.update(headroom=0), "headroom is 0"),
         (lambda data: data.update(headroom=float("nan")), "headroom is nan, expected a finite number"),
-        (lambda data: layer(data, dtype="float8"), "expected one of 'float32', 'float16', 'bfloat16'"),
+        (lambda data: layer(data, dtype="float8"), "expected one of 'float32', 'float16', 'bfloat16', 'float8_e4m3fn'"),
         (lambda data: layer(data, exponent=float("nan")), "exponent is nan, expected int"),
         (lambda data: layer(data, exponent=0.5), "exponent is 0.5, expected int"),
         (lambda data: layer(data, exponent=-25), "a scale of 0 or infinity in float16"),
@@ -65,6 +84,69 @@ def test_a_plan_that_is_wrong_in_itself(tmp_path: Path, damage: Any, needle: str
     (tmp_path / "p.json").write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match=needle):
         read_plan(tmp_path / "p.json")
+
+
+def test_a_file_with_a_layer_in_fp8(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(plan_to_bytes(EIGHTHS))
+    found = read_plan(tmp_path / "p.json")
+    assert found == EIGHTHS
+    check_layers(found, [LAYOUT])
+    assert found.plan.inputs == (InputScale("w3", 0.25),)
+    assert [(found.plan.dtype(name), found.plan.carrier(name)) for name in ("w1", "w3.weight")] == [
+        ("float16", "float16"),
+        (FLOAT8, "float16"),
+    ]
+    assert found.plan.dtypes == ("float16", FLOAT8)
+    # What a file of an earlier version has not, is not in FP8.
+    data = json.loads(plan_to_bytes(PLAN))
+    for entry in data["layers"]:
+        del entry["float8"]
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    assert read_plan(tmp_path / "p.json") == PLAN
+
+
+@pytest.mark.parametrize(
+    ("damage", "needle"),
+    [
+        (lambda data: layer(data, float8=None), f"`w3` is in {FLOAT8} and has no `float8`"),
+        (lambda data: layer(data, dtype="float16"), "`w3` is in float16 and has `float8`"),
+        (lambda data: layer(data, dtype="float8"), "expected one of .*'float8_e4m3fn'"),
+        (lambda data: data.update(name="fp16-mine"), f"is in {FLOAT8}, and the plan is called `fp16-mine`"),
+        (lambda data: scale(data, 0), "input_scale is 0, expected 5.96e-08 to 65504"),
+        (lambda data: scale(data, -0.25), "input_scale is -0.25"),
+        (lambda data: scale(data, 1e-9), "input_scale is 1e-09"),
+        (lambda data: scale(data, 1e6), r"input_scale is 1e\+06"),
+        (lambda data: scale(data, float("nan")), "input_scale is nan, expected a finite number"),
+        (lambda data: scale(data, float("inf")), "input_scale is inf, expected a finite number"),
+        (lambda data: scale(data, "0.25"), "input_scale is '0.25', expected float"),
+        (lambda data: data["layers"][1]["float8"].update(zero_point=1), "unknown keys zero_point"),
+    ],
+)
+def test_a_layer_in_fp8_that_is_wrong(tmp_path: Path, damage: Any, needle: str) -> None:
+    data = json.loads(plan_to_bytes(EIGHTHS))
+    damage(data)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=needle):
+        read_plan(tmp_path / "p.json")
+
+
+def scale(data: Any, value: object) -> None:
+    data["layers"][1]["float8"]["input_scale"] = value
+
+
+def test_fp8_where_no_product_is() -> None:
+    def eighths(*layers: tuple[str, float]) -> PlanFile:
+        found = tuple(LayerPlan(name, FLOAT8, 0, "", (), Float8(scale, "by hand")) for name, scale in layers)
+        return PlanFile("fp8-mine", "float16", 4.0, (), found)
+
+    check_layers(eighths(("w1", 0.5), ("w3", 0.5), ("w2", 0.25)), [LAYOUT])
+    with pytest.raises(
+        ArtifactError, match=r"has `residual\.trunk` in float8_e4m3fn, which products .* alone"
+    ) as caught:
+        check_layers(eighths(("residual.trunk", 1.0)), [LAYOUT])
+    assert caught.value.hint == "as `w1`; set this one to float16"
+    with pytest.raises(ArtifactError, match=r"`w1` and `w3` read the same values, and their input_scale is 0\.5 and 1"):
+        check_layers(eighths(("w1", 0.5), ("w3", 1.0)), [LAYOUT])
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"[" * 100_000, b"[]"])

@@ -51,3 +51,12 @@ def test_plain_float16_stays_reachable() -> None:
     assert PLANS["fp16-plain"].rules == PLANS["fp16"].rules
     assert PLANS["fp16-plain"].scales == ()
     assert threshold_of("fp16-plain") == threshold_of("fp16-mine") == threshold_of("fp16")
+
+
+def test_an_fp8_plan_is_judged_by_what_it_rounds() -> None:
+    assert threshold_of("fp8-mine", "trunk") == threshold_of("fp8")
+    assert threshold_of("fp8", "end-to-end").relative < threshold_of("fp8").relative < 1
+    for network in ("head", "text_encoder", "stem.modulation"):
+        assert threshold_of("fp8", network) == threshold_of("fp8-plain", network) == threshold_of("fp16")
+    assert threshold_of("fp8-plain", "end-to-end") == threshold_of("fp8-plain") != threshold_of("fp8")
+    assert threshold_of("fp16", "end-to-end") == threshold_of("fp16")

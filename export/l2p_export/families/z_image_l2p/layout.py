@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of
+from l2p_calib.layout import Branch, NetworkLayout, Point, Product, layer_of
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_blocks, network_shapes
 
 ATTENTION_BRANCH = ("attention.to_v", "attention.to_out.0")
@@ -34,7 +34,8 @@ def network_layout(name: str, d: Dimensions) -> NetworkLayout:
         return NetworkLayout(name, layers, tuple(points))
     points.append(Point(f"{residual}:out", (residual,)))
     branches = tuple(branch for block in blocks for branch in _branches(block))
-    return NetworkLayout(name, (*layers, residual), tuple(points), branches)
+    products = tuple(product for block in blocks for product in _products(block))
+    return NetworkLayout(name, (*layers, residual), tuple(points), branches, products)
 
 
 def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Point]:
@@ -81,3 +82,13 @@ def _branches(block: str) -> Iterator[Branch]:
     v, out, w3, w2 = (f"{block}.{layer}" for layer in (*ATTENTION_BRANCH, *FFN_BRANCH))
     yield Branch(v, out, usual=out)
     yield Branch(w3, w2, usual=w3)
+
+
+def _products(block: str) -> Iterator[Product]:
+    """Linears of attention and feed-forward: not the embedders, the modulation or the head (design section 10)."""
+    for part in "qkv":
+        yield Product(f"{block}.attention.to_{part}", f"{block}.attention.to_q:in", f"{block} qkv")
+    yield Product(f"{block}.attention.to_out.0", f"{block}.attention.to_out.0:in", f"{block} out")
+    yield Product(f"{block}.feed_forward.w1", f"{block}.feed_forward.w1:in", f"{block} w1w3")
+    yield Product(f"{block}.feed_forward.w3", f"{block}.feed_forward.w1:in", f"{block} w1w3")
+    yield Product(f"{block}.feed_forward.w2", f"{block}.feed_forward.w2:in", f"{block} w2")

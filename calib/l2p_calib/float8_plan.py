@@ -1,0 +1,92 @@
+"""A plan with products in FP8: a measured float16 plan whose products get a scale for what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from l2p_calib.fp8 import AMAX, ScaleChoice, best_choice, scale_choices
+from l2p_calib.measured import HEADROOM, Measurement, base_layers, measured_layers
+from l2p_calib.planfile import INPUT_SCALES, Float8, LayerPlan, NetworkDigest, PlanFile
+from l2p_calib.plans import FLOAT8, PrecisionPlan
+from l2p_calib.statistics import require_finite
+from l2p_runtime.errors import HostError
+
+PLAIN = "fp8-plain"
+"""The plan that chooses nothing: every product in FP8, scales by the largest value, no branch scaled, none raised."""
+
+
+def float8_plan(
+    base: PrecisionPlan,
+    measurements: Sequence[Measurement],
+    headroom: float = HEADROOM,
+    kept: Mapping[str, str] | None = None,
+) -> PlanFile:
+    """Complete a plan that has products in FP8.
+
+    What is not in FP8 is as in a measured float16 plan. A product that float16 could not hold stays in float32, one
+    whose inputs were all 0 in float16.
+
+    Args:
+        base: its name, and the rules that hold whatever is measured.
+        measurements: of every network.
+        headroom: of what float16 holds, see `measured.HEADROOM`.
+        kept: products that are to stay in float16 all the same, with the reason.
+
+    Raises:
+        HostError: nothing was measured of a network, which machines with little memory leave out.
+        ArtifactError: a network made NaN or Inf in float32.
+        ParityError: values inside attention exceed float16, and nothing exact brings them down.
+    """
+    is_plain = base.name == PLAIN
+    layers: list[LayerPlan] = []
+    for item in measurements:
+        if item.statistics is not None:
+            require_finite(item.statistics)
+        found = base_layers(base, item) if is_plain else measured_layers(base, item, headroom)
+        reads = {product.layer: product.reads for product in item.layout.products}
+        if reads and item.statistics is None:
+            raise HostError(
+                f"FP8 needs to know what `{item.layout.network}` computes with, and nothing was measured of it",
+                hint="give --statistics, or build where a block in float32 fits into memory",
+            )
+        choices = {point: _choices(item, point, only_amax=is_plain) for point in dict.fromkeys(reads.values())}
+        for entry in found:
+            point = reads.get(entry.layer, "")
+            if entry.dtype != FLOAT8:
+                layers.append(entry)
+            elif entry.layer in (kept or {}):
+                layers.append(_unrounded(entry, base, (kept or {})[entry.layer]))
+            else:
+                layers.append(_rounded(entry, base, point, choices[point]))
+    digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
+    return PlanFile(base.name, base.default, headroom, digests, tuple(layers))
+
+
+def _choices(item: Measurement, point: str, *, only_amax: bool) -> tuple[ScaleChoice, ...]:
+    """The scales of what products read at a point; none where all was 0."""
+    ranges = item.statistics.of(point) if item.statistics is not None else None
+    if ranges is None or not ranges.peak:
+        return ()
+    found = scale_choices(ranges)
+    return tuple(choice for choice in found if choice.method == AMAX) if only_amax else found
+
+
+def _rounded(entry: LayerPlan, base: PrecisionPlan, point: str, choices: tuple[ScaleChoice, ...]) -> LayerPlan:
+    if not choices:
+        return _unrounded(entry, base, f"{point} was 0 throughout, which gives no scale")
+    best = best_choice(choices)
+    scale = min(max(best.scale, INPUT_SCALES[0]), INPUT_SCALES[1])
+    others = ", ".join(f"{choice.method} {choice.error:.2%}" for choice in choices if choice is not best)
+    why = f"{point} by {best.method} with an error of {best.error:.2%}" + (f" ({others})" if others else "")
+    return replace(entry, reason=_joined(entry, base, why), float8=Float8(scale, best.method, choices))
+
+
+def _unrounded(entry: LayerPlan, base: PrecisionPlan, why: str) -> LayerPlan:
+    return replace(entry, dtype=base.default, reason=_joined(entry, base, why))
+
+
+def _joined(entry: LayerPlan, base: PrecisionPlan, why: str) -> str:
+    """The reasons of a layer, without that of the rule, which all products share."""
+    shared = {rule.reason for rule in base.rules if rule.dtype == FLOAT8}
+    return "; ".join([*(part for part in entry.reason.split("; ") if part and part not in shared), why])

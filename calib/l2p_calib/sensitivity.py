@@ -1,0 +1,186 @@
+"""Which products FP8 hurts: one group at a time, ranked, and the fewest that have to stay in higher precision."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from l2p_runtime.contract.codec import to_json
+from l2p_runtime.errors import UsageError
+
+GATE = 0.01
+"""Relative error of the denoiser's output that a swept plan may make, unless told otherwise: half of what the ledger
+allows a bundle in FP8, whose proof has other pictures and float16 beside it."""
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far a denoiser with some products in FP8 is from the same one in float32.
+
+    Attributes:
+        error: relative L2 error of what it predicts, over all samples together.
+        worst: that of the sample with the largest.
+        image_psnr_db: of a picture that is drawn whole, against the one in float32 of the same seed.
+    """
+
+    error: float
+    worst: float
+    image_psnr_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDeviation:
+    """What comes of one group of products alone in FP8.
+
+    Attributes:
+        group: as `layers.3 qkv`.
+        layers: its products.
+        is_kept: whether the plan keeps them in float16.
+    """
+
+    group: str
+    layers: tuple[str, ...]
+    is_kept: bool
+    deviation: Deviation
+
+
+@dataclass(frozen=True, slots=True)
+class KeptDeviation:
+    """What comes of all products in FP8 but the first `kept` groups of the ranking."""
+
+    kept: int
+    deviation: Deviation
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """A sweep.
+
+    Attributes:
+        source: what the denoiser was run on, for people.
+        gate: relative error that was allowed.
+        groups: the most harmful first.
+        steps: what was tried to meet the gate, by the number of groups that were kept.
+    """
+
+    source: str
+    gate: float
+    groups: tuple[GroupDeviation, ...]
+    steps: tuple[KeptDeviation, ...]
+    schema: int = SCHEMA
+
+    @property
+    def kept(self) -> int:
+        """The fewest groups of the ranking that have to be kept."""
+        return min(step.kept for step in self.steps if step.deviation.error <= self.gate)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Layer to why it is kept in float16; of those that are."""
+        everything = next((step for step in self.steps if step.kept == 0), None)
+        told = f"; all products make {everything.deviation.error:.3g}" if everything else ""
+        return {
+            layer: f"kept in float16: {item.group} alone makes an error of {item.deviation.error:.3g}{told}, "
+            f"{self.gate:g} is allowed"
+            for item in self.groups
+            if item.is_kept
+            for layer in item.layers
+        }
+
+
+def sweep(
+    groups: Mapping[str, Sequence[str]],
+    gate: float,
+    source: str,
+    measure: Callable[[Sequence[str]], Deviation],
+    advance: Callable[[int], None],
+) -> Sensitivity:
+    """Measure every group alone in FP8, then keep as many of the worst as the gate asks for.
+
+    How many is found by halving, in the order of the ranking; the result was measured, and so was one group less.
+
+    Args:
+        groups: name to its products.
+        gate: relative error of the denoiser's output that is allowed.
+        source: for people, see `Sensitivity`.
+        measure: given the products that are in FP8.
+        advance: told 1 after each group.
+
+    Raises:
+        UsageError: a gate that nothing or everything passes.
+    """
+    require_gate(gate)
+    alone: dict[str, Deviation] = {}
+    for name, layers in groups.items():
+        alone[name] = measure(tuple(layers))
+        advance(1)
+    ranking = sorted(alone, key=lambda name: -alone[name].error)
+    tried: dict[int, Deviation] = {}
+
+    def passes(kept: int) -> bool:
+        if kept not in tried:
+            tried[kept] = measure(tuple(layer for name in ranking[kept:] for layer in groups[name]))
+        return tried[kept].error <= gate
+
+    low, high = 0, len(ranking)
+    if passes(low):
+        high = low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    passes(high)
+    return Sensitivity(
+        source,
+        gate,
+        tuple(GroupDeviation(n, tuple(groups[n]), i < high, alone[n]) for i, n in enumerate(ranking)),
+        tuple(KeptDeviation(count, tried[count]) for count in sorted(tried)),
+    )
+
+
+def require_gate(gate: float) -> None:
+    """Refuse a gate that nothing or everything passes.
+
+    Raises:
+        UsageError: it is no relative error between 0 and 1.
+    """
+    if not 0 < gate < 1:
+        raise UsageError(f"--gate is {gate:g}, expected a relative error between 0 and 1")
+
+
+def relative_errors(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Relative L2 error of all samples together, and of the worst.
+
+    Args:
+        sums: of each sample, the squares of the difference and of what was expected.
+    """
+    difference, expected = (math.fsum(column) for column in zip(*sums, strict=True))
+    ratios = [_ratio(*pair) for pair in sums]
+    # A NaN is the worst there is, and no largest number says so.
+    return _ratio(difference, expected), math.nan if any(map(math.isnan, ratios)) else max(ratios)
+
+
+def sensitivity_to_json(found: Sensitivity) -> str:
+    """The file: everything."""
+    return json.dumps({**to_json(found), "kept": found.kept}, indent=1, allow_nan=False) + "\n"
+
+
+def sensitivity_to_csv(found: Sensitivity) -> str:
+    """A table of the groups, the most harmful first."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("group", "error", "worst", "image_psnr_db", "kept"))
+    for item in found.groups:
+        d = item.deviation
+        figures = (f"{d.error:.6g}", f"{d.worst:.6g}", f"{d.image_psnr_db:.2f}")
+        table.writerow((item.group, *figures, int(item.is_kept)))
+    return text.getvalue()
+
+
+def _ratio(difference: float, expected: float) -> float:
+    return math.sqrt(difference / expected) if expected else math.sqrt(difference)

@@ -1,0 +1,146 @@
+"""Products in FP8: their inputs are rounded by a Q/DQ pair, their weights stored as E4M3 and decoded by a DQ.
+
+    MatMul(x, W)  becomes  MatMul(DQ(Q(x, s)), DQ(W8, S))     s a number, S one number an output channel
+
+Engine libraries take these nodes for what they stand for and multiply FP8 numbers. Scales are float16, as what they
+make is (ONNX Runtime takes no other), and lie beside the weights: a trace knows neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from l2p_calib.fp8 import channel_scales, storable
+from l2p_export.graphs.join import published_names
+from l2p_export.graphs.transpose import SUFFIX
+from l2p_export.tensors import ArrayTensor, DividedTensor, JoinedTensor, TransposedTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from l2p_export.tensors import TensorSource
+
+SCALE = "/scale"
+"""Ends the name of a scale; before it stands a weight as it is stored, or the point that inputs are measured at."""
+
+_AXIS = 1
+"""Output channels of weights [in,out]."""
+
+
+def round_inputs(model: ir.Model, reads: Mapping[str, str]) -> None:
+    """Mark the weights of FP8 products and round what these read, in place; before products are joined.
+
+    Products that read one value at one point share the pair, so that they can still be joined.
+
+    Args:
+        model: a traced graph whose weights are stored transposed.
+        reads: published name of each weight in FP8 to the point that it reads, as `layers.3.attention.to_q:in`.
+    """
+    rounded: dict[tuple[ir.Value, str], ir.Value] = {}
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        point = reads.get((weight.name or "").removesuffix(SUFFIX)) if weight is not None else None
+        value = node.inputs[0] if point is not None else None
+        if weight is None or point is None or value is None:
+            continue
+        weight.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+        if (value, point) not in rounded:
+            scale = _scale(model.graph, f"{point}{SCALE}", value.type, ())
+            kind = [ir.AttrInt64("output_dtype", ir.DataType.FLOAT8E4M3FN)]
+            quantize = ir.Node("", "QuantizeLinear", [value, scale], kind, name=f"{point}/quantize")
+            decode = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale], name=f"{point}/dequantize")
+            _describe(quantize, value.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN))
+            _describe(decode, value.shape, value.type)
+            model.graph.insert_before(node, [quantize, decode])
+            rounded[value, point] = decode.outputs[0]
+        node.replace_input_with(0, rounded[value, point])
+
+
+def decode_weights(model: ir.Model) -> None:
+    """Decode weights in FP8 before they are multiplied by, in place; after products were joined."""
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or weight.dtype != ir.DataType.FLOAT8E4M3FN or weight.shape is None:
+            continue
+        made = node.inputs[0].type if node.inputs[0] is not None else None
+        scale = _scale(model.graph, f"{weight.name}{SCALE}", made, (weight.shape[_AXIS],))
+        axis = [ir.AttrInt64("axis", _AXIS)]
+        decode = ir.Node("", "DequantizeLinear", [weight, scale], axis, name=f"{weight.name}/dequantize")
+        _describe(decode, weight.shape, made)
+        model.graph.insert_before(node, decode)
+        node.replace_input_with(1, decode.outputs[0])
+
+
+def float8_sources(
+    names: Sequence[str], parts: Mapping[str, Sequence[TensorSource]], input_scales: Mapping[str, float]
+) -> dict[str, TensorSource]:
+    """What a graph stores for its products in FP8: encoded weights and all scales.
+
+    Args:
+        names: of weights in FP8 and of scales, as the graph has them.
+        parts: weight as the graph has it to the published tensors [out,in] that it joins, scaled by their exponents.
+        input_scales: point to the scale of its values, exponents included.
+
+    Raises:
+        ArtifactError: a scale is more than float16 holds.
+    """
+    found: dict[str, TensorSource] = {}
+    for name, tensors in parts.items():
+        joined = tensors[0] if len(tensors) == 1 else JoinedTensor(tuple(tensors))
+        scales = channel_scales(row_peaks(joined))
+        found[name] = TransposedTensor(DividedTensor(joined, scales))
+        found[f"{name}{SCALE}"] = ArrayTensor(scales)
+    for name in names:
+        if name not in found:
+            found[name] = ArrayTensor(_stored_scale(input_scales[name.removesuffix(SCALE)]))
+    return found
+
+
+def is_float8(name: str, dtype: ir.DataType | None) -> bool:
+    """Whether an initializer belongs to a product in FP8: its weight, or a scale."""
+    return name.endswith(SCALE) or dtype == ir.DataType.FLOAT8E4M3FN
+
+
+def weight_parts(name: str) -> list[str]:
+    """The published names of what a graph stores as one weight; none of a scale, which is no weight."""
+    return [] if name.endswith(SCALE) else published_names(name)
+
+
+def row_peaks(source: TensorSource) -> NDArray[np.float32]:
+    """The largest magnitude of each row of a matrix [out,in]; NaN where the row holds one."""
+    import numpy as np
+
+    columns, start = math.prod(source.shape[1:]), 0
+    peaks = np.zeros(source.shape[0], np.float32)
+    for chunk in source.chunks():
+        first, stop = start // columns, -(-(start + chunk.size) // columns)
+        edges = np.maximum(np.arange(first, stop) * columns - start, 0)
+        peaks[first:stop] = np.maximum(peaks[first:stop], np.maximum.reduceat(np.abs(chunk), edges))
+        start += chunk.size
+    return peaks
+
+
+def _stored_scale(scale: float) -> NDArray[np.float32]:
+    import numpy as np
+
+    return storable(np.asarray(scale, np.float32))
+
+
+def _scale(
+    graph: ir.Graph, name: str, dtype: ir.TypeProtocol | None, shape: Sequence[int | ir.SymbolicDim]
+) -> ir.Value:
+    value = graph.initializers.get(name)
+    if value is None:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=dtype)
+        graph.initializers.add(value)
+    return value
+
+
+def _describe(node: ir.Node, shape: ir.Shape | None, dtype: ir.TypeProtocol | None) -> None:
+    (out,) = node.outputs
+    out.name, out.shape, out.type = f"{node.name}/out0", shape, dtype

@@ -1,0 +1,262 @@
+"""A sweep of a bundle's products: each group in FP8 alone, in torch, against float32 on what calibration has drawn.
+
+Every measurement is written to a file that is named by all that decides it: a sweep that was stopped goes on, and one
+that is run again with another gate measures only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_calib.float8_plan import float8_plan
+from l2p_calib.fp8 import FP8_MAX, channel_scales, storable
+from l2p_calib.measured import Measurement
+from l2p_calib.planfile import PlanFile, plan_to_bytes
+from l2p_calib.plans import PLANS
+from l2p_calib.sensitivity import (
+    Deviation,
+    Sensitivity,
+    relative_errors,
+    require_gate,
+    sensitivity_to_csv,
+    sensitivity_to_json,
+    sweep,
+)
+from l2p_export.calibration import PLAN, STEPS_MAX, Calibration, bundle_model, sample_values
+from l2p_export.sensitivity_plot import has_matplotlib, write_plot
+from l2p_export.torch_backend import TorchNetworks
+from l2p_export.verification import network_inputs, run_engine
+from l2p_runtime import Pipeline
+from l2p_runtime.contract import NETWORKS
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.networks import load_network
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from l2p_calib.layout import NetworkLayout
+    from l2p_calib.statistics import Statistics
+    from l2p_export.progress import Reporter
+
+NAME = "fp8-swept"
+"""What the plan of a sweep is called."""
+
+EQUAL_PSNR_DB = 999.0
+"""Of two pictures that are the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep left: its figures, the plan that follows, and the files of both."""
+
+    found: Sensitivity
+    plan: PlanFile
+    files: tuple[Path, ...]
+
+
+def sweep_bundle(
+    plan: Calibration, samples: Path, statistics: Statistics, out: Path, gate: float, reporter: Reporter
+) -> Swept:
+    """Sweep the products of a bundle and write table, plot and plan.
+
+    Args:
+        plan: the calibration that drew the samples.
+        samples: folder of them, with what each network made of each.
+        statistics: what was measured on them.
+        out: folder to write.
+        gate: relative error of the denoiser's output that is allowed.
+        reporter: shows the groups.
+
+    Raises:
+        UsageError: a gate that nothing or everything passes.
+        HostError: the memory does not hold the networks in torch float32.
+    """
+    require_gate(gate)
+    cache = out / "measurements"
+    cache.mkdir(parents=True, exist_ok=True)
+    model = bundle_model(plan.bundle)
+    layouts = [model.layout(name) for name in NETWORKS]
+    networks = TorchNetworks(model)
+    sweeper = _Sweeper(plan, samples, networks, cache)
+    measurements = [_measurement(layout, statistics, sweeper.module(layout.network)) for layout in layouts]
+    base = replace(PLANS["fp8"], name=NAME)
+    sweeper.scales = {item.layer: item.scale for item in float8_plan(base, measurements).plan.inputs}
+    groups = _groups(layouts, sweeper.scales)
+    sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.products}
+    with reporter.stage("sweeping products in FP8", len(groups), "groups") as advance:
+        found = sweep(groups, gate, plan.source, sweeper.measure, advance)
+    chosen = float8_plan(base, measurements, kept=found.reasons)
+    return Swept(found, chosen, tuple(_write_all(out, found, chosen, reporter)))
+
+
+@contextmanager
+def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[None]:
+    """Compute some linears of a float32 network as FP8 graphs do: inputs and weights rounded, products not.
+
+    Args:
+        module: a network; its submodules carry published names.
+        input_scales: layer to the scale of its inputs.
+    """
+    import numpy as np
+    import torch
+
+    handles = []
+    try:
+        for layer, scale in input_scales.items():
+            linear = module.get_submodule(layer)
+            weight: torch.Tensor = linear.weight.detach()  # type: ignore[operator]
+            of_rows = torch.from_numpy(channel_scales(weight.abs().amax(dim=1).numpy()))
+            of_inputs = torch.from_numpy(storable(np.asarray(scale, np.float32)))
+            hook = partial(_product, of_inputs, _rounded(weight, of_rows[:, None]))
+            handles.append(linear.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Sweeper:
+    """Measures a denoiser with some products in FP8.
+
+    Attributes:
+        scales: product to the scale of its inputs.
+        network_of: product to its network.
+    """
+
+    def __init__(self, plan: Calibration, samples: Path, networks: TorchNetworks, cache: Path) -> None:
+        self._plan, self._samples, self._networks, self._cache = plan, samples, networks, cache
+        self._backend = networks.backend()
+        self._specs = {spec.name: spec for spec in plan.bundle.manifest.networks}
+        self._picture: NDArray[Any] | None = None
+        self.scales: Mapping[str, float] = {}
+        self.network_of: Mapping[str, str] = {}
+
+    def module(self, network: str) -> nn.Module:
+        """A network in torch; loaded when it is first asked for."""
+        load_network(self._plan.bundle, self._backend, network, PLAN)
+        return self._networks.engines[network].module
+
+    def measure(self, layers: Sequence[str]) -> Deviation:
+        """How far the denoiser is from itself in float32 with these products in FP8; from a file where it is known."""
+        chosen = {layer: self.scales[layer] for layer in sorted(layers)}
+        key = hashlib.sha256(json.dumps([self._plan.settings, STEPS_MAX, chosen]).encode()).hexdigest()
+        path = self._cache / f"{key[:32]}.json"
+        if path.is_file():
+            return from_json(Deviation, json.loads(path.read_bytes()))
+        with self._rounded(chosen):
+            sums = [self._sample(index, chosen) for index in range(len(self._plan.samples))]
+            error, worst = relative_errors(sums)
+            found = Deviation(error, worst, self._image_psnr_db())
+        written = path.with_suffix(".partial")
+        written.write_text(json.dumps(to_json(found), allow_nan=False), encoding="utf-8")
+        written.replace(path)
+        return found
+
+    @contextmanager
+    def _rounded(self, chosen: Mapping[str, float]) -> Iterator[None]:
+        if self._picture is None:
+            self._picture = self._draw()
+        with ExitStack() as stack:
+            for network in NETWORKS:
+                scales = {layer: scale for layer, scale in chosen.items() if self.network_of[layer] == network}
+                stack.enter_context(in_float8(self.module(network), scales))
+            yield
+
+    def _sample(self, index: int, chosen: Mapping[str, float]) -> tuple[float, float]:
+        """Squares of the difference and of the prediction in float32; networks before the first product are not run."""
+        import numpy as np
+
+        expected = sample_values(self._samples, index)
+        made = dict(expected)
+        first = min((NETWORKS.index(self.network_of[layer]) for layer in chosen), default=len(NETWORKS))
+        for network in NETWORKS[first:]:
+            engine = self._networks.engines[network]
+            out = run_engine(engine, self._backend.device, network_inputs(network, expected, made))
+            made |= {f"{network}.{name}": value for name, value in out.items()}
+        wanted = expected["head.prediction"].astype(np.float64)
+        difference = made["head.prediction"] - wanted
+        return float(np.square(difference).sum()), float(np.square(wanted).sum())
+
+    def _image_psnr_db(self) -> float:
+        import numpy as np
+
+        assert self._picture is not None  # noqa: S101 - drawn before anything is rounded
+        error = float(np.square(self._draw() - self._picture).mean())
+        return min(-10.0 * math.log10(error), EQUAL_PSNR_DB) if error else EQUAL_PSNR_DB
+
+    def _draw(self) -> NDArray[Any]:
+        """The picture of the first sample, from 0 to 1."""
+        import numpy as np
+
+        sample, case = self._plan.samples[0], sample_values(self._samples, 0)
+        embeds = np.asarray(case["prompt_embeds"][0][case["caption_mask"][0]])
+        pipe = Pipeline.on_backend(self._plan.bundle, self._backend, PLAN)
+        pixels = pipe.generate(
+            prompt_embeds=embeds,
+            height=sample.height_px,
+            width=sample.width_px,
+            seed=sample.seed,
+            steps=min(self._plan.bundle.manifest.sampling.steps, STEPS_MAX),
+            guidance=1.0,
+            dtype="float16",
+        )
+        return pixels.astype(np.float64)
+
+
+def _measurement(layout: NetworkLayout, statistics: Statistics, module: nn.Module) -> Measurement:
+    found = next(item for item in statistics.networks if item.network == layout.network)
+    peaks = {name: float(value.abs().max()) for name, value in module.state_dict().items()}
+    return Measurement(layout, found.sha256, peaks, found)
+
+
+def _groups(layouts: Sequence[NetworkLayout], scales: Mapping[str, float]) -> dict[str, list[str]]:
+    """Group to its products that can be in FP8."""
+    found: dict[str, list[str]] = {}
+    for layout in layouts:
+        for product in layout.products:
+            if product.layer in scales:
+                found.setdefault(product.group, []).append(product.layer)
+    return found
+
+
+def _write_all(out: Path, found: Sensitivity, plan: PlanFile, reporter: Reporter) -> Iterator[Path]:
+    files = {
+        "sensitivity.json": sensitivity_to_json(found).encode(),
+        "sensitivity.csv": sensitivity_to_csv(found).encode(),
+        f"{NAME}.json": plan_to_bytes(plan),
+    }
+    for name, data in files.items():
+        written = out / f"{name}.partial"
+        written.write_bytes(data)
+        written.replace(out / name)
+        yield out / name
+    if has_matplotlib():
+        write_plot(out / "sensitivity.png", found)
+        yield out / "sensitivity.png"
+    else:
+        reporter.note("matplotlib is not installed, so there is no plot: pip install 'l2p-export[train]'")
+
+
+def _product(scale: torch.Tensor, weight: torch.Tensor, layer: Any, inputs: tuple[Any, ...], output: object) -> Any:
+    from torch.nn import functional as F
+
+    del output
+    return F.linear(_rounded(inputs[0], scale), weight, layer.bias)
+
+
+def _rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """As `fp8.rounded`, bit for bit."""
+    import torch
+
+    codes = (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return codes.to(torch.float32) * scale

@@ -1,0 +1,108 @@
+"""A bundle's float32 networks in torch, as a backend that the runtime's pipeline draws with.
+
+What layers compute can be changed there while it runs, which no other backend allows. Weights come from the bundle's
+own float32 graphs, so that no checkpoint is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_export.graphs.join import published_names
+from l2p_runtime.backends import Array, Backend, require_arrays
+from l2p_runtime.backends.host import HostDevice
+from l2p_runtime.errors import HostError
+from l2p_runtime.memory import available_host_bytes
+from l2p_runtime.tensorfile import open_tensorfile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from l2p_export.families import Model
+    from l2p_runtime.contract import NetworkSpec
+
+
+@dataclass
+class TorchNetworks:
+    """Networks that are loaded when they are first used, and stay.
+
+    Attributes:
+        model: their architecture.
+        engines: those that are loaded, by name.
+    """
+
+    model: Model
+    engines: dict[str, TorchEngine] = field(default_factory=dict)
+
+    def backend(self) -> Backend:
+        """The backend, for graphs of an fp32 plan."""
+        import torch
+
+        return Backend("torch", f"torch {torch.__version__}", HostDevice(), self._load)
+
+    def _load(self, graph: Path, weights: Path, spec: NetworkSpec) -> TorchEngine:
+        del graph
+        if spec.name not in self.engines:
+            self.engines[spec.name] = TorchEngine(torch_module(self.model, spec.name, weights), spec)
+        return self.engines[spec.name]
+
+
+class TorchEngine:
+    """One network in torch float32 on the CPU; implements `Engine`."""
+
+    def __init__(self, module: nn.Module, spec: NetworkSpec) -> None:
+        self.module, self.spec, self._device = module, spec, HostDevice()
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Run on host arrays and write into `outputs`."""
+        import numpy as np
+        import torch
+
+        require_arrays(self.spec, inputs, outputs)
+        # What is mapped from a file cannot be written, and torch wants to be able to.
+        given = {name: torch.from_numpy(np.require(value, requirements="W")) for name, value in inputs.items()}
+        with torch.no_grad():
+            made = self.module(**given)
+        values = made if isinstance(made, tuple) else (made,)
+        for out, value in zip(self.spec.outputs, values, strict=True):
+            self._device.copy(outputs[out.name], value.numpy())
+
+    def memory_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(value.nbytes for value in self.module.state_dict().values())
+
+    def close(self) -> None:
+        """Nothing: whoever made the networks lets them go."""
+
+
+def torch_module(model: Model, network: str, weights: Path) -> nn.Module:
+    """One network with the weights of its float32 graph.
+
+    Raises:
+        HostError: the memory that is free does not hold them.
+        ArtifactError: the file is damaged.
+    """
+    import numpy as np
+    import torch
+
+    file = open_tensorfile(weights)
+    needed, free = sum(info.size_bytes for info in file.tensors.values()), available_host_bytes()
+    if needed > free:
+        raise HostError(
+            f"`{network}` takes {needed:,} bytes in torch float32, {free:,} are free",
+            hint="sweep a smaller model of the same layers, or where there is more memory",
+        )
+    with torch.device("meta"):
+        module = model.module(network, lambda layer: torch.float32)
+    state = {}
+    for stored in file.tensors:
+        names, values = published_names(stored), file.read(stored)
+        for name, part in zip(
+            names, np.split(values, len(names), axis=1) if names != [stored] else [values], strict=True
+        ):
+            state[name] = torch.from_numpy(np.array(part.T if name != stored else part, np.float32, order="C"))
+    module.load_state_dict(state, assign=True)
+    return module.eval()
