@@ -6,12 +6,12 @@ PROMPT := a red circle to the left of a blue square
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint types bench bench-full clean
+.PHONY: help demo demo-weights test test-slow test-gpu lint types bench bench-full clean
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo model, draw two pictures and judge them"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
-	@echo "make test-slow | test-gpu | lint | types | bench | bench-full | clean"
+	@echo "make demo-weights | test-slow | test-gpu | lint | types | bench | bench-full | clean"
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -43,12 +43,21 @@ demo: .venv/demo
 # The commands that the demo's weights come from, in order; each goes on where it was stopped. About six hours on two cores.
 # The card beside the weights, export/l2p_export/data/demo/README.md, says what they reached.
 WEIGHTS := build/demo-weights
-ADAPTERS := --noise fresh --head-divisor 4 --batch 8 --warmup-steps 50 --learning-rate 1e-3 --licence Apache-2.0
+TRANSFER = $(BIN)/l2p-export train transfer $(WEIGHTS)/source --noise fresh --head-divisor 4 --guidance 2 --licence Apache-2.0
+WINDOW := --window-tokens 3 --halo-tokens 0 --learning-rate 1e-3 --ema 0.99
 
 demo-weights: $(WEIGHTS)/source/model_index.json
 	$(BIN)/l2p-export train corpus $(WEIGHTS)/source --count 1472 --steps 20 --judged --out $(WEIGHTS)/drawn-128
 	$(BIN)/l2p-export train corpus --count 6000 --size 512x512 --seed 200000 --out $(WEIGHTS)/renders-512
 	$(BIN)/l2p-export train corpus --count 3000 --size 1024x1024 --seed 100000 --out $(WEIGHTS)/renders-1024
+	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 3000 --learning-rate 1e-3 --ema 0.995 \
+		--sampling-steps 20 --out $(WEIGHTS)/whole-1k.safetensors
+	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 700 --batch 16 $(WINDOW) \
+		--sampling-steps 20 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/demo-1k.safetensors
+	$(TRANSFER) --corpus $(WEIGHTS)/renders-512 --variant 4k --size-px 512 --steps 240 $(WINDOW) --shift 8 \
+		--sampling-steps 12 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/512-4k.safetensors
+	$(TRANSFER) --corpus $(WEIGHTS)/renders-1024 --variant 4k --size-px 1024 --steps 540 $(WINDOW) --shift 12 \
+		--sampling-steps 12 --init $(WEIGHTS)/512-4k.safetensors --out $(WEIGHTS)/demo-4k.safetensors
 
 $(WEIGHTS)/first/model_index.json: .venv/demo
 	$(BIN)/l2p-export train source --steps 7400 --out $(WEIGHTS)/first

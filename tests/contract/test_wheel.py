@@ -48,6 +48,8 @@ def test_the_wheel_holds_four_packages_and_the_native_library(wheel: Path) -> No
     assert {
         f"l2p_export/data/triton_models/{name}" for name in ("glue.py", "l2p/model.py", "l2p_stream/model.py")
     } <= set(names)
+    demo = {f"l2p_export/data/demo/{name}" for name in ("README.md", "demo-1k.safetensors", "demo-4k.safetensors")}
+    assert demo | {"l2p_export/data/demo/source/model_index.json"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "csrc" in name or "test" in name.lower()]
     assert "-py3-none-" in wheel.name
