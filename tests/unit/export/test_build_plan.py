@@ -18,7 +18,8 @@ def test_the_demo_is_of_the_profiles_variant(tmp_path: Path) -> None:
         assert plan.loaded.model.spec.variant == "4k"
         assert plan.is_trained
         full, half = (plan.weight_bytes(item) for item in plan.plans)
-        assert full / 2 < half < full * 0.51
+        # The time embedding stays float32: 0.41 M of the demo's 5.6 M values.
+        assert full / 2 < half < full * 0.55
 
 
 def test_the_demo_is_the_same_every_time(tmp_path: Path) -> None:
