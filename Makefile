@@ -40,7 +40,7 @@ demo: .venv/demo
 	$(BIN)/l2p-export judge $(DEMO)/picture-4096.png --prompt "$(PROMPT)"
 	@echo "the pictures are $(DEMO)/picture.png and $(DEMO)/picture-4096.png"
 
-# The commands that the demo's weights come from, in order; each goes on where it was stopped. About six hours on two cores.
+# The commands that the demo's weights come from, in order; each goes on where it was stopped. About five hours of one core.
 # The card beside the weights, export/l2p_export/data/demo/README.md, says what they reached.
 WEIGHTS := build/demo-weights
 TRANSFER = $(BIN)/l2p-export train transfer $(WEIGHTS)/source --noise fresh --head-divisor 4 --guidance 2 --licence Apache-2.0
@@ -52,7 +52,7 @@ demo-weights: $(WEIGHTS)/source/model_index.json
 	$(BIN)/l2p-export train corpus --count 3000 --size 1024x1024 --seed 100000 --out $(WEIGHTS)/renders-1024
 	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 3000 --learning-rate 1e-3 --ema 0.995 \
 		--sampling-steps 20 --out $(WEIGHTS)/whole-1k.safetensors
-	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 700 --batch 16 $(WINDOW) \
+	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 1350 --batch 16 $(WINDOW) \
 		--sampling-steps 20 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/demo-1k.safetensors
 	$(TRANSFER) --corpus $(WEIGHTS)/renders-512 --variant 4k --size-px 512 --steps 240 $(WINDOW) --shift 8 \
 		--sampling-steps 12 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/512-4k.safetensors

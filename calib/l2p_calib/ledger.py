@@ -44,8 +44,8 @@ _PREDICTIONS = {"fp8": Threshold(2e-2, "3e-3 measured on a trained 1k adapter of
 """Name of a plan, or base of it, to the gate of predictions, where that is another one: most of a prediction is the
 noise that the pixel head reads from the image itself, and little of it what tokens say."""
 
-# As `l2p_export.verification` calls it.
-_END_TO_END = "end-to-end"
+END_TO_END = "end-to-end"
+"""What a ledger calls the whole prediction, where an entry otherwise names a network."""
 
 
 def threshold_of(plan: str, network: str = "") -> Threshold:
@@ -61,7 +61,7 @@ def threshold_of(plan: str, network: str = "") -> Threshold:
     base = plan if plan in THRESHOLDS else plan.partition("-")[0]
     if base not in THRESHOLDS:
         raise ArtifactError(f"there is no threshold for plan `{plan}`", hint=f"known plans: {', '.join(THRESHOLDS)}")
-    if network == _END_TO_END and base in _PREDICTIONS:
+    if network == END_TO_END and base in _PREDICTIONS:
         return _PREDICTIONS[base]
     return THRESHOLDS["fp16" if base.startswith("fp8") and network in WITHOUT_FP8 else base]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import require_passed, threshold_of
+from l2p_calib.ledger import END_TO_END, require_passed, threshold_of
 from l2p_engines.forecast import CallSize, forward_flops, total_flops
 from l2p_engines.stages import Made, StageRunner, named_by_content
 from l2p_export.digests import toolchain
@@ -16,7 +16,6 @@ from l2p_export.reference import reference_bytes, run_reference
 from l2p_export.stored_cases import write_case
 from l2p_export.verification import (
     CORNER_PIXELS_MAX,
-    END_TO_END,
     LEAST_FLOPS_MAX,
     LEAST_PIXELS_MAX,
     Case,

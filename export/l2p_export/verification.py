@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.ledger import compare
+from l2p_calib.ledger import END_TO_END, compare
 from l2p_export.stored_cases import pixel_step
 from l2p_runtime.backends import Device, Engine
 from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, NetworkSpec, Profile
@@ -27,8 +27,6 @@ LEAST_PIXELS_MAX = 7_000_000
 LEAST_FLOPS_MAX = 5_000_000_000_000
 """And the most operations of one call there. At the published size 16x16 tokens take 3.4 to 3.7 TFLOP, which is about a
 tenth of a build on two cores; the 64x64 tokens that 8k-zeroshot begins at take 57."""
-
-END_TO_END = "end-to-end"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_calib.ledger import END_TO_END
 from l2p_export.layer_precision import build_stage_name, judge_layers, layers_not_read
 from l2p_export.stored_cases import read_case
 from l2p_export.text_encoder.build import verify_text
-from l2p_export.verification import END_TO_END, compare_networks, engine_stage_name, graph_stage_name, not_run
+from l2p_export.verification import compare_networks, engine_stage_name, graph_stage_name, not_run
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.backends.trt_engine import TrtEngine
 from l2p_runtime.contract import (

@@ -82,7 +82,8 @@ def command(
     require_gate(gate)
     if dry_run:
         if as_json:
-            print_json({"statistics": str(out), "source": plan.source})
+            folder = {"sensitivity": str(sensitivity)} if sensitivity else {}
+            print_json({"statistics": str(out), "source": plan.source, **folder})
         else:
             click.echo(f"would measure {plan.source}, and write {out}" + (f" and {sensitivity}" if sensitivity else ""))
         return

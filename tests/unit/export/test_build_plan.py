@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ def test_the_demo_is_of_the_profiles_variant(tmp_path: Path) -> None:
         assert plan.loaded.model.spec.variant == "4k"
         assert plan.is_trained
         full, half = (plan.weight_bytes(item) for item in plan.plans)
-        # The time embedding stays float32: 0.41 M of the demo's 5.6 M values.
-        assert full / 2 < half < full * 0.55
+        # All is half as large but the time embedding, which stays float32.
+        shapes = plan.loaded.model.network_shapes("stem")
+        time = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("t_embedder"))
+        assert half == full / 2 + 2 * time
 
 
 def test_the_demo_is_the_same_every_time(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 HEAD_DECODERS = ("local_decoder.up", "local_decoder.dec")
-EMBEDDER = re.compile(r"all_x_embedder\.\d+-1\.weight")
+EMBEDDER = re.compile(r"all_x_embedder\.[1-9]\d{0,3}-1\.weight")
 
 
 def trunk_sha256(source: Source, d: Dimensions) -> str:
@@ -106,17 +105,19 @@ def _pass_on(weight: Tensor) -> None:
 
 
 def _embed_reduced(adapters: Weights, trained: Mapping[str, Tensor]) -> None:
-    """Where only the patch's side differs, and divides: embed a patch as its reduced picture was embedded."""
+    """Where the patch's side is a multiple of the file's, embed a patch as its reduced picture was embedded."""
     (own,) = (name for name in trained if EMBEDDER.fullmatch(name))
     other = next((name for name in adapters.tensors if EMBEDDER.fullmatch(name)), own)
-    weight = trained[own]
-    side_px, other_px = (math.isqrt(values.shape[1] // 3) for values in (weight, adapters.tensors[other]))
-    if other == own or side_px % other_px or adapters.tensors[other].shape[0] != len(weight):
+    weight, found = trained[own], adapters.tensors.get(other)
+    bias = trained[own.removesuffix("weight") + "bias"]
+    found_bias = adapters.tensors.get(other.removesuffix("weight") + "bias")
+    side_px, other_px = (int(name.partition(".")[2].partition("-")[0]) for name in (own, other))
+    if other == own or side_px % other_px or found is None or found_bias is None:
+        return
+    if tuple(found.shape) != (len(weight), 3 * other_px**2) or tuple(found_bias.shape) != tuple(bias.shape):
         return
     factor = side_px // other_px
-    smaller = torch.from_numpy(read_tensor(adapters.tensors[other])).reshape(-1, other_px, other_px, 3)
+    smaller = torch.from_numpy(read_tensor(found)).reshape(-1, other_px, other_px, 3)
     larger = smaller.repeat_interleave(factor, 1).repeat_interleave(factor, 2) / factor**2
     weight.copy_(larger.reshape(len(weight), -1))
-    trained[own.removesuffix("weight") + "bias"].copy_(
-        torch.from_numpy(read_tensor(adapters.tensors[other.removesuffix("weight") + "bias"]))
-    )
+    bias.copy_(torch.from_numpy(read_tensor(found_bias)))

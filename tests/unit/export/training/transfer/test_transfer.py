@@ -325,6 +325,23 @@ def test_larger_patches_begin_as_smaller_ones_on_a_reduced_picture(
     assert skipped[:, len(skipped) :].abs().min() > 0
 
 
+@pytest.mark.parametrize("weight", [None, (3,), (64, 767), (7, 768), (64, 768)])
+def test_a_patch_embedder_that_is_absent_or_misshapen_is_left_out(
+    source: Source, tmp_path: Path, weight: tuple[int, ...] | None
+) -> None:
+    """The last one has the right shape and no bias."""
+    d = transfer_dimensions(source, tiny_spec(variant="4k", sizes_px=(128,)))
+    model = initial_model(source, d, 1)
+    before = model.stem.get_parameter("all_x_embedder.64-1.weight").clone()
+    tensors = dict(model.tail.named_parameters(prefix="tail"))
+    if weight is not None:
+        tensors["stem.all_x_embedder.16-1.weight"] = torch.zeros(weight)
+    digest = trunk_sha256(source, d)
+    write_adapters(tmp_path / "odd.safetensors", tensors, digest, {})
+    copy_adapters(tmp_path / "odd.safetensors", model, digest, Silent())
+    assert model.stem.get_parameter("all_x_embedder.64-1.weight").equal(before)
+
+
 def test_adapters_of_another_trunk_begin_nothing(source: Source, corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     model = model_of(source)
