@@ -161,7 +161,9 @@ def plan_build(
     Raises:
         UsageError: profiles that do not fit the checkpoint, an unknown precision, an output that is something else.
         ArtifactError: the checkpoint is damaged, incomplete or of no known family; a plan or statistics cannot be read.
+        HostError: the exporting half is not installed.
     """
+    _require_libraries()
     read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
     asked = _asked(precisions, plan_files, statistics)
     with tempfile.TemporaryDirectory(prefix="l2p-demo-") as scratch:
@@ -190,11 +192,10 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
     """Carry out a build, or what is left of it to do.
 
     Raises:
-        HostError: a library is missing, no room on the disk, or the backend cannot run here.
+        HostError: no room on the disk, or the backend cannot run here.
         ArtifactError: a weight is NaN, Inf or out of range.
         ParityError: a graph is further from torch than its threshold; nothing is committed.
     """
-    _require_libraries()
     _require_memory(plan)
     backend = open_backend(LEDGER_BACKEND)
     if not plan.is_trained:
