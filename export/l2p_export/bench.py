@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.cards import Card, find_card
 from l2p_engines.fitting import Bound, step_bounds
 from l2p_engines.forecast import CallSize, border_bytes, forward_flops
-from l2p_export.graphs.join import published_names
-from l2p_export.graphs.transpose import SUFFIX
+from l2p_export.graphs.names import SUFFIX, published_names
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import NETWORKS

@@ -29,7 +29,7 @@ from l2p_calib.statistics import (
 )
 from l2p_engines.stages import locked
 from l2p_export.families import FAMILIES
-from l2p_export.graphs.join import published_names
+from l2p_export.graphs.names import published_names
 from l2p_export.tensors import CHUNK_BYTES
 from l2p_export.verification import network_inputs
 from l2p_runtime import Pipeline, __version__

@@ -11,7 +11,7 @@ from typing import Any
 from l2p_export.checkpoint import Checkpoint, fingerprint
 from l2p_export.families import FAMILIES, Family
 from l2p_export.folders import Weights, open_weights
-from l2p_export.loading import LoadedModel, load_model, trunk_digest
+from l2p_export.loading import LoadedModel, load_model, missing_layers, trunk_digest
 from l2p_export.metadata import is_trained, licence
 from l2p_export.quantized import with_scales
 from l2p_export.tensors import TensorSource
@@ -84,7 +84,8 @@ def _family_facts(weights: Weights, family: Family, path: Path, source: Path | N
     try:
         loaded = load_model(path, source)
     except ArtifactError as error:
-        kind = "adapters" if _lacks_layers(checkpoint) else "incomplete checkpoint"
+        has_layers = any(name.startswith("layers.") for name in checkpoint.tensors)
+        kind = "adapters" if missing_layers(checkpoint) or not has_layers else "incomplete checkpoint"
         return facts | {"kind": kind, "problem": str(error)}
     return facts | _model_facts(loaded, digest=digest)
 
@@ -107,12 +108,6 @@ def _lora_facts(weights: Weights) -> dict[str, Any]:
 
 def _is_pixel(name: str) -> bool:
     return not name.startswith(("all_final_layer.", "all_x_embedder.2-1."))
-
-
-def _lacks_layers(checkpoint: Checkpoint) -> bool:
-    """Whether main layers are missing in the middle, as in files that hold trained tensors alone."""
-    indices = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, checkpoint.tensors) if match}
-    return not indices or len(indices) <= max(indices)
 
 
 def _known_as(mark: str) -> str:

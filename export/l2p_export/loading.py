@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from l2p_export.quantized import with_scales
 from l2p_export.tensors import weights_digest
 from l2p_runtime.contract import CheckpointRecord
 from l2p_runtime.errors import ArtifactError
+
+_TRUNK = "l2p.trunk_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +67,23 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
         checkpoint, equal = completed.checkpoint, completed.equal_layers
     model = family.model(checkpoint.shapes, equal)
     faults = model.faults(checkpoint.shapes)
+    if (
+        faults
+        and source is None
+        and (missing := missing_layers(checkpoint))
+        and (trunk := checkpoint.metadata.get(_TRUNK))
+    ):
+        raise ArtifactError(
+            f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
+            hint="give the source that the adapters were trained from: --source DIR",
+        )
     if faults:
         lacks_layers = source is None and any(" `layers." in fault for fault in faults)
         raise ArtifactError(
             f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
             + "; ".join(faults),
             hint="if the file holds adapters alone, give what they were trained from: --source DIR"
-            if lacks_layers or "l2p.trunk_sha256" in checkpoint.metadata
+            if lacks_layers
             else "download it again, or check which tool wrote it",
         )
     merged = _merge(checkpoint, loras)
@@ -117,13 +130,19 @@ def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
         ArtifactError: the checkpoint states another digest.
     """
     checkpoint = loaded.checkpoint
-    stated = checkpoint.metadata.get("l2p.trunk_sha256", digest)
+    stated = checkpoint.metadata.get(_TRUNK, digest)
     # A LoRA may change the trunk, and a source may shorten it; then the statement is about another one.
     if stated != digest and not loaded.loras and loaded.model.spec == loaded.family.model(checkpoint.shapes).spec:
         raise ArtifactError(
             f"`{checkpoint.path}` belongs to trunk {stated[:16]}, the layers it was given make trunk {digest[:16]}",
             hint="give the source that the adapters were trained from",
         )
+
+
+def missing_layers(checkpoint: Checkpoint) -> list[int]:
+    """The main layers that a file lacks below its last one; none tells of a file without any layer."""
+    indices = {int(match[1]) for match in map(re.compile(r"layers\.(\d{1,4})\.").match, checkpoint.tensors) if match}
+    return sorted(set(range(max(indices, default=0))) - indices)
 
 
 def _text(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_export.graphs.join import published_names
+from l2p_export.graphs.names import published_names
 from l2p_runtime.backends import Array, Backend, require_arrays
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.errors import HostError

@@ -22,7 +22,7 @@ from l2p_export import calibration
 from l2p_export.build import Built, build, plan_build
 from l2p_export.calibration import bundle_digests, bundle_model
 from l2p_export.engines import EngineWishes
-from l2p_export.graphs.join import published_names
+from l2p_export.graphs.names import published_names
 from l2p_export.loading import load_model
 from l2p_export.precision import network_points
 from l2p_export.progress import Silent

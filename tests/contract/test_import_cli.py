@@ -15,6 +15,8 @@ from l2p_export.build import plan_build
 from l2p_export.demo import write_demo_checkpoint
 from unit.export.spellings import adapters, fused, latent_state, random_state, save_sharded
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +76,10 @@ def test_inspect_names_the_equal_layers(files: Path) -> None:
     facts = json.loads(run_cli("inspect", files / "adapters.safetensors", "--source", files / "pipe", "--json").stdout)
     assert facts["equal_layers"] == [1, 2, 3, 4]
     assert facts["model"]["trunk_layers"] == [1, 5]
+    demo = ROOT / "export" / "l2p_export" / "data" / "demo" / "demo-4k.safetensors"
+    facts = json.loads(run_cli("inspect", demo, "--json").stdout)
+    assert facts["kind"] == "adapters"
+    assert "lacks layers 1 to 4, those of trunk" in facts["problem"]
     alone = json.loads(run_cli("inspect", files / "adapters.safetensors", "--json").stdout)
     assert alone["kind"] == "adapters"
     assert "--source" not in alone

@@ -106,6 +106,27 @@ def test_what_the_base_install_lacks_is_named(lean: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (("train", "source", "--out", "x", "--dry-run"), "export"),
+        (("train", "corpus", "--count", "1", "--out", "x"), "train"),
+        (("train", "transfer", "x", "--corpus", "x", "--out", "x.safetensors"), "export"),
+        (("eval", "x", "--out", "y"), "train"),
+        (("judge", "x.png", "--prompt", "a red circle"), "train"),
+    ],
+)
+def test_what_any_other_command_lacks_is_named_too(
+    command: tuple[str, ...], extra: str, lean: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    result = subprocess.run(
+        [lean, "-m", "l2p_export", *command], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert result.returncode == 3, result.stderr
+    assert f"pip install 'l2p-export[{extra}" in result.stderr
+
+
 def test_a_render_machine_draws_and_verifies_without_torch(
     wheel: Path, bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -37,6 +37,25 @@ COMMANDS = {
 }
 """Command to the line that `--help` shows; each lives in the module of its name."""
 
+_EXTRAS = {
+    "export": (
+        "diffusers",
+        "ml_dtypes",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "polygraphy",
+        "safetensors",
+        "torch",
+        "transformers",
+    ),
+    "cpu": ("onnxruntime",),
+    "text": ("tokenizers",),
+    "train": ("matplotlib", "PIL", "skimage"),
+    "triton": ("tritonclient",),
+}
+"""Extra of the install to the modules that it brings, for what no module asks for by name itself."""
+
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -121,10 +140,17 @@ def _as_l2p_error(error: BaseException) -> L2PError:
         hint = "free some space, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         where = f" `{error.filename}`" if error.filename else ""
         return HostError(f"{error.strerror or error}{where}", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name or "")):
+        return HostError(f"`{error.name}` is not installed", hint=f"pip install 'l2p-export[{extra}]'")
     return InternalError(
         f"{type(error).__name__}: {error}",
         hint="this is a bug in l2p-export; run again with L2P_TRACEBACK=1 and report what it prints",
     )
+
+
+def _extra_of(module: str) -> str:
+    """The extra that brings a module; empty for modules that every install has."""
+    return next((extra for extra, modules in _EXTRAS.items() if module.partition(".")[0] in modules), "")
 
 
 def _say(text: str) -> None:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from l2p_calib.fp8 import channel_scales, storable
-from l2p_export.graphs.join import published_names
-from l2p_export.graphs.transpose import SUFFIX
+from l2p_export.graphs.names import SUFFIX, published_names
 from l2p_export.tensors import ArrayTensor, DividedTensor, JoinedTensor, TransposedTensor
 
 if TYPE_CHECKING:

@@ -10,10 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from l2p_export.graphs.transpose import SUFFIX
-
-JOINT = "+"
-"""Between the names of weights that are stored as one, [in, out] of each behind the other along `out`."""
+from l2p_export.graphs.names import JOINT, SUFFIX
 
 
 def join_products(model: ir.Model) -> None:
@@ -28,11 +25,6 @@ def join_products(model: ir.Model) -> None:
         for nodes in groups.values():
             if len(nodes) > 1:
                 _join(model.graph, value, nodes)
-
-
-def published_names(name: str) -> list[str]:
-    """The published names of what a graph stores as one weight."""
-    return name.removesuffix(SUFFIX).split(JOINT)
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-SUFFIX = ".T"
-"""Ends the name of a weight that is stored transposed; what stands before is its published name."""
+from l2p_export.graphs.names import SUFFIX
 
 
 def store_transposed(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ from l2p_export.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
 from l2p_export.graphs.export import trace_plan, traced_bytes
-from l2p_export.graphs.join import published_names
+from l2p_export.graphs.names import published_names
 from l2p_export.tensors import TransposedTensor, read_tensor
 
 
