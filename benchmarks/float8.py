@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from l2p_export.graphs.join import published_names
+from l2p_export.graphs.names import published_names
 from l2p_runtime.tensorfile import header_bytes, open_tensorfile
 
 _BLOCK_LINEAR = re.compile(r".*\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])\.weight")

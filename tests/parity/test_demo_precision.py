@@ -1,0 +1,113 @@
+"""The demo in FP16 and FP8 beside FP32: how far its pictures move, and whether they show as much of their prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conftest import run_cli, write_profile
+from l2p_calib.plans import FLOAT8, PLANS
+from l2p_export.demo import DEMO
+from l2p_export.families.z_image_l2p.dimensions import expected_shapes, published_dimensions
+from l2p_export.loading import load_model
+from l2p_export.training.evaluation.drawers import DrawOptions, open_drawer
+from l2p_export.training.evaluation.scores import Prompt, world_prompts
+from l2p_export.training.world.judge import judge
+
+NAMES = ("fp32", "fp16", "fp8", "fp8-plain")
+SIZE_PX = 128
+"""The size that the 1k adapters learnt at; the judge's score means something there."""
+
+Draw: TypeAlias = Callable[[str, int], tuple[NDArray[np.uint8], int]]
+"""A plan and a number of prompts to their pictures [N,H,W,3] and how many of them the judge passed."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo under every plan, FP8 scales from pictures that it drew."""
+    root = tmp_path_factory.mktemp("precision")
+    profile, first, statistics = write_profile(root / "small.toml", 16), root / "first.bundle", root / "statistics.json"
+    precisions = [argument for plan in NAMES for argument in ("--precision", plan)]
+    commands: tuple[tuple[str | Path, ...], ...] = (
+        ("build", "--profile", profile, "--out", first),
+        ("calibrate", first, "--samples", "4", "--size", f"{SIZE_PX}x{SIZE_PX}", "--out", statistics),
+        ("build", "--profile", profile, *precisions, "--statistics", statistics, "--out", root / "all.bundle"),
+    )
+    for command in commands:
+        done = run_cli(*command, "--quiet")
+        assert done.returncode == 0, done.stderr
+    return root / "all.bundle"
+
+
+@pytest.fixture(scope="module")
+def draw(bundle: Path) -> Draw:
+    drawn: dict[tuple[str, int], tuple[NDArray[np.uint8], int]] = {}
+
+    def pictures(plan: str, count: int) -> tuple[NDArray[np.uint8], int]:
+        if (plan, count) not in drawn:
+            prompts = world_prompts(count, 0, held_out=True)
+            found = _draw(bundle, plan, prompts)
+            passed = sum(judge(image, prompt.description).passed for image, prompt in zip(found, prompts, strict=True))
+            drawn[plan, count] = found, passed
+        return drawn[plan, count]
+
+    return pictures
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_float16_draws_the_pictures_of_float32(draw: Draw, count: int) -> None:
+    """At least 45 dB in each picture (issue 7), and the judge takes at most one in 50 otherwise."""
+    (wanted, passed), (found, passed_fp16) = draw("fp32", count), draw("fp16", count)
+    assert min(map(_psnr_db, found, wanted)) >= 45.0
+    assert abs(passed_fp16 - passed) <= count // 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_float8_keeps_98_percent_of_the_score(draw: Draw) -> None:
+    assert draw("fp8", 100)[1] >= 0.98 * draw("fp32", 100)[1]
+
+
+def test_float8_keeps_the_score_of_ten(draw: Draw) -> None:
+    """One of ten may fall to the other side of the judge's bounds."""
+    assert draw("fp8", 10)[1] >= draw("fp32", 10)[1] - 1
+
+
+def test_most_linear_weights_are_in_float8(bundle: Path) -> None:
+    """At least 80 % (issue 7) of the published model's, and of those of the demo that multiply tokens.
+
+    Modulation and time embedding, which multiply one vector a call, are 2 % there and a third of the small demo.
+    """
+    published = expected_shapes(published_dimensions("1k"))
+    assert _share(published, PLANS["fp8"].dtype, ()) >= 0.8
+    layers = json.loads(next((bundle / "plans").glob("fp8.*.json")).read_text())["layers"]
+    dtypes = {layer["layer"]: layer["dtype"] for layer in layers}
+    shapes = load_model(DEMO / "demo-1k.safetensors", DEMO / "source").checkpoint.shapes
+    assert _share(shapes, dtypes.__getitem__, ("t_embedder.", ".adaLN_modulation.")) >= 0.8
+
+
+def _share(shapes: Mapping[str, tuple[int, ...]], dtype: Callable[[str], str], without: tuple[str, ...]) -> float:
+    """The share of the values of linear weights whose layer has dtype FP8."""
+    linear = {
+        name.removesuffix(".weight"): math.prod(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in without)
+    }
+    return sum(size for layer, size in linear.items() if dtype(layer) == FLOAT8) / sum(linear.values())
+
+
+def _draw(bundle: Path, plan: str, prompts: tuple[Prompt, ...]) -> NDArray[np.uint8]:
+    drawer = open_drawer(bundle, DrawOptions((SIZE_PX, SIZE_PX), plan=plan))
+    return np.stack(list(drawer.draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts])))
+
+
+def _psnr_db(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:
+    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
+    return float("inf") if error == 0.0 else 10.0 * float(np.log10(255.0**2 / error))
