@@ -185,7 +185,7 @@ def check_ledger(built: Built, plan: str, rounded: tuple[str, ...]) -> None:
     stage = f"torch float32 -> {plan} graph"
     entries = {(e.network, e.case): e for e in built.bundle.manifest.ledger if e.stage == stage}
     assert {entry.status for entry in entries.values()} == {"passed"}
-    assert (entries["trunk", "padded"].threshold, entries["end-to-end", "padded"].threshold) == (0.2, 0.02)
+    assert (entries["trunk", "padded"].threshold, entries["end-to-end", "padded"].threshold) == (0.2, 0.1)
     assert entries["head", "padded"].threshold == entries["stem.modulation", "padded"].threshold == 0.02
     assert "FP8" in entries["trunk", "padded"].reason
     assert all((entries[name, "padded"].relative or 0) > 0.005 for name in rounded)
