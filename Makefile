@@ -6,12 +6,12 @@ PROMPT := a red circle to the left of a blue square
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-weights test test-slow test-gpu lint types bench bench-full clean
+.PHONY: help demo demo-weights test test-slow test-gpu lint types bench bench-full bench-peers clean
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo model, draw two pictures and judge them"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
-	@echo "make demo-weights | test-slow | test-gpu | lint | types | bench | bench-full | clean"
+	@echo "make demo-weights | test-slow | test-gpu | lint | types | bench | bench-full | bench-peers | clean"
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -35,7 +35,7 @@ demo: .venv/demo
 	$(BIN)/l2p-export build --profile 4k --out $(DEMO)/demo-4k.bundle
 	$(BIN)/l2p-export generate $(DEMO)/demo-4k.bundle --prompt "$(PROMPT)" --size 1024x1024 --seed 7 --out $(DEMO)/picture.png
 	$(BIN)/l2p-export judge $(DEMO)/picture.png --prompt "$(PROMPT)"
-	$(BIN)/l2p-export generate $(DEMO)/demo-4k.bundle --prompt "$(PROMPT)" --size 4096x4096 --steps 4 --guidance 1 --seed 7 \
+	$(BIN)/l2p-export generate $(DEMO)/demo-4k.bundle --prompt "$(PROMPT)" --size 4096x4096 --steps 2 --guidance 1 --seed 7 \
 		--out $(DEMO)/picture-4096.png
 	$(BIN)/l2p-export judge $(DEMO)/picture-4096.png --prompt "$(PROMPT)"
 	@echo "the pictures are $(DEMO)/picture.png and $(DEMO)/picture-4096.png"
@@ -52,18 +52,18 @@ demo-weights: $(WEIGHTS)/source/model_index.json
 	$(BIN)/l2p-export train corpus --count 3000 --size 1024x1024 --seed 100000 --out $(WEIGHTS)/renders-1024
 	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 3000 --learning-rate 1e-3 --ema 0.995 \
 		--sampling-steps 20 --out $(WEIGHTS)/whole-1k.safetensors
-	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 1350 --batch 16 $(WINDOW) \
+	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 6150 --batch 16 $(WINDOW) \
 		--sampling-steps 20 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/demo-1k.safetensors
 	$(TRANSFER) --corpus $(WEIGHTS)/renders-512 --variant 4k --size-px 512 --steps 240 $(WINDOW) --shift 8 \
 		--sampling-steps 12 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/512-4k.safetensors
-	$(TRANSFER) --corpus $(WEIGHTS)/renders-1024 --variant 4k --size-px 1024 --steps 540 $(WINDOW) --shift 12 \
+	$(TRANSFER) --corpus $(WEIGHTS)/renders-1024 --variant 4k --size-px 1024 --steps 1440 $(WINDOW) --shift 12 \
 		--sampling-steps 12 --init $(WEIGHTS)/512-4k.safetensors --out $(WEIGHTS)/demo-4k.safetensors
 
 $(WEIGHTS)/first/model_index.json: .venv/demo
 	$(BIN)/l2p-export train source --steps 7400 --out $(WEIGHTS)/first
 
 $(WEIGHTS)/source/model_index.json: $(WEIGHTS)/first/model_index.json
-	$(BIN)/l2p-export train source --init $(WEIGHTS)/first --scenes 12000 --size-px 128 --size-px 256 --steps 1200 \
+	$(BIN)/l2p-export train source --init $(WEIGHTS)/first --scenes 12000 --size-px 128 --size-px 256 --size-px 256 --steps 3600 \
 		--learning-rate 8e-4 --out $(WEIGHTS)/source
 
 # A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread.
@@ -97,6 +97,30 @@ bench-full: .venv/test
 	$(BIN)/python benchmarks/engines.py trunk
 	$(BIN)/python benchmarks/engines.py full
 	$(BIN)/python benchmarks/engines.py float8
+
+# Other tools beside ours, each in an environment of its own. modelopt's extra `onnx` wants onnxruntime-gpu, which nothing
+# here can run, and leaves out `requests`; this is the rest of it, with the same version of onnxruntime for the CPU.
+PEERS := build/peers
+PEER = PYTHONPATH=export:runtime:calib:engines
+PIP_PEER = pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 numpy==2.4.6
+
+bench-peers: .venv/demo $(PEERS)/modelopt/made $(PEERS)/torchao/made
+	$(BIN)/python benchmarks/peers/prepare.py $(PEERS)/work
+	$(PEER) $(PEERS)/modelopt/bin/python benchmarks/peers/modelopt_peer.py $(PEERS)/work
+	$(PEER) $(PEERS)/torchao/bin/python benchmarks/peers/torchao_peer.py $(PEERS)/work
+	$(BIN)/python benchmarks/peers/compare.py $(PEERS)/work
+
+$(PEERS)/modelopt/made: .venv/python
+	$(BIN)/python -m venv $(PEERS)/modelopt
+	$(PEERS)/modelopt/bin/$(PIP_PEER) nvidia-modelopt==0.47.0 onnx==1.21.0 onnxruntime==1.24.4 \
+		onnx-graphsurgeon==0.6.1 onnxconverter-common==1.16.0 onnxslim==0.1.98 onnxscript==0.7.2 polygraphy==0.53.6 \
+		ml_dtypes==0.6.0 lief==1.0.0 cppimport==26.4.17 requests==2.34.2 huggingface_hub==2.4.0
+	touch $@
+
+$(PEERS)/torchao/made: .venv/python
+	$(BIN)/python -m venv $(PEERS)/torchao
+	$(PEERS)/torchao/bin/$(PIP_PEER) torchao==0.18.0
+	touch $@
 
 clean:
 	rm -rf .venv $(DEMO) build dist
