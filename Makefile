@@ -40,7 +40,7 @@ demo: .venv/demo
 	$(BIN)/l2p-export judge $(DEMO)/picture-4096.png --prompt "$(PROMPT)"
 	@echo "the pictures are $(DEMO)/picture.png and $(DEMO)/picture-4096.png"
 
-# The commands that the demo's weights come from, in order; each goes on where it was stopped. About five hours of one core.
+# The commands that the demo's weights come from, in order; each goes on where it was stopped. About eight hours of one core.
 # The card beside the weights, export/l2p_export/data/demo/README.md, says what they reached.
 WEIGHTS := build/demo-weights
 TRANSFER = $(BIN)/l2p-export train transfer $(WEIGHTS)/source --noise fresh --head-divisor 4 --guidance 2 --licence Apache-2.0

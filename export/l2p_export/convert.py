@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from l2p_engines.stages import locked
 from l2p_export.loading import trunk_digest
+from l2p_export.metadata import TRUNK_SHA256
 from l2p_export.quantized import canonical_dtype
 from l2p_export.weights import write_weights
 from l2p_runtime.errors import HostError
@@ -57,7 +58,7 @@ def _write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, 
     needed, free = output_bytes(tensors) + _SPARE_BYTES, shutil.disk_usage(out.parent).free
     if needed > free:
         raise HostError(f"`{out.parent}` has {free:,} bytes free, the checkpoint needs {needed:,}")
-    metadata = {**loaded.checkpoint.metadata, "l2p.trunk_sha256": digest}
+    metadata = {**loaded.checkpoint.metadata, TRUNK_SHA256: digest}
     partial = out.with_name(f".{out.name}.partial")
     try:
         write_weights(partial, tensors, {n: canonical_dtype(s) for n, s in tensors.items()}, advance, metadata)

@@ -11,14 +11,12 @@ from l2p_export.checkpoint import Checkpoint, fingerprint
 from l2p_export.families import Family, Model, family_of
 from l2p_export.folders import open_weights
 from l2p_export.lora import Lora, LoraRequest, merge_loras, open_lora
-from l2p_export.metadata import is_trained, licence
+from l2p_export.metadata import TRUNK_SHA256, is_trained, licence
 from l2p_export.overlay import overlay
 from l2p_export.quantized import with_scales
 from l2p_export.tensors import weights_digest
 from l2p_runtime.contract import CheckpointRecord
 from l2p_runtime.errors import ArtifactError
-
-_TRUNK = "l2p.trunk_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +65,13 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
         checkpoint, equal = completed.checkpoint, completed.equal_layers
     model = family.model(checkpoint.shapes, equal)
     faults = model.faults(checkpoint.shapes)
-    if (
-        faults
-        and source is None
-        and (missing := missing_layers(checkpoint))
-        and (trunk := checkpoint.metadata.get(_TRUNK))
-    ):
-        raise ArtifactError(
-            f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
-            hint="give the source that the adapters were trained from: --source DIR",
-        )
     if faults:
+        missing, trunk = missing_layers(checkpoint), checkpoint.metadata.get(TRUNK_SHA256)
+        if source is None and missing and trunk:
+            raise ArtifactError(
+                f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
+                hint="give the source that the adapters were trained from: --source DIR",
+            )
         lacks_layers = source is None and any(" `layers." in fault for fault in faults)
         raise ArtifactError(
             f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
@@ -130,7 +124,7 @@ def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
         ArtifactError: the checkpoint states another digest.
     """
     checkpoint = loaded.checkpoint
-    stated = checkpoint.metadata.get(_TRUNK, digest)
+    stated = checkpoint.metadata.get(TRUNK_SHA256, digest)
     # A LoRA may change the trunk, and a source may shorten it; then the statement is about another one.
     if stated != digest and not loaded.loras and loaded.model.spec == loaded.family.model(checkpoint.shapes).spec:
         raise ArtifactError(

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from l2p_runtime.contract import Sampling
 from l2p_runtime.errors import ArtifactError, UsageError
 
+TRUNK_SHA256 = "l2p.trunk_sha256"
+"""Key of the digest of the trunk that weights were trained beside."""
+
 
 def sampling_defaults(metadata: Mapping[str, str], fallback: Sampling) -> Sampling:
     """Steps, guidance and shift: the checkpoint's `l2p.*`, else the profile's.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_shapes
 from l2p_export.folders import Weights, open_weights
+from l2p_export.metadata import TRUNK_SHA256
 from l2p_export.tensors import read_tensor, weights_digest
 from l2p_runtime.errors import ArtifactError, HostError
 
@@ -44,7 +45,7 @@ def write_adapters(path: Path, trained: Mapping[str, Tensor], digest: str, metad
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"format": "pt", "l2p.trunk_sha256": digest, "l2p.trained": "true", **metadata})
+        save_file(tensors, partial, {"format": "pt", TRUNK_SHA256: digest, "l2p.trained": "true", **metadata})
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -67,7 +68,7 @@ def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -
         ArtifactError: damaged, of another trunk, or nothing in it matches.
     """
     adapters = open_weights(path)
-    stated = adapters.metadata.get("l2p.trunk_sha256")
+    stated = adapters.metadata.get(TRUNK_SHA256)
     if stated != digest:
         raise ArtifactError(
             f"`{path}` belongs to {f'trunk {stated[:16]}' if stated else 'no stated trunk'}, the source has trunk "
