@@ -31,6 +31,9 @@ _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
 """Side of the square images that the published adapters were trained on (l2p.md 5.2, 5.3)."""
 
 
+device_option = click.option("--device", help="cpu, cuda or cuda:1; a GPU where there is one, by default.")
+
+
 @click.group("train")
 def command() -> None:
     """Train a small latent source, let a source draw a corpus, or move a source to pixels."""
@@ -57,6 +60,7 @@ def command() -> None:
 @click.option("--learning-rate", default=1.5e-3, show_default=True)
 @click.option("--save-every", default=400, show_default=True, help="Steps between saved states.")
 @click.option("--seed", default=0, show_default=True)
+@device_option
 @json_option
 @dry_run_option
 @quiet_option
@@ -68,6 +72,9 @@ def source_command(
     Autoencoder, text encoder and transformer are the published parts at a small size. A stopped run goes on with the
     same command.
     """
+    import torch
+
+    from l2p_export.training.distributed import chosen_device
     from l2p_export.training.loop import Schedule
     from l2p_export.training.samples import SampleSpec
     from l2p_export.training.source.train import SourceSpec, train_source
@@ -99,11 +106,15 @@ def source_command(
         ),
         sizes_px=options["sizes_px"],
     )
+    device = chosen_device(options["device"])
+    if device.type == "cuda":
+        # Sums stay float32; products lose what BF16 autocast would lose eightfold.
+        torch.set_float32_matmul_precision("high")
     work = work or out.with_name(out.name + ".training")
     _require_new(out, "model_index.json")
     samples = SampleSpec(count=options["samples"]) if options["samples"] else None
     if not dry_run:
-        train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init)
+        train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init, device=device)
     _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
 
 
@@ -121,6 +132,7 @@ def source_command(
 @click.option("--shift", type=float, help="Of the noise schedule; the source's otherwise.")
 @click.option("--batch", default=16, show_default=True)
 @click.option("--judged", is_flag=True, help="Leave out what does not show its caption; captions of the small world.")
+@device_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @json_option
 @dry_run_option
@@ -154,6 +166,7 @@ def corpus_command(
                 texts, options["seeds_per_prompt"], options["seed"], (height, width), out, console
             )
     else:
+        from l2p_export.training.distributed import chosen_device
         from l2p_export.training.draw import DrawSpec, draw_corpus, load_artist
         from l2p_export.training.pipeline_folder import open_source
 
@@ -162,7 +175,7 @@ def corpus_command(
         spec = DrawSpec(height, width, options["steps"], options["guidance"], shift, options["batch"])
         facts |= asdict(spec)
         if not dry_run:
-            artist = load_artist(opened)
+            artist = load_artist(opened, chosen_device(options["device"]))
             facts["drawn"] = draw_corpus(
                 artist,
                 texts,
@@ -178,7 +191,12 @@ def corpus_command(
 
 @command.command("transfer")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="Folder that `train corpus` wrote.")
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Folder that `train corpus` wrote; scenes of the small world otherwise.",
+)
+@click.option("--count", default=20_000, show_default=True, help="Scenes of the small world, where no corpus is given.")
 @click.option("--variant", type=click.Choice(["1k", "4k", "8k", "10k"]), default="1k", show_default=True)
 @click.option("--size-px", "sizes_px", type=int, multiple=True, help="Side of the training images; repeatable.")
 @click.option("--window-tokens", default=0, show_default=True, help="Side of the square the head learns on; 0 is all.")
@@ -203,7 +221,7 @@ def corpus_command(
 @click.option("--caption-dropout", default=0.1, show_default=True)
 @click.option("--head-divisor", default=1, show_default=True, help="Published channels of the pixel head over this.")
 @click.option("--checkpointing", is_flag=True, help="Recompute activations instead of keeping them.")
-@click.option("--device", help="cpu, cuda or cuda:1; a GPU where there is one, by default.")
+@device_option
 @click.option("--autocast", type=click.Choice(["none", "bf16"]), help="bf16 on a GPU, none on the CPU, by default.")
 @click.option(
     "--trunk-storage",
@@ -237,8 +255,8 @@ def corpus_command(
 @json_option
 @dry_run_option
 @quiet_option
-def transfer_command(source: Path, corpus: Path, out: Path, work: Path | None, **options: Any) -> None:
-    """Move SOURCE, a pipeline folder, to pixels: train all but its trunk on CORPUS, and write the adapters alone.
+def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | None, **options: Any) -> None:
+    """Move SOURCE, a pipeline folder, to pixels: train all but its trunk on images, and write the adapters alone.
 
     A stopped run goes on with the same command, and with more --steps if they are asked for. `build ADAPTERS --source
     SOURCE` makes a bundle of the result. On several GPUs: `torchrun --nproc-per-node N -m l2p_export train transfer
@@ -252,10 +270,11 @@ def transfer_command(source: Path, corpus: Path, out: Path, work: Path | None, *
         _transfer(source, corpus, out, work or out.with_name(out.stem + ".training"), options, team)
 
 
-def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
+def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
     from l2p_export.progress import Silent
     from l2p_export.training.corpus import open_corpus
     from l2p_export.training.pipeline_folder import open_headers, open_source
+    from l2p_export.training.rendered import world_scenes
     from l2p_export.training.samples import SampleSpec, pixel_samples
     from l2p_export.training.transfer.batches import padded_lengths, require_seeds
     from l2p_export.training.transfer.forecast import require_memory, transfer_forecast
@@ -271,7 +290,7 @@ def _transfer(source: Path, corpus: Path, out: Path, work: Path, options: dict[s
     if options["samples"]:
         samples = SampleSpec(options["samples"], min(spec.sizes_px), shift=spec.shift)
     transformer, encoder = open_headers(source)
-    images = open_corpus(corpus)
+    images = open_corpus(corpus) if corpus else world_scenes(options["count"], options["seed"])
     if spec.noise == "stored":
         require_seeds(images)
     d = pixel_dimensions(transformer, spec)

@@ -79,11 +79,11 @@ def joined(device: str | None = None, sharding: str = "none") -> Iterator[Team]:
                 "there is one process, so nothing to cut weights over",
                 hint="start several: torchrun --nproc-per-node 2 -m l2p_export train transfer ..., or --sharding none",
             )
-        yield Team(device=_device(device, 0))
+        yield Team(device=chosen_device(device, 0))
         return
     if device is not None and device.startswith("cuda:"):
         raise UsageError(f"--device is {device}, for {size} processes", hint="give cuda; each takes its own GPU")
-    chosen = _device(device, int(numbers["LOCAL_RANK"]))
+    chosen = chosen_device(device, int(numbers["LOCAL_RANK"]))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     rank = int(numbers["RANK"])
     _start_group(chosen)
@@ -187,7 +187,13 @@ def made_whole(part: Tensor, like: Tensor) -> Tensor:
     ).full_tensor()
 
 
-def _device(wanted: str | None, local_rank: int) -> torch.device:
+def chosen_device(wanted: str | None, local_rank: int = 0) -> torch.device:
+    """The device that one process computes on: the one that is asked for, or a GPU where there is one.
+
+    Raises:
+        UsageError: no such kind of device.
+        HostError: no such GPU.
+    """
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions, source_dimensions
 from l2p_export.families.z_image_l2p.latent import LATENT_CHANNELS, LATENT_PATCH, LatentModel
@@ -19,6 +19,7 @@ from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors import read_tensor, weights_digest
 from l2p_export.training.corpus import append_rows, corpus_images, next_image, write_image
 from l2p_export.training.flow import sample
+from l2p_export.training.loop import CPU
 from l2p_export.training.pipeline_folder import Embeds, Source, encode_texts, load_autoencoder
 from l2p_export.training.settings import require_settings
 from l2p_export.training.world.captions import describe
@@ -70,6 +71,7 @@ class Artist:
     dimensions: Dimensions
     model: LatentModel
     autoencoder: AutoencoderKL
+    device: torch.device = CPU
 
     @property
     def px_per_latent(self) -> int:
@@ -77,8 +79,8 @@ class Artist:
         return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
 
 
-def load_artist(source: Source) -> Artist:
-    """Load a source's transformer and autoencoder in float32.
+def load_artist(source: Source, device: torch.device = CPU) -> Artist:
+    """Load a source's transformer and autoencoder in float32 onto a device.
 
     Raises:
         ArtifactError: a tensor is absent or misshapen.
@@ -94,7 +96,10 @@ def load_artist(source: Source) -> Artist:
             f"`{source.folder}` lacks {len(missing)} tensors of its transformer, `{missing[0]}` first",
             hint="fetch the folder again",
         )
-    return Artist(source, d, model, load_autoencoder(source))
+    autoencoder = load_autoencoder(source)
+    # The plain method: the library's own warns of what it does not do here.
+    nn.Module.to(autoencoder, device)
+    return Artist(source, d, model.to(device), autoencoder, device)
 
 
 def draw_images(artist: Artist, texts: Sequence[str], seeds: Sequence[int], spec: DrawSpec) -> NDArray[np.uint8]:
@@ -192,20 +197,24 @@ def draw_corpus(
 @torch.no_grad()
 def _draw(artist: Artist, embeds: Embeds, noise: Tensor, spec: DrawSpec) -> NDArray[np.uint8]:
     rows, columns = noise.shape[2] // LATENT_PATCH, noise.shape[3] // LATENT_PATCH
-    empty = encode_texts(artist.source, [""])
+    device = artist.device
+    used = {
+        has_caption: Embeds(found.values.to(device), found.mask.to(device))
+        for has_caption, found in ((True, embeds), (False, encode_texts(artist.source, [""])))
+    }
     model = model_spec(artist.dimensions)
     tables = {
-        length: tuple(torch.from_numpy(table) for table in rope_tables(model, rows, columns, length))
-        for length in {embeds.values.shape[1], empty.values.shape[1]}
+        length: tuple(torch.from_numpy(table).to(device) for table in rope_tables(model, rows, columns, length))
+        for length in {found.values.shape[1] for found in used.values()}
     }
 
     def predict(mixed: Tensor, time: Tensor, has_caption: bool) -> Tensor:
-        used = embeds if has_caption else empty
-        values, mask = (part.expand(len(mixed), *part.shape[1:]) for part in (used.values, used.mask))
+        found = used[has_caption]
+        values, mask = (part.expand(len(mixed), *part.shape[1:]) for part in (found.values, found.mask))
         made: Tensor = artist.model(mixed, time, values, mask, *tables[values.shape[1]])
         return made
 
-    latents = sample(predict, noise, spec.steps, spec.guidance, spec.shift)
+    latents = sample(predict, noise.to(device), spec.steps, spec.guidance, spec.shift)
     return decode(artist.autoencoder, latents)
 
 
@@ -214,4 +223,4 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
     config = autoencoder.config
     decoded = autoencoder.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
+    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())

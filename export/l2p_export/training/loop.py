@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 PROGRESS_NAME, LOCK_NAME = "progress.csv", ".training.lock"
 COLUMNS = ("step", "samples", "loss", "gradient_norm", "learning_rate", "seconds")
 
+CPU = torch.device("cpu")
+
 LOSS_DECAY = 0.98
 """The printed loss is a running mean of about 50 steps."""
 
@@ -228,12 +230,15 @@ def train_weights(
         return whole_averages(weights, team)
 
 
-def generator(*numbers: int) -> torch.Generator:
-    """A generator of its own for each sequence of numbers: seed, step, and micro batch or sample."""
+def generator(*numbers: int, device: torch.device = CPU) -> torch.Generator:
+    """A generator of its own for each sequence of numbers: seed, step, and micro batch or sample.
+
+    What it draws follows from the numbers and the kind of device.
+    """
     import numpy as np
 
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+    return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
 
 
 def _gradients(

@@ -1,17 +1,18 @@
-"""Renders of the small world as a corpus: its real images, where a source's own are too small or too poor."""
+"""Renders of the small world: its real images, where a source's own are too small or too poor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_export.training.corpus import PIXELS_MAX, append_rows, corpus_images, write_image, written_rows
+from l2p_export.training.corpus import PIXELS_MAX, Row, append_rows, corpus_images, write_image, written_rows
 from l2p_export.training.settings import require_settings
 from l2p_export.training.world.captions import caption, describe
 from l2p_export.training.world.render import render
-from l2p_export.training.world.scenes import draw_description, place
+from l2p_export.training.world.scenes import Scene, draw_description, place
 from l2p_runtime.errors import UsageError
 from l2p_runtime.noise import checked_seed
 
@@ -33,6 +34,30 @@ def world_captions(count: int, seed: int, *, held_out: bool = False) -> tuple[st
     checked_seed(seed)
     randoms = (np.random.default_rng([seed, index]) for index in range(count))
     return tuple(caption(draw_description(random, held_out=held_out), random) for random in randoms)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedScenes:
+    """Scenes of the small world with their captions, to be rendered where and when they are needed."""
+
+    rows: tuple[Row, ...]
+    scenes: tuple[Scene, ...]
+
+    def __len__(self) -> int:
+        """Number of scenes."""
+        return len(self.scenes)
+
+
+def world_scenes(count: int, seed: int) -> RenderedScenes:
+    """The scenes that `render_corpus` renders for the `count` captions of a seed, as squares.
+
+    Raises:
+        UsageError: none, or a seed out of range.
+    """
+    texts = world_captions(count, seed)
+    corpus_images(texts, 1, seed)
+    scenes = tuple(place(describe(text), np.random.default_rng([seed + index])) for index, text in enumerate(texts))
+    return RenderedScenes(tuple(Row("", text, None) for text in texts), scenes)
 
 
 def render_corpus(

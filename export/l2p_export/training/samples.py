@@ -78,11 +78,14 @@ def source_samples(
     tables = [torch.from_numpy(table) for table in rope_tables(model_spec(d), side // 2, side // 2, CAPTION_TOKENS)]
 
     def show(step: int, model: SourceModel) -> None:
+        device = next(model.parameters()).device
+        positions = [table.to(device) for table in tables]
+
         def predict(mixed: Tensor, time: Tensor, has_caption: bool) -> Tensor:
-            made: Tensor = model(mixed, time, ids if has_caption else empty, *tables)
+            made: Tensor = model(mixed, time, (ids if has_caption else empty).to(device), *positions)
             return made
 
-        latents = sample(predict, noise, spec.steps, spec.guidance, spec.shift)
+        latents = sample(predict, noise.to(device), spec.steps, spec.guidance, spec.shift)
         with torch.no_grad():
             images = decode(autoencoder, latents)
         _show(folder, step, images, descriptions)

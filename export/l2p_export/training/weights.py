@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from l2p_export.training.distributed import Team, gathered, is_cut, made_whole, own_part
 
@@ -98,8 +99,10 @@ def move(weights: Weights, kept: float) -> None:
     """One step of the optimizer, written back to the module, and into the averages, which keep the share `kept`."""
     weights.optimizer.step()
     write_back(weights)
-    for name, master in weights.masters.items():
-        weights.averaged[name].lerp_(master.detach(), 1 - kept)
+    # All at once: tensor by tensor, a GPU waits for the small ones to be asked for.
+    averages = [weights.averaged[name] for name in weights.masters]
+    current = [master.detach() for master in weights.masters.values()]
+    get_ema_multi_avg_fn(kept)(averages, current, None)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

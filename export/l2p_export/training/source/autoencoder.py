@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.training.loop import Schedule, generator, train
-from l2p_export.training.world.render import render
+from l2p_export.training.loop import CPU, Schedule, generator, train
+from l2p_export.training.world.batched import render_batch
 from l2p_export.training.world.scenes import draw_description, place
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from numpy.typing import NDArray
 
     from l2p_export.progress import Reporter
 
@@ -47,7 +46,7 @@ EDGE_WEIGHT = 0.1
 """Of the absolute error, which keeps pulling at edges where squares of small errors fade."""
 
 
-def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter) -> AutoencoderKL:
+def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter, device: torch.device = CPU) -> AutoencoderKL:
     """Train on crops of rendered scenes; `scaling_factor` and `shift_factor` are set from its own latents.
 
     Raises:
@@ -56,13 +55,14 @@ def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter) -> Aut
     from diffusers import AutoencoderKL
 
     torch.manual_seed(schedule.seed)
-    model = AutoencoderKL(**CONFIG, sample_size=IMAGE_PX).to(memory_format=torch.channels_last)
+    model = AutoencoderKL(**CONFIG, sample_size=IMAGE_PX).to(device, memory_format=torch.channels_last)
 
     def loss(step: int, micro: int) -> Tensor:
         size = schedule.batch // schedule.micro_batches
-        image = _crops(np.random.default_rng([schedule.seed, step, micro]), size)
+        image = _crops(np.random.default_rng([schedule.seed, step, micro]), size, device)
         posterior = model.encode(image).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator(schedule.seed, step, micro))
+        draws = generator(schedule.seed, step, micro, device=device)
+        noise = torch.randn(posterior.mean.shape, generator=draws, device=device)
         made = model.decode(posterior.mean + posterior.std * noise).sample
         difference = made - image
         error = difference.square().mean() + EDGE_WEIGHT * difference.abs().mean()
@@ -74,31 +74,30 @@ def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter) -> Aut
     averaged = train(model, loss, schedule, folder, settings, report, title="autoencoder")
     model.load_state_dict(averaged)
     model.eval().requires_grad_(requires_grad=False)
-    latents = encode(model, _images(np.random.default_rng([schedule.seed, 1 << 31]), 256))
+    latents = encode(model, _images(np.random.default_rng([schedule.seed, 1 << 31]), 256, device))
     model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     return model
 
 
 @torch.no_grad()
-def encode(model: AutoencoderKL, images: NDArray[np.uint8], batch: int = 32) -> Tensor:
-    """Means of the latents [N,16,H/8,W/8] of images [N,H,W,3], neither shifted nor scaled."""
-    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-    return torch.cat([model.encode(as_tensor(part)).latent_dist.mean for part in parts])
+def encode(model: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
+    """Means of the latents [N,16,H/8,W/8] of uint8 pixels [N,3,H,W], neither shifted nor scaled."""
+    return torch.cat([model.encode(as_values(part)).latent_dist.mean for part in torch.split(images, batch)])
 
 
-def as_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Pixels [N,H,W,3] to float32 [N,3,H,W] from -1 to 1, channels last in memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
+def as_values(images: Tensor) -> Tensor:
+    """uint8 pixels [N,3,H,W] to float32 from -1 to 1, in the same order in memory."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def _images(random: np.random.Generator, count: int) -> NDArray[np.uint8]:
-    scenes = (place(draw_description(random), random) for _ in range(count))
-    return np.stack([render(scene, IMAGE_PX, IMAGE_PX) for scene in scenes])
+def _images(random: np.random.Generator, count: int, device: torch.device) -> Tensor:
+    scenes = [place(draw_description(random), random) for _ in range(count)]
+    return render_batch(scenes, IMAGE_PX, IMAGE_PX, device).contiguous(memory_format=torch.channels_last)
 
 
-def _crops(random: np.random.Generator, count: int) -> Tensor:
+def _crops(random: np.random.Generator, count: int, device: torch.device) -> Tensor:
     """A quarter of each image, cut anywhere."""
     corners = random.integers(0, IMAGE_PX - CROP_PX + 1, (count, 2))
-    images = _images(random, count)
-    cut = [image[y : y + CROP_PX, x : x + CROP_PX] for image, (y, x) in zip(images, corners, strict=True)]
-    return as_tensor(np.stack(cut))
+    images = _images(random, count, device)
+    cut = [image[:, y : y + CROP_PX, x : x + CROP_PX] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
+    return as_values(torch.stack(cut).contiguous(memory_format=torch.channels_last))

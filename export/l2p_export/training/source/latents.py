@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2p_export.training.loop import CPU
 from l2p_export.training.source.autoencoder import encode
 from l2p_export.training.source.tokens import caption_ids
+from l2p_export.training.world.batched import render_batch, what_lies_where
 from l2p_export.training.world.captions import caption
-from l2p_export.training.world.render import render, what_lies_where
 from l2p_export.training.world.scenes import Scene, draw_description, place
 from l2p_runtime.errors import HostError
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
     from l2p_export.progress import Reporter
 
-_AT_ONCE = 64
+_PIXELS_AT_ONCE = 1 << 20
+"""64 scenes of 128 px."""
+
 _MADE_FROM = "made_from"
 
 
@@ -52,35 +56,46 @@ class SceneSet:
 
 
 def scene_latents(
-    path: Path, model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, scenes: SceneSet, report: Reporter
+    path: Path,
+    model: AutoencoderKL,
+    tokenizer: tokenizers.Tokenizer,
+    scenes: SceneSet,
+    report: Reporter,
+    device: torch.device = CPU,
 ) -> LatentData:
     """Latents and captions of training scenes, shifted and scaled by the autoencoder's own numbers.
 
     Args:
         path: safetensors file that keeps them; read instead where it was made from the same.
-        model: trained autoencoder.
+        model: trained autoencoder, on the device.
         tokenizer: the small world's.
         scenes: which.
         report: told of scenes.
+        device: where all of it is kept.
 
     Raises:
         HostError: the file cannot be written.
     """
     # What the file was made from; another autoencoder's latents, or fewer, are made again.
     made_from = f"{_digest(model)} {scenes.seed} {scenes.count} {scenes.size_px}"
+    drawn = [_scene(scenes.seed, index) for index in range(scenes.count)]
     stored = _read(path, made_from)
     if stored is None:
-        stored = _encode(model, tokenizer, scenes, report)
+        stored = _encode(model, tokenizer, drawn, scenes.size_px, report, device)
         _write(path, stored, made_from)
     config = model.config
-    latents = (stored["latents"].float() - config.shift_factor) * config.scaling_factor
-    patches = [size // 2 for size in latents.shape[2:]]
-    shares = np.stack([what_lies_where(_scene(scenes.seed, index)[1], *patches) for index in range(scenes.count)])
+    latents = (stored["latents"].to(device).float() - config.shift_factor) * config.scaling_factor
+    rows, columns = (size // 2 for size in latents.shape[2:])
+    at_once = _at_once(scenes.size_px)
+    shares = [
+        what_lies_where([scene for _, scene in drawn[start : start + at_once]], rows, columns, device).to(torch.float16)
+        for start in range(0, scenes.count, at_once)
+    ]
     return LatentData(
         latents.to(torch.float16),
-        stored["ids"],
-        caption_ids(tokenizer, [""])[0],
-        torch.from_numpy(shares.astype(np.float16)).flatten(1, 2),
+        stored["ids"].to(device),
+        caption_ids(tokenizer, [""])[0].to(device),
+        torch.cat(shares).flatten(1, 2),
     )
 
 
@@ -91,20 +106,27 @@ def _scene(seed: int, index: int) -> tuple[str, Scene]:
     return caption(description, random), scene
 
 
+def _at_once(size_px: int) -> int:
+    return max(1, _PIXELS_AT_ONCE // size_px**2)
+
+
 def _encode(
-    model: AutoencoderKL, tokenizer: tokenizers.Tokenizer, scenes: SceneSet, report: Reporter
+    model: AutoencoderKL,
+    tokenizer: tokenizers.Tokenizer,
+    drawn: Sequence[tuple[str, Scene]],
+    size_px: int,
+    report: Reporter,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    parts, texts = [], []
-    with report.stage(f"scenes of {scenes.size_px} px as latents", scenes.count, "scenes") as advance:
-        for start in range(0, scenes.count, _AT_ONCE):
-            images = []
-            for index in range(start, min(scenes.count, start + _AT_ONCE)):
-                text, scene = _scene(scenes.seed, index)
-                images.append(render(scene, scenes.size_px, scenes.size_px))
-                texts.append(text)
-            parts.append(encode(model, np.stack(images)).to(torch.float16))
-            advance(len(images))
-    return {"latents": torch.cat(parts).contiguous(), "ids": caption_ids(tokenizer, texts)}
+    parts, at_once = [], _at_once(size_px)
+    with report.stage(f"scenes of {size_px} px as latents", len(drawn), "scenes") as advance:
+        for start in range(0, len(drawn), at_once):
+            scenes = [scene for _, scene in drawn[start : start + at_once]]
+            images = render_batch(scenes, size_px, size_px, device).contiguous(memory_format=torch.channels_last)
+            parts.append(encode(model, images, at_once).to(torch.float16))
+            advance(len(scenes))
+    latents = torch.cat(parts).cpu().contiguous()
+    return {"latents": latents, "ids": caption_ids(tokenizer, [text for text, _ in drawn])}
 
 
 def _read(path: Path, made_from: str) -> dict[str, Tensor] | None:
@@ -136,5 +158,5 @@ def _write(path: Path, tensors: dict[str, Tensor], made_from: str) -> None:
 def _digest(model: AutoencoderKL) -> str:
     digest = hashlib.sha256()
     for name, values in sorted(model.state_dict().items()):
-        digest.update(name.encode() + values.to(torch.float32).contiguous().numpy().tobytes())
+        digest.update(name.encode() + values.to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.pixel import load_published
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors import read_tensor
 from l2p_export.training.flow import draw_sigmas
-from l2p_export.training.loop import Schedule, generator, train
+from l2p_export.training.loop import CPU, Schedule, generator, train
 from l2p_export.training.pipeline_folder import load_autoencoder, open_source, write_source
 from l2p_export.training.samples import SampleSpec, source_samples
 from l2p_export.training.source.autoencoder import IMAGE_PX, train_autoencoder
@@ -76,7 +76,14 @@ class SourceSpec:
 
 
 def train_source(
-    out: Path, work: Path, spec: SourceSpec, report: Reporter, *, samples: SampleSpec | None, init: Path | None = None
+    out: Path,
+    work: Path,
+    spec: SourceSpec,
+    report: Reporter,
+    *,
+    samples: SampleSpec | None,
+    init: Path | None = None,
+    device: torch.device = CPU,
 ) -> None:
     """Train all parts and write the pipeline folder; a stopped run goes on where it stopped.
 
@@ -87,35 +94,42 @@ def train_source(
         report: told of stages.
         samples: what is drawn and judged at each saved state of the transformer, if anything.
         init: a source of this kind to begin with; its autoencoder stays as it is.
+        device: where everything is computed, in float32.
 
     Raises:
         As `loop.train`; ArtifactError where `init` is another kind of source; HostError where a disk refuses.
     """
     d, tokenizer, seed = source_dimensions(), world_tokenizer(), spec.transformer.seed
     if init is None:
-        autoencoder = train_autoencoder(work / "autoencoder", spec.autoencoder, report)
+        autoencoder = train_autoencoder(work / "autoencoder", spec.autoencoder, report, device)
         model = initial_source(d, seed)
     else:
         begun = open_source(init)
         autoencoder, model = load_autoencoder(begun), load_source_model(begun, d, seed)
+    # The plain method: the library's own warns of what it does not do here.
+    nn.Module.to(autoencoder, device)
+    model.to(device)
     first_px = spec.sizes_px[0]
-    data = [
-        scene_latents(
+    data = {
+        size_px: scene_latents(
             work / f"latents-{size_px}.safetensors",
             autoencoder,
             tokenizer,
             SceneSet(max(1, spec.scenes * first_px**2 // size_px**2), size_px, seed),
             report,
+            device,
         )
-        for size_px in spec.sizes_px
-    ]
+        for size_px in sorted(set(spec.sizes_px))
+    }
+    steps_draw_from = [data[size_px] for size_px in spec.sizes_px]
     folder = work / "transformer"
     if samples is None:
-        train_transformer(model, data, folder, spec.transformer, report)
+        train_transformer(model, steps_draw_from, folder, spec.transformer, report)
     else:
         on_save = source_samples(folder, d, autoencoder, tokenizer, samples)
-        train_transformer(model, data, folder, spec.transformer, report, on_save)
-    write_source(out, model, d, autoencoder, tokenizer, NOISE_SHIFT)
+        train_transformer(model, steps_draw_from, folder, spec.transformer, report, on_save)
+    nn.Module.to(autoencoder, CPU)
+    write_source(out, model.to(CPU), d, autoencoder, tokenizer, NOISE_SHIFT)
 
 
 def load_source_model(source: Source, d: Dimensions, seed: int) -> SourceModel:
@@ -150,7 +164,7 @@ def train_transformer(
     """Train text encoder and transformer by flow matching on x0 - noise; the model is left with the averaged weights.
 
     Args:
-        model: what learns.
+        model: what learns, on the device that the data is on.
         data: scenes of each size; each step takes one of them, by chance.
         folder: where states go.
         schedule: `batch` counts the images of the first size; of others a step takes as many tokens.
@@ -160,10 +174,10 @@ def train_transformer(
     Raises:
         As `loop.train`.
     """
-    d = source_dimensions()
+    d, device = source_dimensions(), data[0].latents.device
     grids = [(scenes.latents.shape[2] // 2, scenes.latents.shape[3] // 2) for scenes in data]
     tables = [
-        [torch.from_numpy(table) for table in rope_tables(model_spec(d), rows, columns, CAPTION_TOKENS)]
+        [torch.from_numpy(table).to(device) for table in rope_tables(model_spec(d), rows, columns, CAPTION_TOKENS)]
         for rows, columns in grids
     ]
 
@@ -172,13 +186,13 @@ def train_transformer(
         scenes, size = data[which], schedule.batch // schedule.micro_batches
         size = max(1, size * math.prod(grids[0]) // math.prod(grids[which]))
         draws = generator(schedule.seed, step, micro + 1)
-        index = torch.randint(len(scenes.latents), (size,), generator=draws)
-        latents = scenes.latents[index].float()
-        ids = scenes.ids[index]
-        dropped = torch.rand(size, generator=draws) < CAPTION_DROPOUT
+        index = torch.randint(len(scenes.latents), (size,), generator=draws).to(device)
+        dropped = (torch.rand(size, generator=draws) < CAPTION_DROPOUT).to(device)
+        sigma = draw_sigmas(size, NOISE_SHIFT, draws).to(device)
+        latents, ids = scenes.latents[index].float(), scenes.ids[index]
         ids = torch.where(dropped[:, None], scenes.empty, ids)
-        noise = torch.randn(latents.shape, generator=draws)
-        sigma = draw_sigmas(size, NOISE_SHIFT, draws)
+        by_noise = generator(schedule.seed, step, micro + 1, 1, device=device)
+        noise = torch.randn(latents.shape, generator=by_noise, device=device)
         mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
         made, scores = model.probed(mixed, 1 - sigma, ids, *tables[which])
         error: Tensor = (made - (latents - noise)).square().mean()
@@ -190,7 +204,7 @@ def train_transformer(
     start = float(sum(value.double().abs().sum() for value in model.state_dict().values()))
     images = {f"{8 * scenes.latents.shape[2]} px": len(scenes.latents) for scenes in data}
     settings = {"stage": "source", "schedule": asdict(schedule), "images": images, "start": f"{start:.6e}"}
-    averaging = SourceModel(d)
+    averaging = SourceModel(d).to(device)
 
     def saved(step: int, averaged: Mapping[str, Tensor]) -> None:
         averaging.load_state_dict(dict(averaged))

@@ -28,12 +28,11 @@ from l2p_export.families.z_image_l2p.dimensions import (
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
 from l2p_export.families.z_image_l2p.specs import HALO_ROWS
 from l2p_export.tensors import read_tensor
-from l2p_export.training.corpus import Corpus
 from l2p_export.training.distributed import ALONE, Team, averaging_gradients, cut_over
 from l2p_export.training.loop import Schedule, train_weights
 from l2p_export.training.pipeline_folder import Source
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
-from l2p_export.training.transfer.batches import batches, embed_captions, require_seeds
+from l2p_export.training.transfer.batches import Images, batches, embed_captions, require_seeds
 from l2p_export.training.transfer.storage import STORAGES, StoredLinear, largest_error
 from l2p_export.training.weights import Weights, trained_weights
 from l2p_runtime.errors import ArtifactError, UsageError
@@ -153,7 +152,7 @@ PLAIN = Means()
 
 def transfer(
     source: Source,
-    corpus: Corpus,
+    images: Images,
     spec: TransferSpec,
     out: Path,
     folder: Path,
@@ -169,7 +168,7 @@ def transfer(
 
     Args:
         source: what is moved to pixels.
-        corpus: images and captions.
+        images: with captions: a corpus, or scenes.
         spec: what is trained.
         out: .safetensors file; written at each saved state, from the averaged weights.
         folder: where training states go.
@@ -189,7 +188,7 @@ def transfer(
     """
     require_split(spec.schedule, team)
     if spec.noise == "stored":
-        require_seeds(corpus)
+        require_seeds(images)
     if team.is_sharded and on_save is not None:
         raise UsageError("weights that are cut over processes cannot draw samples", hint="leave the sharding out")
     d = transfer_dimensions(source, spec)
@@ -199,7 +198,7 @@ def transfer(
     begun = None if init is None else copy_adapters(init, model, digest, report)
     if spec.checkpointing:
         checkpoint_activations(model)
-    batch_of = batches(corpus, embed_captions(source, corpus), d, spec, team)
+    batch_of = batches(images, embed_captions(source, images), d, spec, team)
     weights, called = _on_device(model, spec.schedule, means, team)
 
     def loss(step: int, micro: int) -> Tensor:
@@ -217,7 +216,7 @@ def transfer(
             with _values_of(model, averaged):
                 on_save(step, model)
 
-    settings = {"stage": "transfer", "trunk": digest, "corpus": len(corpus), **asdict(spec), **means.settings}
+    settings = {"stage": "transfer", "trunk": digest, "corpus": len(images), **asdict(spec), **means.settings}
     settings |= {"init": begun}
     averaged = train_weights(
         weights,

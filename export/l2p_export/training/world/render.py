@@ -26,8 +26,6 @@ UNIT_AREA: Mapping[str, float] = {
 LABELS: tuple[str | Thing, ...] = (*BACKGROUNDS, *(Thing(colour, shape) for colour in COLOURS for shape in SHAPES))
 """What may lie anywhere in a scene."""
 
-_CELL_PX = 8
-
 
 def render(scene: Scene, height_px: int, width_px: int) -> NDArray[np.uint8]:
     """Draw a scene.
@@ -46,34 +44,6 @@ def render(scene: Scene, height_px: int, width_px: int) -> NDArray[np.uint8]:
     for placed in scene.placed:
         _draw(image, placed, short_px)
     return np.rint(image).astype(np.uint8)
-
-
-def what_lies_where(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
-    """The share of each cell of a grid that each background and each thing covers.
-
-    Args:
-        scene: of the grid's aspect.
-        rows: cells from top to bottom.
-        columns: cells from left to right.
-
-    Returns:
-        [rows, columns, len(LABELS)], adding up to 1 over the last axis, in steps of 1 / `_CELL_PX`^2.
-    """
-    height, width = rows * _CELL_PX, columns * _CELL_PX
-    short_px = min(height, width)
-    shares = np.zeros((height, width, len(LABELS)), np.float32)
-    shares[..., LABELS.index(scene.background)] = 1
-    y, x = (np.arange(size, dtype=np.float32) + 0.5 for size in (height, width))
-    for placed in scene.placed:
-        inside = inside_px(
-            placed.thing.shape,
-            (x - placed.x * short_px)[None, :],
-            (y - placed.y * short_px)[:, None],
-            placed.radius * short_px,
-        )
-        shares[inside > 0] = np.eye(len(LABELS), dtype=np.float32)[LABELS.index(placed.thing)]
-    cells: NDArray[np.float32] = shares.reshape(rows, _CELL_PX, columns, _CELL_PX, -1).mean((1, 3))
-    return cells
 
 
 def _draw(image: NDArray[np.float32], placed: Placed, short_px: int) -> None:

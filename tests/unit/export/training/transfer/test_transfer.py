@@ -25,10 +25,10 @@ from l2p_export.tensors import read_tensor
 from l2p_export.training.corpus import Corpus, append_rows, open_corpus, write_image
 from l2p_export.training.distributed import ALONE, Team
 from l2p_export.training.flow import sample
-from l2p_export.training.loop import Schedule
+from l2p_export.training.loop import CPU, Schedule
 from l2p_export.training.pipeline_folder import Source, encode_texts
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
-from l2p_export.training.transfer.batches import Batch, batches, embed_captions, square_pixels
+from l2p_export.training.transfer.batches import Batch, batches, embed_captions, image_reader
 from l2p_export.training.transfer.storage import StoredLinear
 from l2p_export.training.transfer.train import (
     PLAIN,
@@ -195,21 +195,17 @@ def test_what_a_run_computes_is_part_of_its_settings(source: Source, corpus: Cor
 
 def test_stored_noise_is_the_runtimes(source: Source, corpus: Corpus, batch: Batch) -> None:
     """Each image is mixed with the noise that its seed means everywhere, in the share that its time says."""
+    images = image_reader(corpus, CPU)(range(len(corpus)), SIZE_PX)
+    noises = [torch.from_numpy(noise_of(row.seed)) for row in corpus.rows]
     for index in range(len(batch.mixed)):
         sigma = 1 - batch.time[index]
         matches = [
-            row
-            for row in corpus.rows
-            if row.seed is not None
-            and torch.allclose(
-                batch.mixed[index],
-                torch.lerp(square_pixels(corpus, row, SIZE_PX), torch.from_numpy(noise_of(row.seed)), sigma),
-                atol=1e-5,
-            )
+            place
+            for place, (image, noise) in enumerate(zip(images, noises, strict=True))
+            if torch.allclose(batch.mixed[index], torch.lerp(image, noise, sigma), atol=1e-5)
         ]
         assert len(matches) == 1
-        image = square_pixels(corpus, matches[0], SIZE_PX)
-        torch.testing.assert_close(batch.wanted[index], image - torch.from_numpy(noise_of(matches[0].seed)))
+        torch.testing.assert_close(batch.wanted[index], images[matches[0]] - noises[matches[0]])
 
 
 def noise_of(seed: int | None) -> np.ndarray[Any, np.dtype[np.float32]]:
