@@ -57,7 +57,7 @@ def world_scenes(count: int, seed: int) -> RenderedScenes:
     texts = world_captions(count, seed)
     corpus_images(texts, 1, seed)
     scenes = tuple(place(describe(text), np.random.default_rng([seed + index])) for index, text in enumerate(texts))
-    return RenderedScenes(tuple(Row("", text, None) for text in texts), scenes)
+    return RenderedScenes(tuple(Row(f"scene {index}", text, None) for index, text in enumerate(texts)), scenes)
 
 
 def render_corpus(
