@@ -40,31 +40,27 @@ demo: .venv/demo
 	$(BIN)/l2p-export judge $(DEMO)/picture-4096.png --prompt "$(PROMPT)"
 	@echo "the pictures are $(DEMO)/picture.png and $(DEMO)/picture-4096.png"
 
-# The commands that the demo's weights come from, in order; each goes on where it was stopped. About eight hours of one core.
-# The card beside the weights, export/l2p_export/data/demo/README.md, says what they reached.
+# The commands that the demo's weights come from, in order; each goes on where it was stopped. A quarter of an hour where
+# there is a GPU, more than two days on one core: the card beside the weights says what was spent and what they reached.
 WEIGHTS := build/demo-weights
-TRANSFER = $(BIN)/l2p-export train transfer $(WEIGHTS)/source --noise fresh --head-divisor 4 --guidance 2 --licence Apache-2.0
-WINDOW := --window-tokens 3 --halo-tokens 0 --learning-rate 1e-3 --ema 0.99
+SIZES := --size-px 128 --size-px 128 --size-px 256 --size-px 256 --size-px 512 --size-px 1024
+TRANSFER = $(BIN)/l2p-export train transfer $(WEIGHTS)/source --noise fresh --head-divisor 4 --learning-rate 1e-3 \
+	--warmup-steps 30 --ema 0.998 --guidance 2 --licence Apache-2.0
 
 demo-weights: $(WEIGHTS)/source/model_index.json
-	$(BIN)/l2p-export train corpus $(WEIGHTS)/source --count 1472 --steps 20 --judged --out $(WEIGHTS)/drawn-128
-	$(BIN)/l2p-export train corpus --count 6000 --size 512x512 --seed 200000 --out $(WEIGHTS)/renders-512
-	$(BIN)/l2p-export train corpus --count 3000 --size 1024x1024 --seed 100000 --out $(WEIGHTS)/renders-1024
-	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 3000 --learning-rate 1e-3 --ema 0.995 \
-		--sampling-steps 20 --out $(WEIGHTS)/whole-1k.safetensors
-	$(TRANSFER) --corpus $(WEIGHTS)/drawn-128 --variant 1k --size-px 128 --steps 6150 --batch 16 $(WINDOW) \
-		--sampling-steps 20 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/demo-1k.safetensors
-	$(TRANSFER) --corpus $(WEIGHTS)/renders-512 --variant 4k --size-px 512 --steps 240 $(WINDOW) --shift 8 \
-		--sampling-steps 12 --init $(WEIGHTS)/whole-1k.safetensors --out $(WEIGHTS)/512-4k.safetensors
-	$(TRANSFER) --corpus $(WEIGHTS)/renders-1024 --variant 4k --size-px 1024 --steps 1440 $(WINDOW) --shift 12 \
-		--sampling-steps 12 --init $(WEIGHTS)/512-4k.safetensors --out $(WEIGHTS)/demo-4k.safetensors
+	$(BIN)/l2p-export train corpus $(WEIGHTS)/source --count 4096 --steps 20 --batch 512 --judged --seed 300000 \
+		--out $(WEIGHTS)/drawn-128
+	$(TRANSFER) --variant 1k --corpus $(WEIGHTS)/drawn-128 --size-px 128 --steps 1000 --batch 256 --sampling-steps 20 \
+		--out $(WEIGHTS)/demo-1k.safetensors
+	$(TRANSFER) --variant 4k --count 40000 --size-px 1024 --steps 1200 --batch 64 --shift 12 --sampling-steps 12 \
+		--init $(WEIGHTS)/demo-1k.safetensors --out $(WEIGHTS)/demo-4k.safetensors
 
 $(WEIGHTS)/first/model_index.json: .venv/demo
 	$(BIN)/l2p-export train source --steps 7400 --out $(WEIGHTS)/first
 
 $(WEIGHTS)/source/model_index.json: $(WEIGHTS)/first/model_index.json
-	$(BIN)/l2p-export train source --init $(WEIGHTS)/first --scenes 12000 --size-px 128 --size-px 256 --size-px 256 --steps 3600 \
-		--learning-rate 8e-4 --out $(WEIGHTS)/source
+	$(BIN)/l2p-export train source --init $(WEIGHTS)/first --scenes 40000 $(SIZES) --steps 3300 --batch 512 \
+		--out $(WEIGHTS)/source
 
 # A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread.
 test: lint types
