@@ -146,7 +146,7 @@ def run_stage(
         return found
     work = home.root / WORK / key
     work.parent.mkdir(exist_ok=True)
-    with locked(work.with_suffix(".lock"), lambda: waiting(f"another build is making `{label}`; waiting for it")):
+    with locked(work.with_suffix(".lock"), lambda: waiting(f"another process is making `{label}`; waiting for it")):
         if (found := find_stage(home, key)) is not None:
             return found
         shutil.rmtree(work, ignore_errors=True)

@@ -30,6 +30,7 @@ from l2p_engines.store import open_store, register_bundle
 from l2p_export.demo import UNTRAINED, demo_model
 from l2p_export.digests import WeightDigests, weight_digests
 from l2p_export.engines import EngineWishes, build_engines, require_engine_resources, require_engines_possible
+from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
 from l2p_export.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
 from l2p_export.lora import parse_lora, trunk_layers_touched
@@ -74,6 +75,7 @@ class BuildPlan:
         asked: the precision plans, as they are before anything is measured.
         store: folder of shared files; None for a bundle that holds all its own.
         engines: what graphs are compiled for.
+        jobs: processes that trace networks.
     """
 
     loaded: LoadedModel
@@ -84,6 +86,7 @@ class BuildPlan:
     text_encoder: TextEncoder | None = None
     store: Path | None = None
     engines: EngineWishes = field(default_factory=EngineWishes)
+    jobs: int = 1
 
     @property
     def plans(self) -> tuple[PrecisionPlan, ...]:
@@ -139,6 +142,7 @@ def plan_build(
     loras: tuple[str, ...] = (),
     text_encoder: Path | None = None,
     store: Path | None = None,
+    jobs: int = 1,
 ) -> Iterator[BuildPlan]:
     """Check everything that headers and profiles tell, before any work.
 
@@ -157,12 +161,16 @@ def plan_build(
         text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
             that takes embeddings alone.
         store: folder whose files bundles share; None for a bundle of its own.
+        jobs: processes that trace networks; each takes a core, and memory for torch.
 
     Raises:
-        UsageError: profiles that do not fit the checkpoint, an unknown precision, an output that is something else.
+        UsageError: no jobs, profiles that do not fit the checkpoint, an unknown precision, or an output that is
+            something else.
         ArtifactError: the checkpoint is damaged, incomplete or of no known family; a plan or statistics cannot be read.
         HostError: the exporting half is not installed.
     """
+    if jobs < 1:
+        raise UsageError(f"{jobs} jobs, expected 1 or more")
     _require_libraries()
     read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
     asked = _asked(precisions, plan_files, statistics)
@@ -181,7 +189,7 @@ def plan_build(
         require_bundle_or_nothing(out or Path(name))
         text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
         wishes = engines or EngineWishes()
-        plan = BuildPlan(loaded, read, asked, sampling, out or Path(name), text, store, wishes)
+        plan = BuildPlan(loaded, read, asked, sampling, out or Path(name), text, store, wishes, jobs)
         for file in asked.files:
             check_layers(file, [loaded.model.layout(spec.name) for spec in loaded.model.networks])
         require_engines_possible(wishes, loaded.model.spec, read, plan.plans)
@@ -229,7 +237,9 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
     require_own_trunk(loaded, digests.trunk_sha256)
     references = References(loaded, plan.profiles, reporter)
     planned = make_plans(run, plan.asked, digests, references, reporter)
-    graphs, files = _graphs(plan, planned, run, digests, reporter)
+    wanted = [] if plan.jobs == 1 else _to_trace(plan, planned, run, digests)
+    with tracing_ahead(run.home, wanted, plan.jobs):
+        graphs, files = _graphs(plan, planned, run, digests, reporter)
     proof = prove(run, references, graphs, {record.path: record for record in files}, backend, reporter)
     del references  # holds what every case made
     files += [item.file for item in planned if item.file is not None]
@@ -295,6 +305,16 @@ def _graphs(
         files += stage.files
         graphs.append(GraphRecord(spec.name, precision.name, precision.opset, graph.path, weights.path))
     return graphs, files
+
+
+def _to_trace(plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, digests: WeightDigests) -> list[ToTrace]:
+    """What graphs are yet to be made of, in the order of `_graphs`."""
+    model = plan.loaded.model
+    return [
+        ToTrace(model, spec, item.plan)
+        for item, spec in itertools.product(planned, model.networks)
+        if find_stage(run.home, graph_key(model, spec, item.plan, digests.of(spec.name))) is None
+    ]
 
 
 def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> Asked:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
 @click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; made if need be.")
+@click.option("--jobs", default=1, show_default=True, help="Processes that trace networks, on a core each.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; named after the checkpoint by default.")
 @json_option
 @dry_run_option
@@ -54,6 +55,7 @@ def command(
     loras: tuple[str, ...],
     text_encoder: Path | None,
     store: Path | None,
+    jobs: int,
     out: Path | None,
     *,
     as_json: bool,
@@ -71,7 +73,7 @@ def command(
     from l2p_export.build import build, plan_build
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
-    inputs |= {"plan_files": plan_files, "statistics": statistics}
+    inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}
     inputs["engines"] = read_engine_options(**engine_arguments)
     with plan_build(checkpoint, profiles, precisions, out, **inputs) as plan:
         if dry_run:

@@ -70,27 +70,43 @@ def graph_stage(
     Raises:
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
     """
-    label = f"{network.name}.{plan.name}"
-    structure = _structure(model, network, plan, settings)
-    # A trace knows the scales of inputs as little as it knows weights, and plans of two names may say the same.
-    traced = structure | {"plan": replace(plan.of_layers(_layers(model, network.name)), name="", inputs=())}
-
-    def make_trace(work: Path) -> Made:
-        with reporter.stage(f"tracing `{network.name}` in {plan.name}"):
-            data = traced_bytes(trace_plan(model, network, plan))
-        digest = hashlib.sha256(data).hexdigest()
-        _write(work / "trace", data)
-        return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
 
     def make(work: Path) -> Made:
-        path = run.path(run("trace", label, traced, make_trace).files[0])
+        path = run.path(trace_stage(run, model, network, plan, reporter, settings).files[0])
         total = weight_bytes(model, network.name, plan)
         with reporter.stage(f"{plan.name} graph of `{network.name}`", total) as advance:
             scales = _input_scales(model, network.name, plan)
             found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance, scales)
         return Made("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
 
-    return run("graph", label, {**structure, "weights": weights_sha256}, make)
+    inputs = {**_structure(model, network, plan, settings), "weights": weights_sha256}
+    return run("graph", f"{network.name}.{plan.name}", inputs, make)
+
+
+def trace_stage(
+    run: StageRunner,
+    model: Model,
+    network: NetworkSpec,
+    plan: PrecisionPlan,
+    reporter: Reporter,
+    settings: object = None,
+) -> Stage:
+    """The graph of a network without weights as a stage; its one file is the `.onnx`. Arguments as of `graph_stage`."""
+    label = f"{network.name}.{plan.name}"
+
+    def make(work: Path) -> Made:
+        with reporter.stage(f"tracing `{network.name}` in {plan.name}"):
+            data = traced_bytes(trace_plan(model, network, plan))
+        digest = hashlib.sha256(data).hexdigest()
+        _write(work / "trace", data)
+        return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
+
+    return run("trace", label, _traced(model, network, plan, settings), make)
+
+
+def trace_key(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object = None) -> str:
+    """The key of `trace_stage` with these arguments."""
+    return stage_key("trace", _traced(model, network, plan, settings))
 
 
 def graph_key(
@@ -222,6 +238,12 @@ def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings
         "settings": settings,
         "tools": toolchain(),
     }
+
+
+def _traced(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:
+    """All that decides a trace: it knows the scales of inputs as little as it knows weights, and no plan's name."""
+    nameless = replace(plan.of_layers(_layers(model, network.name)), name="", inputs=())
+    return _structure(model, network, plan, settings) | {"plan": nameless}
 
 
 def _float8_weights(model: Model, network: str, plan: PrecisionPlan) -> dict[str, str]:

@@ -253,7 +253,7 @@ def test_two_processes_that_want_one_stage_make_it_once(tmp_path: Path) -> None:
     with child(root, count) as first:
         assert line(first) == "making"
         with child(root, count) as second:
-            assert line(second) == "another build is making `head`; waiting for it"
+            assert line(second) == "another process is making `head`; waiting for it"
             assert first.communicate("\n")[0] == "made by a child\n"
             assert line(second) == "made by a child"
             assert second.wait() == 0

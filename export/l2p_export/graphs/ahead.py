@@ -1,0 +1,75 @@
+"""Helper processes that trace networks while a build traces others: stages are made once, whoever is first."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2p_engines.stages import Home, StageRunner, find_stage
+from l2p_export.graphs.export import trace_key, trace_stage
+from l2p_export.progress import Silent
+from l2p_runtime.errors import L2PError
+
+if TYPE_CHECKING:
+    from l2p_calib.plans import PrecisionPlan
+    from l2p_export.families import Model
+    from l2p_runtime.contract import NetworkSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ToTrace:
+    """One network under one plan."""
+
+    model: Model
+    network: NetworkSpec
+    plan: PrecisionPlan
+
+
+@contextmanager
+def tracing_ahead(home: Home, wanted: Sequence[ToTrace], processes: int) -> Iterator[None]:
+    """While this lasts, helpers trace what is wanted from its end on; the caller is one of the `processes`.
+
+    What a helper is at, the caller waits for as for another build's work; what one fails at, the caller does itself.
+
+    Args:
+        home: where stages are kept.
+        wanted: in the caller's order.
+        processes: that trace, the caller's own included.
+    """
+    left = {trace_key(item.model, item.network, item.plan): item for item in wanted}
+    left = {key: item for key, item in left.items() if find_stage(home, key) is None}
+    # One is the caller's in any case.
+    count = min(processes, len(left)) - 1
+    # A copy of this process would hold torch's locks as they are at that moment.
+    context = multiprocessing.get_context("spawn")
+    backwards = list(left.values())[::-1]
+    helpers = [
+        context.Process(target=_trace, args=(home, backwards[index::count], os.getpid()), daemon=True)
+        for index in range(count)
+    ]
+    for helper in helpers:
+        helper.start()
+    try:
+        yield
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.join()
+
+
+def _trace(home: Home, wanted: Sequence[ToTrace], parent: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the caller ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = StageRunner(home)
+    for item in wanted:
+        if os.getppid() != parent:
+            return
+        try:
+            trace_stage(run, item.model, item.network, item.plan, Silent())
+        except L2PError:
+            return
