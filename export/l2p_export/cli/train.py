@@ -303,6 +303,7 @@ def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options:
         caption_tokens=max(lengths.values()),
         text_parameters=sum(math.prod(shape) for shape in encoder.shapes.values()),
         caption_values=sum(lengths.values()) * d.caption_width,
+        files=len(images) if corpus else 0,
     )
     layers = [d.trunk.start, d.trunk.stop]
     facts = {"out": str(out), "work": str(work), "images": len(images), "trunk_layers": layers, **asdict(spec)}

@@ -29,6 +29,9 @@ SHARD_IMAGES = 10_000
 
 TEXT_CHARACTERS_MAX = 1 << 16
 PIXELS_MAX = 1 << 28
+KEPT_BYTES = 1 << 30
+"""Of images that training has read, in the memory of each process."""
+
 PROMPTS_BYTES_MAX = 64 << 20
 """Of a file of prompts to draw."""
 

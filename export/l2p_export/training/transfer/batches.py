@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.pixel import Window
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.corpus import Corpus, Row, read_image
+from l2p_export.training.corpus import KEPT_BYTES, Corpus, Row, read_image
 from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop import generator
 from l2p_export.training.pipeline_folder import TOKENS_MULTIPLE, Embeds, Source, encode_texts
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 Images = Corpus | RenderedScenes
 """What a transfer learns from: files, or scenes that are rendered at every step."""
-
-KEPT_BYTES = 1 << 30
-"""Of images that were read, in the host's memory of each process."""
 
 
 @dataclass(frozen=True, slots=True)

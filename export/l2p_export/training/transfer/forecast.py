@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, expected_shapes, network_blocks, network_shapes
 from l2p_export.families.z_image_l2p.specs import model_spec
+from l2p_export.training.corpus import KEPT_BYTES
 from l2p_export.training.transfer.storage import STORAGES
 from l2p_runtime.errors import HostError
 from l2p_runtime.memory import available_host_bytes
@@ -93,6 +94,7 @@ def transfer_forecast(
     caption_tokens: int,
     text_parameters: int = 0,
     caption_values: int = 0,
+    files: int = 0,
 ) -> TrainingForecast:
     """Forecast a transfer.
 
@@ -104,6 +106,7 @@ def transfer_forecast(
         caption_tokens: the longest padded caption.
         text_parameters: of the text encoder, which stays in the host's memory in float32.
         caption_values: of all captions' embeddings together, which stay there too.
+        files: images that are read from a corpus, taken to be about as large as the largest that is trained on.
     """
     trunk = network_shapes("trunk", d)
     frozen = _count(trunk)
@@ -117,6 +120,7 @@ def transfer_forecast(
     activations, basis = _activations(d, spec, means, team, caption_tokens)
     device = {"weights": weight_bytes, "gradients": weight_bytes, "trunk": trunk_bytes, "activations": activations}
     host = {"text encoder": 4 * text_parameters, "caption embeddings": 4 * caption_values}
+    host["images that were read"] = min(KEPT_BYTES, files * 3 * max(spec.sizes_px) ** 2)
     if on_cpu:
         host |= {"masters": 4 * part, "gradients": 4 * part, "moments": 8 * part, "averages": 4 * part}
     else:

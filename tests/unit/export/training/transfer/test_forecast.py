@@ -101,6 +101,14 @@ def test_processes_of_one_machine_share_its_memory() -> None:
     assert two.host_total - one.host_total >= 20 * one.trained_parameters + 4 * one.frozen_parameters
 
 
+def test_images_that_are_read_are_kept_up_to_a_limit() -> None:
+    kept = [
+        transfer_forecast(published_dimensions("1k"), spec_1k(), PLAIN, GPU, caption_tokens=128, files=files).host_bytes
+        for files in (0, 10, 10_000)
+    ]
+    assert [host["images that were read"] for host in kept] == [0, 10 * 3 * 1024**2, 1 << 30]
+
+
 @pytest.mark.parametrize("autocast", ["none", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(autocast: str, checkpointing: bool) -> None:
