@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -17,6 +18,7 @@ from fakes.cuda import fake_device, fake_driver
 from fakes.onnxruntime_cuda import FakeOnnxRuntime
 from fakes.tensorrt_runtime import FakeLibrary, profile_of, write_engine
 from l2p_runtime.backends import Backend, Engine, backend_names, cuda, open_backend, require_arrays
+from l2p_runtime.backends.onnx import make_options
 from l2p_runtime.backends.onnx_cuda import OnnxCudaEngine
 from l2p_runtime.backends.trt_engine import TrtEngine
 from l2p_runtime.contract import EngineBackend, NetworkSpec, Target, TensorSpec
@@ -24,6 +26,18 @@ from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError
 
 SPEC = NetworkSpec("toy", (TensorSpec("x", "float32", ("B", "n")),), (TensorSpec("y", "float32", ("B", "n")),))
 LIBRARIES = {"rtx": ("tensorrt_rtx", "1.7.1.116"), "tensorrt": ("tensorrt", "11.4.0.106")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"),
+    [(None, 0), ("", 0), ("1", 1), (" 2 ", 2), ("3,1", 3), ("4096", 4), ("0", 0), ("-1", 0), ("two", 0), ("\u0661", 0)],
+)
+def test_threads_are_those_that_are_asked_for(asked: str | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert make_options(onnxruntime).intra_op_num_threads == threads
 
 
 @pytest.fixture
