@@ -1,14 +1,16 @@
-"""What float16 costs at the published size: 6.21 billion seeded random weights, error of each network against torch.
+"""What FP16 or FP8 costs at the published size: 6.21 billion seeded random weights, each network against torch.
 
-Writes a 4k checkpoint of random weights in BF16 (12.4 GB), builds its FP16 graphs (12.4 GB), and prints the build's
-ledger at 1024 x 1024: torch float32 block by block, ONNX Runtime network by network. Then one denoising call through
-`Pipeline` under a memory budget that does not hold the networks together, against the same reference.
+Writes a 4k checkpoint of random weights in BF16 (12.4 GB), builds its graphs in one precision (12.4 GB in FP16), and
+prints seconds and peak anonymous memory of every stage, and the build's ledger at 1024 x 1024: torch float32 block by
+block, ONNX Runtime network by network. Then one denoising call through `Pipeline` under a memory budget that does not
+hold the networks together, against the same reference. Goal: 3 GiB for statistics, plan and graphs of FP8 (issue 7).
 
-    python benchmarks/full_width.py [FOLDER]
+    python benchmarks/full_width.py [--precision fp8] [FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import threading
@@ -35,7 +37,11 @@ CHUNK_VALUES = 1 << 24
 
 def main() -> None:
     """Write, build, compare."""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--precision", default="fp16")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         started = time.perf_counter()
         checkpoint = write_random(Path(name) / "random_4k.safetensors")
         print(
@@ -43,11 +49,14 @@ def main() -> None:
         )
         out = Path(name) / "random.bundle"
         command = [sys.executable, "-m", "l2p_export", "build", str(checkpoint), "--profile", "4k"]
-        built = run_measured([*command, "--precision", "fp16", "--backend", "onnx", "--out", str(out)])
+        built = run_measured([*command, "--precision", asked.precision, "--backend", "onnx", "--out", str(out)])
         peak = built.whole.peak_bytes / 2**30
         print(
             f"build: exit code {built.code}, {built.whole.seconds:.0f} s, peak anonymous {peak:.2f} GiB\n", flush=True
         )
+        print("| stage | seconds | peak anonymous MiB |\n| --- | --- | --- |")
+        for title, figures in built.stages.items():
+            print(f"| {title} | {figures.seconds:.1f} | {figures.peak_bytes / 2**20:.0f} |", flush=True)
         if built.code:
             print("\n".join(built.stderr[-5:]))
             return
