@@ -130,14 +130,17 @@ def test_errors_by_the_histogram_are_those_of_the_values(seed: int, kind: str, f
         "uniform": lambda: random.uniform(-1, 1, 20_000),
     }[kind]()
     values = (values * factor).astype(np.float32)
+    share_of_largest = float(np.square(values).max() / np.square(values, dtype=np.float64).sum())
     choices = scale_choices(ranges_of(values))
     assert [choice.method for choice in choices] == [AMAX, "percentile 99.99", "percentile 99.9", MSE]
     assert choices[0].scale == pytest.approx(float(np.abs(values).max()) / FP8_MAX, rel=1e-6)
     assert all(a.scale >= b.scale for a, b in itertools.pairwise(choices[:3]))
     assert choices[-1].error <= choices[0].error
     for choice in choices:
-        # Where single values saturate, the histogram knows these by an eighth of an octave.
-        near = 0.06 if choice.scale * FP8_MAX >= float(np.abs(values).max()) * 0.999 else 0.2
+        # Where single values saturate, the histogram knows these by an eighth of an octave; and the largest one, which
+        # `amax` holds exactly, by the mean error of its bin: of seed 500692 it has 11 % of the energy, and makes 11 %.
+        saturates = choice.scale * FP8_MAX < float(np.abs(values).max()) * 0.999
+        near = 0.2 if saturates else min(0.2, 0.06 + share_of_largest)
         assert choice.error == pytest.approx(relative(values, choice.scale), rel=near, abs=2e-4), choice
     best = best_choice(choices)
     assert best.error <= NEAR_LEAST * min(choice.error for choice in choices)
