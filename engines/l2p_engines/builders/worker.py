@@ -10,11 +10,8 @@ The library may print to stdout itself; here that is stderr, and the lines above
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
-import signal
 import sys
 from pathlib import Path
 
@@ -23,16 +20,15 @@ from l2p_engines.builders.explanations import build_error
 from l2p_engines.builders.listeners import Journal, Phases
 from l2p_engines.builders.request import EngineBuilt, EngineSpec
 from l2p_engines.builders.trt import load_library
+from l2p_engines.children import end_with
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import L2PError
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> None:
     """Build one engine; leaves the process without returning."""
     graph, out, parent, timings = arguments
-    _end_with(int(parent))
+    end_with(int(parent))
     channel = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -71,16 +67,6 @@ def _build(
         profiles=compiled.profiles,
         warnings=compiled.warnings,
     )
-
-
-def _end_with(parent: int) -> None:
-    """Let the kernel kill this process when the one that started it ends, however that ends; and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A crash would leave gigabytes beside the graph, whose folder this process works in.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 if __name__ == "__main__":

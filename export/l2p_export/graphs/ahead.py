@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from l2p_engines.children import end_with
 from l2p_engines.stages import Home, StageRunner, find_stage
 from l2p_export.graphs.export import trace_key, trace_stage
 from l2p_export.progress import Silent
@@ -63,12 +63,9 @@ def tracing_ahead(home: Home, wanted: Sequence[ToTrace], processes: int) -> Iter
 
 
 def _trace(home: Home, wanted: Sequence[ToTrace], parent: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the caller ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)
     run = StageRunner(home)
     for item in wanted:
-        if os.getppid() != parent:
-            return
         try:
             trace_stage(run, item.model, item.network, item.plan, Silent())
         except L2PError:

@@ -31,6 +31,7 @@ from l2p_export.tensors import read_tensor
 from l2p_export.training.distributed import ALONE, Team, averaging_gradients, cut_over
 from l2p_export.training.loop import Schedule, train_weights
 from l2p_export.training.pipeline_folder import Source
+from l2p_export.training.rendered import RenderedScenes
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
 from l2p_export.training.transfer.batches import Images, batches, embed_captions, require_seeds
 from l2p_export.training.transfer.storage import STORAGES, StoredLinear, largest_error
@@ -217,7 +218,8 @@ def transfer(
                 on_save(step, model)
 
     settings = {"stage": "transfer", "trunk": digest, "corpus": len(images), **asdict(spec), **means.settings}
-    settings |= {"init": begun}
+    # Only where it is so: states of runs on a corpus say nothing of it.
+    settings |= {"init": begun} | ({"scenes": True} if isinstance(images, RenderedScenes) else {})
     averaged = train_weights(
         weights,
         loss,

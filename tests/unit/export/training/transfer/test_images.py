@@ -73,6 +73,14 @@ def test_scenes_train_adapters(tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
+def test_scenes_do_not_go_on_from_a_corpus_of_as_many(tmp_path: Path) -> None:
+    source, spec = write_tiny_source(tmp_path / "source"), tiny_spec(steps=1, noise="fresh")
+    rest = (spec, tmp_path / "a.safetensors", tmp_path / "work", Silent())
+    transfer(source, write_tiny_corpus(tmp_path / "corpus", 6), *rest)
+    with pytest.raises(UsageError, match="scenes is True, it began with not set"):
+        transfer(source, world_scenes(6, 2), *rest)
+
+
 def test_scenes_have_no_stored_noise(tmp_path: Path) -> None:
     source, scenes = write_tiny_source(tmp_path / "source"), world_scenes(4, 2)
     with pytest.raises(UsageError, match="`scene 0` has no seed, which --noise stored needs"):
