@@ -237,6 +237,7 @@ def corpus_command(
     show_default=True,
     help="Where float32 masters, moments and averages are kept.",
 )
+@click.option("--compile", "is_compiled", is_flag=True, help="Compile the pixel head: slow to begin, fewer ms a step.")
 @click.option(
     "--sharding",
     type=click.Choice(["none", "fsdp"]),
@@ -278,14 +279,21 @@ def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options:
     from l2p_export.training.samples import SampleSpec, pixel_samples
     from l2p_export.training.transfer.batches import padded_lengths, require_seeds
     from l2p_export.training.transfer.forecast import require_memory, transfer_forecast
-    from l2p_export.training.transfer.train import Means, pixel_dimensions, require_split, transfer
+    from l2p_export.training.transfer.train import (
+        Means,
+        pixel_dimensions,
+        require_compiler,
+        require_split,
+        transfer,
+    )
     from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 
     spec = _transfer_spec(options)
     autocast = options["autocast"] or ("bf16" if team.device.type == "cuda" else "none")
-    means = Means(autocast, options["trunk_storage"], options["optimizer_device"])
+    means = Means(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
     metadata = _sampling_metadata(options)
     require_split(spec.schedule, team)
+    require_compiler(means, team)
     samples = None
     if options["samples"]:
         samples = SampleSpec(options["samples"], min(spec.sizes_px), shift=spec.shift)

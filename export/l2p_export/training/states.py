@@ -93,6 +93,8 @@ class SavedState:
                 weights.masters[name].copy_(current)
                 weights.averaged[name].copy_(averaged)
                 step = torch.tensor(float(self.step))
+                # In the order of the master's numbers: fused steps refuse moments of another.
+                first, second = (torch.empty_like(weights.masters[name]).copy_(part) for part in (first, second))
                 moments["state"][index] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         optimizer.load_state_dict(moments)
         write_back(weights)

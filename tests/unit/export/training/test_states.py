@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fakes.toys import SCHEDULE, run, state_names, tensors
 from l2p_export.training import states
-from l2p_export.training.states import latest_state
+from l2p_export.training.states import latest_state, save_state
+from l2p_export.training.weights import Weights, drop_gradients, move, take_gradients, trained_weights
 from l2p_runtime.errors import ArtifactError, HostError
 
 
@@ -45,6 +47,36 @@ def test_a_full_disk_keeps_the_states_before(tmp_path: Path, whole: Path, monkey
     monkeypatch.undo()
     run(folder, seed=1)
     assert all(tensors(folder)[name].equal(tensor) for name, tensor in tensors(whole).items())
+
+
+def test_moments_lie_in_memory_as_their_weights_do(tmp_path: Path) -> None:
+    """Fused steps of AdamW refuse others: a head on a GPU keeps channels last."""
+
+    def weights_of(seed: int) -> Weights:
+        torch.manual_seed(seed)
+        module = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return trained_weights(module, 0.01, 0.99, on_cpu=True)
+
+    def step(weights: Weights, seed: int) -> None:
+        torch.manual_seed(seed)
+        for parameter in weights.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        take_gradients(weights)
+        move(weights, 0.9)
+        drop_gradients(weights)
+
+    whole, resumed = weights_of(1), weights_of(2)
+    step(whole, 3)
+    save_state(tmp_path, 1, 0.0, {}, whole)
+    state = latest_state(tmp_path)
+    assert state is not None
+    state.load(resumed)
+    for each in (whole, resumed):
+        step(each, 4)
+    for name, master in whole.masters.items():
+        assert resumed.masters[name].equal(master)
+        moments = resumed.optimizer.state[resumed.masters[name]]
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == master.stride()
 
 
 @pytest.mark.parametrize("moment", ["numbers", "rename"])

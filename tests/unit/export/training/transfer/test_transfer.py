@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,11 +38,12 @@ from l2p_export.training.transfer.train import (
     TransferSpec,
     initial_model,
     pixel_dimensions,
+    require_compiler,
     require_split,
     transfer,
     transfer_dimensions,
 )
-from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
 
@@ -478,4 +481,34 @@ def test_the_published_configuration_trains_on_the_meta_device() -> None:
 
 def test_plain_means_change_no_settings() -> None:
     assert set(PLAIN.settings.values()) == {None}
-    assert asdict(PLAIN) == {"autocast": "none", "trunk_storage": "float32", "optimizer_device": "same"}
+    assert asdict(PLAIN) == {
+        "autocast": "none",
+        "trunk_storage": "float32",
+        "optimizer_device": "same",
+        "is_compiled": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "says"), [("cpu", "needs a C\\+\\+ compiler, and none of"), ("cuda", "needs Triton on a GPU")]
+)
+def test_without_a_compiler_nothing_is_compiled(device: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    team = replace(ALONE, device=torch.device(device))
+    require_compiler(PLAIN, team)
+    with pytest.raises(HostError, match=says) as refused:
+        require_compiler(Means(is_compiled=True), team)
+    assert refused.value.hint == "install it, or leave --compile out"
+
+
+# What torch warns of in its own code while it compiles: deprecated names, `.grad` of what is no leaf.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_a_compiled_head_learns_the_same(source: Source, corpus: Corpus, tmp_path: Path) -> None:
+    learnt = {}
+    for name, means in {"plain": PLAIN, "compiled": Means(is_compiled=True)}.items():
+        out = tmp_path / f"{name}.safetensors"
+        transfer(source, corpus, tiny_spec(), out, tmp_path / name, Silent(), means=means)
+        learnt[name] = load_file(out)
+    assert difference(learnt["compiled"], learnt["plain"]) < 1e-3
