@@ -18,6 +18,7 @@ from l2p_engines.stages import Home, StageRunner
 from l2p_export.progress import Silent
 from l2p_export.text_encoder import TextEncoder, add_text_encoder, open_text_encoder
 from l2p_export.text_encoder.build import torch_text_encoder
+from l2p_export.verification import graph_stage_name
 from l2p_runtime.backends import open_backend
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.backends.onnx import OnnxEngine
@@ -129,7 +130,13 @@ def test_the_graph_holds_no_last_layer_and_no_final_norm(encoders: Encoders) -> 
 
 
 def test_ledger(encoders: Encoders) -> None:
-    assert [(entry.network, entry.status) for entry in encoders.ledger] == [("text_encoder", "passed")] * 2
+    found = [(entry.stage, entry.case, entry.status) for entry in encoders.ledger]
+    assert {entry.network for entry in encoders.ledger} == {"text_encoder"}
+    assert found == [
+        ("float32 ranges -> fp16 graph", "ranges", "passed"),
+        (graph_stage_name("fp32"), "text", "passed"),
+        (graph_stage_name("fp16"), "text", "passed"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from l2p_engines.stages import Made, Stage, StageRunner, named_by_content
 from l2p_export.digests import toolchain, weight_digests
 from l2p_export.graphs.export import graph_stage
 from l2p_export.tensors import read_tensor
+from l2p_export.text_encoder.ranges import plans_by_ranges
 from l2p_export.verification import graph_stage_name, run_engine
 from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import TEXT_ENCODER, FileRecord, GraphRecord, LedgerEntry, TextRecord
@@ -63,17 +64,18 @@ def add_text_encoder(
     """Make graphs, tokenizer and template, and compare the graphs with torch float32.
 
     Raises:
-        ArtifactError: a weight is NaN, Inf or out of range.
-        ParityError: a graph is further from torch than its threshold.
+        ArtifactError: a weight is NaN, Inf or out of range, or a layer makes such values in float32.
+        ParityError: a graph is further from torch than its threshold, or a plan does not hold what a layer makes.
     """
     names = {TEXT_ENCODER: tuple(encoder.shapes)}
     digests = weight_digests(run, "the text encoder", encoder.tensors, names, encoder.files, {}, reporter)
-    # The exporter asks for modules, blocks and shapes and for nothing else that a family's model has.
+    # The exporter asks for modules, blocks, layouts and shapes and for nothing else that a family's model has.
     model = cast("Model", encoder)
     files: list[FileRecord] = []
     graphs = []
-    for plan in plans:
-        weights = digests.of(TEXT_ENCODER)
+    weights = digests.of(TEXT_ENCODER)
+    chosen, ranges = plans_by_ranges(run, encoder, plans, weights, reporter)
+    for plan in chosen:
         stage = graph_stage(
             run, model, encoder.tensors, encoder.network, plan, weights, reporter, settings=encoder.config
         )
@@ -90,7 +92,7 @@ def add_text_encoder(
         vocabulary=encoder.config.sizes.vocabulary,
         reference=case[0].path if case else None,
     )
-    return TextParts(record, (*files, tokenizer, template, *case), ledger)
+    return TextParts(record, (*files, tokenizer, template, *case), (*ranges, *ledger))
 
 
 def verify_text(bundle: Bundle, backend: Backend, stage: str, plan: str) -> list[LedgerEntry]:

@@ -16,6 +16,7 @@ from l2p_export.families.z_image_l2p.sources import TextEncoderDimensions, text_
 from l2p_runtime.errors import ArtifactError
 
 __all__ = [
+    "PRODUCT_SCALE",
     "TextEncoderConfig",
     "TextEncoderDimensions",
     "network_shapes",
@@ -23,6 +24,9 @@ __all__ = [
     "read_config",
     "require_inside",
 ]
+
+PRODUCT_SCALE = 2.0**-6
+"""What float16 of a feed-forward's product is scaled by; a power of two, so exact but for what becomes subnormal."""
 
 CONFIG_NAME = "config.json"
 CONFIG_BYTES_MAX = 4 << 20

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2p_export.families.z_image_l2p.blocks import Linear
-from l2p_export.text_encoder.dimensions import TextEncoderConfig
-
-# What float16 of the feed-forward's product is scaled by. A power of two, so exact but for what becomes subnormal.
-_FLOAT16_HEADROOM = 2.0**-6
+from l2p_export.text_encoder.dimensions import PRODUCT_SCALE, TextEncoderConfig
 
 
 class RMSNorm(nn.Module):
@@ -81,8 +78,8 @@ class FeedForward(nn.Module):
         product = F.silu(self.gate_proj(x).to(torch.float32)) * self.up_proj(x).to(torch.float32)
         # Language models of this kind keep a few products of thousands; their sum must not reach float16's 65504.
         if self.down_proj.weight.dtype == torch.float16:
-            half: Tensor = self.down_proj(product * _FLOAT16_HEADROOM)
-            return half.to(torch.float32) / _FLOAT16_HEADROOM
+            half: Tensor = self.down_proj(product * PRODUCT_SCALE)
+            return half.to(torch.float32) / PRODUCT_SCALE
         out: Tensor = self.down_proj(product)
         return out.to(torch.float32)
 

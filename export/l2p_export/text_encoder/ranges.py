@@ -1,0 +1,227 @@
+"""What float16 has to hold in a text encoder: measured in torch float32 on prompts, one layer in memory at a time.
+
+The residual, norms and softmax are float32 in every plan. What linear layers read and make, queries, keys and their
+products are not; a layer in which they are too large for float16 is raised to float32 whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from l2p_calib.measured import FLOAT16_MAX, HEADROOM
+from l2p_calib.plans import LayerRule
+from l2p_calib.prompts import read_prompts
+from l2p_engines.stages import Made
+from l2p_export.digests import toolchain
+from l2p_export.tensors import read_tensor
+from l2p_export.text_encoder.dimensions import PRODUCT_SCALE
+from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.errors import ArtifactError, ParityError
+from l2p_runtime.memory import available_host_bytes
+from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from l2p_calib.plans import PrecisionPlan
+    from l2p_engines.stages import StageRunner
+    from l2p_export.progress import Reporter
+    from l2p_export.text_encoder.folder import TextEncoder
+
+CASE = "ranges"
+"""What the ledger calls the comparison of what was measured with what float16 holds."""
+
+PROMPTS = 16
+"""Of those that the package ships: the published encoder takes about 5 TFLOP for them."""
+
+PLAIN = "fp16-plain"
+"""The plan in which nothing is raised."""
+
+_EMBEDDING = "model.embed_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPeak:
+    """The largest magnitude that float16 would have to hold in a layer, and where.
+
+    Attributes:
+        layer: as `model.layers.3`.
+        place: as `mlp.up_proj:out`.
+    """
+
+    layer: str
+    place: str
+    peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    peaks: tuple[LayerPeak, ...]
+
+
+def plans_by_ranges(
+    run: StageRunner, encoder: TextEncoder, plans: Sequence[PrecisionPlan], weights_sha256: str, reporter: Reporter
+) -> tuple[list[PrecisionPlan], tuple[LedgerEntry, ...]]:
+    """Plans with the layers raised that float16 does not hold, and how far the others are from it.
+
+    Args:
+        run: keeps what was measured.
+        encoder: the text encoder.
+        plans: as they are before anything is measured; those without float16 stay as they are.
+        weights_sha256: digest of the encoder's weights.
+        reporter: shows the layers measured.
+
+    Raises:
+        ArtifactError: a layer makes NaN or Inf in float32.
+        ParityError: `fp16-plain` does not hold what was measured.
+    """
+    narrow = [plan for plan in plans if plan.default == "float16"]
+    if not narrow:
+        return list(plans), ()
+    needed = _needed_bytes(encoder)
+    if needed > available_host_bytes():
+        told = f"measuring the text encoder takes about {needed:,} bytes here, more than are free"
+        return list(plans), tuple(LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "not run", told) for plan in narrow)
+    inputs = {"weights": weights_sha256, "settings": encoder.config, "prompts": PROMPTS, "tools": toolchain()}
+    stage = run("ranges", TEXT_ENCODER, inputs, lambda work: Made(facts=_Facts(_measure(encoder, reporter))))
+    peaks = from_json(_Facts, stage.facts).peaks
+    raised = [_raised(plan, peaks) for plan in plans]
+    return raised, tuple(_entry(plan, peaks) for plan in raised if plan.default == "float16")
+
+
+def _raised(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> PrecisionPlan:
+    """The plan with a rule for each layer that is too large for float16, with a headroom."""
+    if plan.default != "float16":
+        return plan
+    if plan.name == PLAIN:
+        beyond = [f"{item.layer}.{item.place} ({item.peak:.3g})" for item in peaks if item.peak > FLOAT16_MAX]
+        if beyond:
+            raise ParityError(
+                f"plan `{plan.name}` overflows in the text encoder: float16 holds {FLOAT16_MAX:.0f}, and in float32 "
+                f"{', '.join(beyond[:4])} are more",
+                hint="--precision fp16 raises what needs it; bf16 and fp32 hold it as it is",
+            )
+        return plan
+    limit = FLOAT16_MAX / HEADROOM
+    rules = tuple(
+        LayerRule(item.layer, "float32", f"{item.place} reaches {item.peak:.3g}, float16 is given {limit:.0f}")
+        for item in peaks
+        if item.peak > limit
+    )
+    return replace(plan, rules=(*plan.rules, *rules))
+
+
+def _entry(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> LedgerEntry:
+    held = max(
+        (item for item in peaks if plan.dtype(item.layer) == "float16"), key=lambda item: item.peak, default=None
+    )
+    told = "nothing in float16" if held is None else f"{held.peak:.3g} at {held.layer}.{held.place} is the most"
+    wide = [item.layer for item in peaks if plan.dtype(item.layer) == "float32"]
+    more = f"; in float32: {', '.join(wide)}" if wide else ""
+    detail = f"{told} of {PROMPTS} prompts; float16 holds {FLOAT16_MAX:.0f}{more}"
+    return LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "passed", detail)
+
+
+def _stage(plan: PrecisionPlan) -> str:
+    return f"float32 ranges -> {plan.name} graph"
+
+
+def _needed_bytes(encoder: TextEncoder) -> int:
+    """The embedding table and one layer in float32, each beside what it is read from, and some activations."""
+    parts = dict.fromkeys((_EMBEDDING, *encoder.blocks(TEXT_ENCODER)), 0)
+    for name, shape in encoder.shapes.items():
+        parts[next(part for part in parts if name.startswith(f"{part}."))] += 8 * math.prod(shape)
+    return parts.pop(_EMBEDDING) + max(parts.values(), default=0) + (256 << 20)
+
+
+def _measure(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, ...]:
+    """The largest peak of the embedding table and of each layer, padding included: rows of it are computed as well."""
+    import torch
+
+    with torch.device("meta"):
+        module = encoder.module(TEXT_ENCODER, lambda layer: torch.float32)
+    embedding = module.get_submodule(_EMBEDDING)
+    found = [LayerPeak(_EMBEDDING, "weight", _fill(encoder, _EMBEDDING, embedding)["weight"])]
+    layers = encoder.blocks(TEXT_ENCODER)
+    with reporter.stage("measuring the text encoder in torch float32", len(layers), "layers") as advance:
+        for name in layers:
+            _observe(encoder, name, module.get_submodule(name), found, advance)
+        with torch.no_grad():
+            module(**_prompts(encoder))
+    return tuple(found)
+
+
+def _observe(
+    encoder: TextEncoder, name: str, layer: nn.Module, found: list[LayerPeak], advance: Callable[[int], None]
+) -> None:
+    """Hooks that load a layer before it runs, add its largest peak when it has, and drop its weights."""
+    peaks: dict[str, float] = {}
+
+    def load(layer: nn.Module, inputs: object) -> None:
+        del inputs
+        peaks.update(_fill(encoder, name, layer))
+
+    def finish(layer: nn.Module, inputs: object, output: Tensor) -> None:
+        del inputs
+        # Lengths of rows bound what a rotation makes of them, and their products.
+        peaks["self_attn scores"] = peaks["self_attn.q_norm rows"] * peaks["self_attn.k_norm rows"]
+        place, peak = max(peaks.items(), key=lambda item: item[1])
+        if not (output.isfinite().all() and math.isfinite(peak)):
+            raise ArtifactError(
+                f"the text encoder makes NaN or Inf in float32, in `{name}`", hint="fetch its folder again"
+            )
+        found.append(LayerPeak(name, place, peak))
+        layer.to("meta")
+        advance(1)
+
+    layer.register_forward_pre_hook(load)
+    for own, part in layer.named_modules():
+        if own.endswith("_proj"):
+            part.register_forward_hook(partial(_note_linear, peaks, own))
+        elif own.endswith(("q_norm", "k_norm")):
+            part.register_forward_hook(partial(_note_rows, peaks, own))
+    layer.register_forward_hook(finish)
+
+
+def _note_linear(
+    peaks: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    del layer
+    scale = PRODUCT_SCALE if name.endswith("down_proj") else 1.0
+    for side, tensor in {"in": inputs[0], "out": output}.items():
+        peaks[f"{name}:{side}"] = scale * float(tensor.abs().max())
+
+
+def _note_rows(
+    peaks: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    del layer, inputs
+    scale = output.shape[-1] ** -0.5 if name.endswith("q_norm") else 1.0
+    peaks[f"{name} rows"] = scale * float(output.norm(dim=-1).max())
+
+
+def _fill(encoder: TextEncoder, name: str, part: nn.Module) -> dict[str, float]:
+    """Give a part its weights in float32; the largest magnitude of each, by its own name."""
+    import torch
+
+    own = [parameter for parameter, _ in part.named_parameters()]
+    state = {parameter: torch.from_numpy(read_tensor(encoder.tensors[f"{name}.{parameter}"])) for parameter in own}
+    part.load_state_dict(state, assign=True)
+    return {parameter: float(tensor.abs().max()) for parameter, tensor in state.items()}
+
+
+def _prompts(encoder: TextEncoder) -> dict[str, Tensor]:
+    """Token numbers [B,L] and mask of the prompts, padded at the right."""
+    import torch
+
+    tokenizer = load_tokenizer(encoder.tokenizer, CHAT_TEMPLATE)
+    rows = [torch.tensor(tokenizer.tokens(prompt)) for prompt in read_prompts()[:PROMPTS]]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)
+    return {"input_ids": ids, "attention_mask": mask}
