@@ -40,8 +40,8 @@ demo: .venv/demo
 	$(BIN)/l2p-export judge $(DEMO)/picture-4096.png --prompt "$(PROMPT)"
 	@echo "the pictures are $(DEMO)/picture.png and $(DEMO)/picture-4096.png"
 
-# The commands that the demo's weights come from, in order; each goes on where it was stopped. A quarter of an hour where
-# there is a GPU, more than two days on one core: the card beside the weights says what was spent and what they reached.
+# The commands that the demo's weights come from, in order; each goes on where it was stopped. Half an hour where there is a
+# GPU, more than a week on one core: the card beside the weights says what was spent and what they reached.
 WEIGHTS := build/demo-weights
 SIZES := --size-px 128 --size-px 128 --size-px 256 --size-px 256 --size-px 512 --size-px 1024
 TRANSFER = $(BIN)/l2p-export train transfer $(WEIGHTS)/source --noise fresh --head-divisor 4 --learning-rate 1e-3 \
@@ -52,7 +52,7 @@ demo-weights: $(WEIGHTS)/source/model_index.json
 		--out $(WEIGHTS)/drawn-128
 	$(TRANSFER) --variant 1k --corpus $(WEIGHTS)/drawn-128 --size-px 128 --steps 1000 --batch 256 --sampling-steps 20 \
 		--out $(WEIGHTS)/demo-1k.safetensors
-	$(TRANSFER) --variant 4k --count 40000 --size-px 1024 --steps 1200 --batch 64 --shift 12 --sampling-steps 12 \
+	$(TRANSFER) --variant 4k --count 40000 --size-px 1024 --steps 5000 --batch 48 --shift 24 --sampling-steps 12 \
 		--init $(WEIGHTS)/demo-1k.safetensors --out $(WEIGHTS)/demo-4k.safetensors
 
 $(WEIGHTS)/first/model_index.json: .venv/demo

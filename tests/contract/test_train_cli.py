@@ -195,6 +195,24 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_head_is_compiled_where_something_compiles(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        *transfer(folder, "--device", "cpu", "--compile", "--dry-run", "--json"),
+        "--out",
+        tmp_path / "a.safetensors",
+    )
+    result = run_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["is_compiled"] is True
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    result = run_cli(*command)
+    assert result.returncode == 3
+    assert "--compile needs a C++ compiler" in result.stderr
+
+
 def test_a_trained_source_is_not_written_over(folder: Path) -> None:
     result = run_cli("train", "source", "--out", folder / "source", *TINY)
     assert result.returncode == 2
