@@ -22,6 +22,9 @@ GROUP_BYTES = 1 << 30
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
+_ROTATIONS = {"norm_q": "query", "norm_k": "key"}
+"""Norms whose values are rotated, and the layers that do it, which have no weights for a graph to name them by."""
+
 
 def point_values(
     graph: onnx.GraphProto, points: Iterable[str], published_names: Callable[[str], Sequence[str]]
@@ -142,6 +145,10 @@ def _values(graph: onnx.GraphProto, published_names: Callable[[str], Sequence[st
             if weight.endswith(".weight") and source is not None:
                 yield f"{layer_of(weight)}:in", source
                 yield f"{layer_of(weight)}:out", node.output[0]
+                attention, _, norm = layer_of(weight).rpartition(".")
+                rotated = _rotated(node.output[0], readers) if norm in _ROTATIONS else None
+                if rotated is not None:
+                    yield f"{attention}.{_ROTATIONS[norm]}:out", rotated
     yield f"{RESIDUAL}{graph.name}:out", graph.output[0].name
 
 
@@ -170,3 +177,14 @@ def _normed(
     if product is None or product.op_type != "Mul":
         return None
     return next((name for name in product.input if any(node.op_type == "Pow" for node in readers[name])), None)
+
+
+def _rotated(value: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str | None:
+    """What a rotation makes of a value: its pairs are taken apart and joined again, by the nearest Concat behind it."""
+    reached = [value]
+    for name in reached:
+        for node in readers.get(name, ()):
+            if node.op_type == "Concat":
+                return str(node.output[0])
+            reached += node.output
+    return None

@@ -42,10 +42,10 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A linear layer that may be in FP8.
+    """A linear layer that may be in FP8, or one input of attention.
 
     Attributes:
-        layer: its name.
+        layer: its name; that of an input of attention is no layer's with weights, as `layers.3.attention.query`.
         reads: the point of its input; layers that read one point read the same values.
         group: layers that are raised together, as `layers.3 qkv`.
     """
@@ -56,6 +56,27 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """The product of queries, keys and values: its inputs are in FP8 together or not at all.
+
+    Queries and keys are measured behind the rotary embedding: a rotation keeps the length of a pair, and can make its
+    larger value 1.4 times what a norm left there.
+
+    Attributes:
+        layer: its name, as `layers.3.attention`.
+        inputs: query, key and value; the values are what a linear layer makes, `LAYER:out`.
+    """
+
+    layer: str
+    inputs: tuple[Product, Product, Product]
+
+    @property
+    def values_from(self) -> str:
+        """The layer that makes the values."""
+        return layer_of_point(self.inputs[2].reads)
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkLayout:
     """The points, branches and layers of one network.
 
@@ -63,6 +84,7 @@ class NetworkLayout:
         network: its name.
         layers: every name that a precision plan may give a dtype: layers, pads, and `residual.NETWORK`.
         products: those of them that may be in FP8.
+        attentions: of each block; a plan names their inputs where they are in FP8, and otherwise nothing.
     """
 
     network: str
@@ -70,15 +92,30 @@ class NetworkLayout:
     points: tuple[Point, ...] = ()
     branches: tuple[Branch, ...] = ()
     products: tuple[Product, ...] = ()
+    attentions: tuple[Attention, ...] = ()
 
     def point(self, name: str) -> Point | None:
         """The point of that name."""
         return next((point for point in self.points if point.name == name), None)
 
     @property
+    def roundable(self) -> tuple[Product, ...]:
+        """All that may be in FP8: linear layers, and inputs of attention."""
+        return (*self.products, *(item for attention in self.attentions for item in attention.inputs))
+
+    @property
     def scalable(self) -> tuple[str, ...]:
         """Layers whose weights may be scaled."""
         return tuple(layer for branch in self.branches for layer in (branch.first, branch.last))
+
+
+ATTENTION_INPUTS = ("query", "key", "value")
+"""What inputs of attention are called behind its name, in this order."""
+
+
+def layer_of_point(point: str) -> str:
+    """The layer that a point belongs to."""
+    return point.rpartition(":")[0]
 
 
 def layer_of(tensor: str) -> str:

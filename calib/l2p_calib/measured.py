@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of
+from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of, layer_of_point
 from l2p_calib.planfile import EXPONENTS, Evidence, LayerPlan, NetworkDigest, PlanFile
 from l2p_calib.plans import ComputeDType, LayerRule, PrecisionPlan
-from l2p_calib.statistics import NetworkStatistics, require_finite
+from l2p_calib.statistics import NetworkStatistics, Ranges, require_finite
 from l2p_runtime.errors import ParityError
 
 FLOAT16_MAX = 65504.0
@@ -156,13 +156,13 @@ def _entry(
     for point in item.layout.points:
         ranges = item.statistics.of(point.name) if item.statistics and layer_of_point(point.name) == layer else None
         if ranges is not None:
-            evidence.append(Evidence(point.name, ranges.peak, ranges.percentile(99.9), ranges.calls))
+            evidence.append(evidence_of(point.name, ranges))
     return LayerPlan(layer, dtype, exponent, "; ".join(why), tuple(evidence))
 
 
-def layer_of_point(point: str) -> str:
-    """The layer that a point belongs to."""
-    return point.rpartition(":")[0]
+def evidence_of(point: str, ranges: Ranges) -> Evidence:
+    """What a plan tells of a point that was measured."""
+    return Evidence(point, ranges.peak, ranges.percentile(99.9), ranges.calls)
 
 
 def _branch_exponents(branch: Branch, item: Measurement, limit: float) -> dict[str, int]:

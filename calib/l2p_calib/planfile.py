@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2p_calib.fp8 import ScaleChoice
-from l2p_calib.layout import NetworkLayout
+from l2p_calib.layout import Attention, NetworkLayout
 from l2p_calib.plans import (
     FLOAT8,
     PLANS,
@@ -61,7 +61,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """How the inputs of a layer in FP8 are rounded; the scales of its weights follow from these.
+    """How the inputs of a layer in FP8 are rounded, or an input of attention; scales of weights follow from these.
 
     Attributes:
         input_scale: what inputs are divided by, before any scaling by powers of two.
@@ -87,7 +87,8 @@ class LayerPlan:
     """One layer.
 
     Attributes:
-        layer: published name; a pad token; or `residual.NETWORK`.
+        layer: published name; a pad token; `residual.NETWORK`; or an input of attention, which is listed where the plan
+            is to round it.
         dtype: that its weights are stored in and that it computes in.
         exponent: its weights are stored times two to this power; only where a norm undoes it.
         reason: why it is so; empty where it is the plan's default.
@@ -200,9 +201,11 @@ def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
 
     Raises:
         ArtifactError: an unknown layer; one that no norm follows is scaled; or one is in FP8 that cannot be, or whose
-            input has another scale for another layer.
+            input has another scale for another layer; or some inputs of an attention are in FP8 and others not, or
+            one is in float32.
     """
-    known = {layer for layout in layouts for layer in layout.layers}
+    products = [product for layout in layouts for product in layout.roundable]
+    known = {layer for layout in layouts for layer in layout.layers} | {product.layer for product in products}
     scalable = {layer for layout in layouts for layer in layout.scalable}
     for entry in plan.layers:
         if entry.layer not in known:
@@ -216,8 +219,9 @@ def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
                 f"plan `{plan.name}` scales `{entry.layer}`, and nothing behind it would undo that",
                 hint=f"layers that a norm follows may be scaled, as `{min(scalable)}`" if scalable else "set it to 0",
             )
-
-    _check_products(plan, {product.layer: product.reads for layout in layouts for product in layout.products})
+    _check_products(plan, {product.layer: product.reads for product in products})
+    for attention in (attention for layout in layouts for attention in layout.attentions):
+        _check_attention(plan, attention)
 
 
 def _check_products(plan: PlanFile, reads: Mapping[str, str]) -> None:
@@ -227,8 +231,8 @@ def _check_products(plan: PlanFile, reads: Mapping[str, str]) -> None:
             continue
         if entry.layer not in reads:
             raise ArtifactError(
-                f"plan `{plan.name}` has `{entry.layer}` in {FLOAT8}, which products of attention and feed-forward "
-                "alone can be",
+                f"plan `{plan.name}` has `{entry.layer}` in {FLOAT8}, which products of attention and feed-forward, "
+                "and inputs of attention, alone can be",
                 hint=f"as `{min(reads)}`; set this one to {plan.default}" if reads else f"set it to {plan.default}",
             )
         other, scale = scales.setdefault(reads[entry.layer], (entry.layer, entry.float8.input_scale))
@@ -238,6 +242,23 @@ def _check_products(plan: PlanFile, reads: Mapping[str, str]) -> None:
                 f"{scale:g} and {entry.float8.input_scale:g}",
                 hint="give both the same",
             )
+
+
+def _check_attention(plan: PlanFile, attention: Attention) -> None:
+    names = [item.layer for item in attention.inputs]
+    dtypes = {entry.layer: entry.dtype for entry in plan.layers if entry.layer in names}
+    dtypes = {name: dtypes.get(name, plan.default) for name in names}
+    told = ", ".join(f"`{name}` in {dtype}" for name, dtype in dtypes.items())
+    if not {plan.default, FLOAT8}.issuperset(dtypes.values()):
+        raise ArtifactError(
+            f"plan `{plan.name}` has {told}: attention computes in {plan.default}, and reads that or {FLOAT8}",
+            hint=f"set all three to {plan.default}, or to {FLOAT8} with an input_scale each",
+        )
+    if len(set(dtypes.values())) > 1:
+        raise ArtifactError(
+            f"plan `{plan.name}` has {told}: what attention multiplies is in {FLOAT8} altogether or not at all",
+            hint=f"give all three {FLOAT8} with an input_scale, or set them to {plan.default}",
+        )
 
 
 def _check_float8(entry: LayerPlan, base: PrecisionPlan, name: str) -> None:

@@ -13,13 +13,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from l2p_calib.layout import ATTENTION_INPUTS
 from l2p_runtime.contract import PlanRef
 from l2p_runtime.contract.codec import to_json
 
 ComputeDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 
 FLOAT8: Final = "float8_e4m3fn"
-"""The dtype of products of FP8 numbers: their inputs and weights are rounded to it, what they make is not."""
+"""The dtype of products of FP8 numbers: their inputs and weights are rounded to it, what they make is not. An input of
+attention that has it is rounded, and attention makes the plan's default."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FLOAT8: 1}
 """Bytes of a value of each dtype."""
@@ -148,11 +150,16 @@ _FP8_RULES = (
     ),
 )
 
+_ATTENTION_RULES = tuple(
+    LayerRule(f"*.attention.{name}", FLOAT8, "an input of attention itself") for name in ATTENTION_INPUTS
+)
+
 PLANS: dict[str, PrecisionPlan] = {
     "fp32": PrecisionPlan("fp32", "float32"),
     "fp16": PrecisionPlan("fp16", "float16", _FP16_RULES),
     "fp16-plain": PrecisionPlan("fp16-plain", "float16", _FP16_RULES),
     "fp8": PrecisionPlan("fp8", "float16", _FP8_RULES),
+    "fp8-attention": PrecisionPlan("fp8-attention", "float16", (*_FP8_RULES, *_ATTENTION_RULES)),
     "fp8-plain": PrecisionPlan("fp8-plain", "float16", _FP8_RULES),
     "bf16": PrecisionPlan(
         "bf16",
@@ -162,7 +169,10 @@ PLANS: dict[str, PrecisionPlan] = {
 }
 """The plans by name, as they are before anything is measured."""
 
-MEASURED = ("fp16", "fp8", "fp8-plain")
+SWEPT = ("fp8", "fp8-attention")
+"""Plans that a sweep can start from."""
+
+MEASURED = ("fp16", *SWEPT, "fp8-plain")
 """Plans that a build completes from what it measures; the others are taken as they stand."""
 
 

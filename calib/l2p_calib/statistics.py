@@ -269,20 +269,21 @@ def merge_statistics(files: Iterable[Statistics]) -> Statistics:
     return Statistics(SCHEMA, "; ".join(sorted(sources)), networks)
 
 
-def require_usable(statistics: NetworkStatistics, points: Iterable[str]) -> None:
+def require_usable(statistics: NetworkStatistics, points: Iterable[str], optional: Iterable[str] = ()) -> None:
     """Refuse statistics that say nothing of a network.
 
     Args:
         statistics: as read from a file.
         points: that must be in it.
+        optional: points that may be in it besides.
 
     Raises:
         ArtifactError: points are missing or unknown, too few calls were seen, or values were NaN, Inf or all the same.
     """
     network, wanted = statistics.network, set(points)
     found = {item.point for item in statistics.points}
-    if found != wanted:
-        wrong = sorted(found ^ wanted)
+    wrong = sorted((wanted - found) | (found - wanted - set(optional)))
+    if wrong:
         raise ArtifactError(
             f"statistics of `{network}` do not match its layers: {', '.join(wrong[:4])}"
             + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""),

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2p_calib.planfile import Evidence, Float8, LayerPlan, read_plan
+from l2p_calib.layout import ATTENTION_INPUTS
+from l2p_calib.planfile import Evidence, Float8, LayerPlan, PlanFile, read_plan
 from l2p_calib.plans import base_plan
 from l2p_export.calibration import PLAN, bundle_model
 from l2p_runtime.bundle import Bundle, open_bundle
@@ -36,11 +37,11 @@ class Explanation:
 
 
 def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanation, ...]:
-    """What each plan says of a layer.
+    """What each plan says of a layer; of attention, what it says of each input where it lists them.
 
     Args:
         path: a bundle, or a plan's file.
-        layer: published name, as `layers.3.feed_forward.w2`.
+        layer: published name, as `layers.3.feed_forward.w2`, or `layers.3.attention`.
         store: where the bundle's files lie, if not in it.
 
     Raises:
@@ -49,16 +50,16 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
     """
     if path.is_file():
         file = read_plan(path)
-        return (_explained(file.name, _find(layer, file.layers, path)),)
+        return _told(file, layer, path)
     bundle = open_bundle(path, store)
     whole = {plan.name: read_plan(bundle.path(plan.file)) for plan in bundle.manifest.plans if plan.file is not None}
     known = {entry.layer for file in whole.values() for entry in file.layers} or set(_layers(bundle))
-    if layer not in known:
+    if layer not in known and not _is_attention(layer, known):
         raise _unknown(layer, known, path)
-    found = []
+    found: list[Explanation] = []
     for plan in bundle.manifest.plans:
         if plan.name in whole:
-            found.append(_explained(plan.name, _find(layer, whole[plan.name].layers, path)))
+            found += _told(whole[plan.name], layer, path)
         elif (base := base_plan(plan.name)) is not None:
             reason = next((rule.reason for rule in base.rules if rule.names(layer)), "all layers of this plan are so")
             found.append(Explanation(plan.name, layer, base.dtype(layer), base.exponent(layer), reason))
@@ -79,15 +80,25 @@ def explained_lines(found: Explanation) -> Iterator[str]:
         yield f"  {item.point}: largest {item.peak:.4g}, 99.9 % within {item.p999:.4g}, {item.calls} calls"
 
 
+def _told(file: PlanFile, layer: str, path: Path) -> tuple[Explanation, ...]:
+    by_name = {entry.layer: entry for entry in file.layers}
+    inputs = (f"{layer}.{part}" for part in ATTENTION_INPUTS)
+    entries = [by_name[name] for name in (layer, *inputs) if name in by_name]
+    if not entries and not _is_attention(layer, by_name):
+        raise _unknown(layer, by_name, path)
+    unlisted = LayerPlan(layer, file.default, reason="what attention multiplies is not rounded unless a plan lists it")
+    return tuple(_explained(file.name, entry) for entry in entries or [unlisted])
+
+
+def _is_attention(layer: str, known: Iterable[str]) -> bool:
+    """Whether this is the attention of a block, or an input of it, which a plan need not list."""
+    attention, _, part = layer.rpartition(".")
+    whole = attention if part in ATTENTION_INPUTS else layer
+    return whole.endswith(".attention") and any(name.startswith(f"{whole}.") for name in known)
+
+
 def _explained(plan: str, entry: LayerPlan) -> Explanation:
     return Explanation(plan, entry.layer, entry.dtype, entry.exponent, entry.reason, entry.evidence, entry.float8)
-
-
-def _find(layer: str, entries: Iterable[LayerPlan], path: Path) -> LayerPlan:
-    by_name = {entry.layer: entry for entry in entries}
-    if layer not in by_name:
-        raise _unknown(layer, by_name, path)
-    return by_name[layer]
 
 
 def _layers(bundle: Bundle) -> Iterator[str]:

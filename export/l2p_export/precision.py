@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_calib.float8_plan import float8_plan
 from l2p_calib.hooks import counting
+from l2p_calib.layout import layer_of_point
 from l2p_calib.measured import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
 from l2p_calib.planfile import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans import FLOAT8, MEASURED, PrecisionPlan, base_plan
@@ -183,7 +184,7 @@ class _Measuring:
 
     def _measure(self) -> tuple[Measurement, ...]:
         loaded = self.references.loaded
-        given = _given(self.asked.statistics, loaded.model, self.digests)
+        given = _given(self.asked, loaded.model, self.digests)
         own = self._run(loaded) if self.references.cases else {}
         if not own and not given:
             self._reporter.note(
@@ -226,12 +227,15 @@ def timestep_inputs(model: Model, case: Case) -> dict[str, NDArray[Any]]:
     return {**single, **batched, "image": image.astype(np.float32), "time": times}
 
 
-def _given(statistics: Statistics | None, model: Model, digests: Mapping[str, str]) -> dict[str, NetworkStatistics]:
+def _given(asked: Asked, model: Model, digests: Mapping[str, str]) -> dict[str, NetworkStatistics]:
     """What statistics that were given say of this model's networks.
+
+    What attention multiplies must be in them where a plan needs scales for it: files of earlier versions lack it.
 
     Raises:
         ArtifactError: nothing, or nothing that can be used.
     """
+    statistics = asked.statistics
     if statistics is None:
         return {}
     found = {name: item for name, sha256 in digests.items() if (item := statistics.of(name, sha256)) is not None}
@@ -242,7 +246,12 @@ def _given(statistics: Statistics | None, model: Model, digests: Mapping[str, st
             hint="calibrate a bundle of this checkpoint",
         )
     for name, item in found.items():
-        require_usable(item, network_points(model, name))
+        layout = model.layout(name)
+        inputs = [part.layer for attention in layout.attentions for part in attention.inputs]
+        is_rounded = any(plan.dtype(layer) == FLOAT8 for plan in asked.plans for layer in inputs)
+        points = network_points(model, name)
+        optional = [] if is_rounded else [point for point in points if layer_of_point(point) in inputs]
+        require_usable(item, set(points).difference(optional), optional)
     return found
 
 

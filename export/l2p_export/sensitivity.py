@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,9 +65,15 @@ class Swept:
 
 
 def sweep_bundle(
-    plan: Calibration, samples: Path, statistics: Statistics, out: Path, gate: float, reporter: Reporter
+    plan: Calibration,
+    samples: Path,
+    statistics: Statistics,
+    out: Path,
+    gate: float,
+    reporter: Reporter,
+    precision: str = "fp8",
 ) -> Swept:
-    """Sweep the products of a bundle and write table, plot and plan.
+    """Sweep what a plan has in FP8 of a bundle and write table, plot and plan.
 
     Args:
         plan: the calibration that drew the samples.
@@ -76,6 +82,7 @@ def sweep_bundle(
         out: folder to write.
         gate: relative error of the denoiser's output that is allowed.
         reporter: shows the groups.
+        precision: one of `SWEPT`, which says what is swept.
 
     Raises:
         UsageError: a gate that nothing or everything passes.
@@ -89,10 +96,10 @@ def sweep_bundle(
     networks = TorchNetworks(model)
     sweeper = _Sweeper(plan, samples, networks, cache)
     measurements = [_measurement(layout, statistics, sweeper.module(layout.network)) for layout in layouts]
-    base = replace(PLANS["fp8"], name=NAME)
+    base = replace(PLANS[precision], name=NAME)
     sweeper.scales = {item.layer: item.scale for item in float8_plan(base, measurements).plan.inputs}
     groups = _groups(layouts, sweeper.scales)
-    sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.products}
+    sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.roundable}
     with reporter.stage("sweeping products in FP8", len(groups), "groups") as advance:
         found = sweep(groups, gate, plan.source, sweeper.measure, advance)
     chosen = float8_plan(base, measurements, kept=found.reasons)
@@ -101,11 +108,11 @@ def sweep_bundle(
 
 @contextmanager
 def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[None]:
-    """Compute some linears of a float32 network as FP8 graphs do: inputs and weights rounded, products not.
+    """Compute some layers of a float32 network as FP8 graphs do: inputs and weights rounded, products not.
 
     Args:
         module: a network; its submodules carry published names.
-        input_scales: layer to the scale of its inputs.
+        input_scales: linear layer to the scale of its inputs, or input of attention to its own.
     """
     import numpy as np
     import torch
@@ -113,12 +120,14 @@ def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[
     handles = []
     try:
         for layer, scale in input_scales.items():
-            linear = module.get_submodule(layer)
-            weight: torch.Tensor = linear.weight.detach()  # type: ignore[operator]
-            of_rows = torch.from_numpy(channel_scales(weight.abs().amax(dim=1).numpy()))
-            of_inputs = torch.from_numpy(storable(np.asarray(scale, np.float32)))
-            hook = partial(_product, of_inputs, _rounded(weight, of_rows[:, None]))
-            handles.append(linear.register_forward_hook(hook))
+            part = module.get_submodule(layer)
+            stored = torch.from_numpy(storable(np.asarray(scale, np.float32)))
+            hook: Callable[..., torch.Tensor] = partial(_input, stored)
+            if isinstance(part, torch.nn.Linear):
+                weight = part.weight.detach()
+                of_rows = torch.from_numpy(channel_scales(weight.abs().amax(dim=1).numpy()))
+                hook = partial(_product, stored, _rounded(weight, of_rows[:, None]))
+            handles.append(part.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -220,10 +229,10 @@ def _measurement(layout: NetworkLayout, statistics: Statistics, module: nn.Modul
 
 
 def _groups(layouts: Sequence[NetworkLayout], scales: Mapping[str, float]) -> dict[str, list[str]]:
-    """Group to its products that can be in FP8."""
+    """Group to its products, or inputs of attention, that can be in FP8."""
     found: dict[str, list[str]] = {}
     for layout in layouts:
-        for product in layout.products:
+        for product in layout.roundable:
             if product.layer in scales:
                 found.setdefault(product.group, []).append(product.layer)
     return found
@@ -252,6 +261,11 @@ def _product(scale: torch.Tensor, weight: torch.Tensor, layer: Any, inputs: tupl
 
     del output
     return F.linear(_rounded(inputs[0], scale), weight, layer.bias)
+
+
+def _input(scale: torch.Tensor, layer: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    del layer, inputs
+    return _rounded(output, scale)
 
 
 def _rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

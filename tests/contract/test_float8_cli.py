@@ -14,27 +14,30 @@ import pytest
 from conftest import run_cli, write_profile
 from golden import tiny_checkpoint
 from l2p_calib.planfile import read_plan
-from l2p_calib.plans import FLOAT8
+from l2p_calib.plans import FLOAT8, PLANS
+from l2p_calib.statistics import CALLS_MIN, Statistics
 from l2p_engines.builders.builder import build_engine
 from l2p_engines.builders.request import EngineRequest, EngineSpec
 from l2p_engines.builders.trt import library_version
 from l2p_engines.shapes import engine_profiles
 from l2p_export import sensitivity
 from l2p_export.build import Built, build, plan_build
-from l2p_export.calibration import calibrate, plan_calibration
+from l2p_export.calibration import bundle_digests, calibrate, plan_calibration
 from l2p_export.engines import EngineWishes
 from l2p_export.explain import explain
+from l2p_export.loading import load_model
+from l2p_export.precision import Asked, _given
 from l2p_export.progress import Silent
 from l2p_export.sensitivity import NAME
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import Target
+from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import ArtifactError, UsageError
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 
 if TYPE_CHECKING:
     from conftest import Bundles
-    from l2p_calib.statistics import Statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +45,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GATE = 0.0014
 SAMPLES = ("--samples", "1", "--size", "32x32")
 LAYER = "layers.2.feed_forward.w2"
+ATTENTION = "layers.2.attention"
+INPUTS = [f"{ATTENTION}.{name}" for name in ("query", "key", "value")]
+SWEPT = "fp8-attention"
 PLAN = "fp8-trunk"
 
 
@@ -60,7 +66,7 @@ def swept(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     statistics, folder = root / "statistics.json", root / "sweep"
     stamps = stop_after_five_groups(bundles, statistics, folder)
     command = ("calibrate", bundles.path("tiny-16"), *SAMPLES, "--out", statistics, "--sensitivity", folder)
-    result = run_cli(*command, "--gate", str(GATE), "--json")
+    result = run_cli(*command, "--precision", SWEPT, "--gate", str(GATE), "--json")
     assert result.returncode == 0, result.stderr
     assert not (root / "statistics.json.work").exists()
     # It went on where it was stopped.
@@ -81,7 +87,7 @@ def stop_after_five_groups(bundles: Bundles, statistics: Path, folder: Path) -> 
         return measure(self, layers)
 
     def sweep(samples: Path, found: Statistics) -> None:
-        sensitivity.sweep_bundle(plan, samples, found, folder, GATE, Silent())
+        sensitivity.sweep_bundle(plan, samples, found, folder, GATE, Silent(), SWEPT)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity._Sweeper, "measure", stopped)
@@ -116,19 +122,20 @@ def build_here(bundles: Bundles, out: Path, *precisions: str, checkpoint: Path |
 
 def test_the_sweep_ranks_groups_and_keeps_the_worst(swept: Swept) -> None:
     found = json.loads((swept.folder / "sensitivity.json").read_text())
-    # Ten blocks of four groups.
-    assert len(found["groups"]) == 40
+    # Ten blocks of five groups, attention among them.
+    assert len(found["groups"]) == 50
+    assert sum(item["group"].endswith(" attention") for item in found["groups"]) == 10
     errors = [item["deviation"]["error"] for item in found["groups"]]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] > 0
-    assert [item["is_kept"] for item in found["groups"]] == [index < found["kept"] for index in range(40)]
+    assert [item["is_kept"] for item in found["groups"]] == [index < found["kept"] for index in range(50)]
     steps = {step["kept"]: step["deviation"]["error"] for step in found["steps"]}
     assert steps[found["kept"]] <= GATE
-    assert 0 < found["kept"] < 40
+    assert 0 < found["kept"] < 50
     assert steps[found["kept"] - 1] > GATE
     told = swept.printed["sensitivity"]
     assert told["kept"] == [item["group"] for item in found["groups"][: found["kept"]]]
-    assert (told["error"], told["gate"], told["groups"]) == (steps[found["kept"]], GATE, 40)
+    assert (told["error"], told["gate"], told["groups"]) == (steps[found["kept"]], GATE, 50)
     assert all(0 < item["deviation"]["image_psnr_db"] < 999 for item in found["groups"])
     with (swept.folder / "sensitivity.csv").open(newline="") as file:
         assert [row["group"] for row in csv.DictReader(file)] == [item["group"] for item in found["groups"]]
@@ -143,8 +150,10 @@ def test_the_plan_of_a_sweep_keeps_what_it_says(swept: Swept) -> None:
     assert {name for name, entry in layers.items() if "kept in float16" in entry.reason} == kept
     assert all(layers[name].dtype == "float16" for name in kept)
     eighths = {name for name, entry in layers.items() if entry.dtype == FLOAT8}
-    # Seven products in each of ten blocks.
-    assert len(eighths) + len(kept) == 70
+    # Seven products and three inputs of attention in each of ten blocks.
+    assert len(eighths) + len(kept) == 100
+    assert not any(0 < sum(f"{name}.{part}" in kept for part in ("query", "key", "value")) < 3
+                   for name in {name.rpartition(".")[0] for name in kept})  # fmt: skip
     assert "alone makes an error of 0.0" in layers[min(kept)].reason
     assert f"{GATE:g} is allowed" in layers[min(kept)].reason
 
@@ -152,7 +161,7 @@ def test_the_plan_of_a_sweep_keeps_what_it_says(swept: Swept) -> None:
 def test_every_measurement_is_kept(swept: Swept) -> None:
     steps = json.loads((swept.folder / "sensitivity.json").read_text())["steps"]
     # The last of the ranking alone is measured already, should it come to that.
-    assert len(list((swept.folder / "measurements").iterdir())) in (40 + len(steps), 39 + len(steps))
+    assert len(list((swept.folder / "measurements").iterdir())) in (50 + len(steps), 49 + len(steps))
     names = ("sensitivity.json", "sensitivity.csv", f"{NAME}.json", "sensitivity.png")
     assert swept.printed["sensitivity"]["files"] == [str(swept.folder / name) for name in names]
 
@@ -164,6 +173,10 @@ def test_a_bundle_in_fp8(bundles: Bundles, built: Built) -> None:
     check_ledger(built, PLAN, ("trunk",))
     weights = open_tensorfile(built.bundle.path(manifest.graph("trunk", PLAN).weights))
     assert {info.dtype for info in weights.tensors.values()} == {"F8_E4M3", "F16"}
+    plan = read_plan(built.bundle.path(manifest.plan(PLAN).file or ""))
+    rounded = {entry.layer for entry in plan.layers if entry.dtype == FLOAT8 and entry.layer.endswith(".query")}
+    assert rounded
+    assert {name.removesuffix(":out/scale") for name in weights.tensors if ".query" in name} == rounded
     pictures = [draw(bundles.path("tiny-16"), "fp32"), draw(built.bundle.root, PLAN, bundles.store)]
     assert pictures[0].std() > 20
     # Of 255; the head of random weights draws most of it.
@@ -171,11 +184,12 @@ def test_a_bundle_in_fp8(bundles: Bundles, built: Built) -> None:
 
 
 @pytest.mark.slow
-def test_every_product_in_fp8(bundles: Bundles, tmp_path: Path) -> None:
-    built = build_here(bundles, tmp_path / "bundle", "fp8")
-    check_ledger(built, "fp8", ("caption", "stem", "trunk", "tail"))
-    plan = read_plan(built.bundle.path(built.bundle.manifest.plan("fp8").file or ""))
-    assert sum(entry.dtype == FLOAT8 for entry in plan.layers) == 70
+@pytest.mark.parametrize(("name", "layers"), [("fp8", 70), ("fp8-attention", 100)])
+def test_every_product_in_fp8(bundles: Bundles, tmp_path: Path, name: str, layers: int) -> None:
+    built = build_here(bundles, tmp_path / "bundle", name)
+    check_ledger(built, name, ("caption", "stem", "trunk", "tail"))
+    plan = read_plan(built.bundle.path(built.bundle.manifest.plan(name).file or ""))
+    assert sum(entry.dtype == FLOAT8 for entry in plan.layers) == layers
     checked = run_cli("verify", built.bundle.root, "--store", bundles.store, "--json")
     assert checked.returncode == 0, checked.stderr
 
@@ -218,8 +232,41 @@ def test_what_is_told_of_a_layer(bundles: Bundles, built: Built, swept: Swept) -
     wrong = run_cli("calibrate", bundles.path("tiny-16"), "--explain", "layers.2.feedforward.w2", "--json")
     assert wrong.returncode == 2
     assert f"did you mean `{LAYER}`" in wrong.stderr
+    inputs = explain(swept.folder / f"{NAME}.json", ATTENTION)
+    assert [item.layer for item in inputs] == INPUTS
+    assert explain(swept.folder / f"{NAME}.json", INPUTS[1]) == (inputs[1],)
+    # A plan that does not list it.
+    alone = explain(bundles.path("tiny-16"), ATTENTION)
+    assert [(item.plan, item.layer, item.dtype) for item in alone] == [
+        ("fp32", ATTENTION, "float32"),
+        ("fp16", ATTENTION, "float16"),
+    ]
+    with pytest.raises(UsageError, match=r"knows no layer `layers\.99\.attention`"):
+        explain(bundles.path("tiny-16"), "layers.99.attention")
     missing = run_cli("calibrate", bundles.path("tiny-16"))
     assert (missing.returncode, "--out is missing" in missing.stderr) == (2, True)
+
+
+def test_a_sweep_of_what_has_no_fp8(bundles: Bundles, tmp_path: Path) -> None:
+    wrong = run_cli("calibrate", bundles.path("tiny-16"), "--out", tmp_path / "s.json", "--precision", "fp16")
+    assert wrong.returncode == 2
+    assert "'fp16' is not one of 'fp8', 'fp8-attention'" in wrong.stderr
+
+
+def test_statistics_of_an_earlier_version(bundles: Bundles, swept: Swept) -> None:
+    """They lack what attention multiplies; whoever does not round that goes on with them."""
+    loaded = load_model(bundles.checkpoint("tiny-16"))
+    digests = bundle_digests(open_bundle(bundles.path("tiny-16")), Silent())
+    data = json.loads(swept.statistics.read_text())
+    for item in data["networks"]:
+        item["points"] = [point for point in item["points"] if not point["point"].endswith((".query:out", ".key:out"))]
+        for point in item["points"]:
+            point["ranges"]["calls"] = CALLS_MIN
+    older = from_json(Statistics, data)
+    for name in ("fp16", "fp8"):
+        assert set(_given(Asked((PLANS[name],), (), older), loaded.model, digests)) == set(digests)
+    with pytest.raises(ArtifactError, match=r"do not match its layers: .*attention\.key:out"):
+        _given(Asked((PLANS["fp8-attention"],), (), older), loaded.model, digests)
 
 
 def test_what_is_refused(bundles: Bundles, built: Built, swept: Swept, tmp_path: Path) -> None:
@@ -240,6 +287,8 @@ def test_what_is_refused(bundles: Bundles, built: Built, swept: Swept, tmp_path:
         (edited(1, LAYER, layer="layers.2.feed_forward.w4"), r"speaks of `layers\.2\.feed_forward\.w4`"),
         (edited(2, "layers.2.ffn_norm2", dtype=FLOAT8, float8=float8), r"has `layers\.2\.ffn_norm2` in float8_e4m3fn"),
         (edited(3, LAYER, dtype=FLOAT8, float8=float8 | {"input_scale": 0.0}), "input_scale is 0"),
+        (edited(4, INPUTS[0], layer="layers.2.attention.querry"), r"speaks of `layers\.2\.attention\.querry`"),
+        (edited(5, INPUTS[0], dtype="float32", float8=None), "attention computes in float16"),
     ):
         with pytest.raises(ArtifactError, match=needle):
             build_here(bundles, out, **arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,23 +17,27 @@ from l2p_calib.float8_plan import float8_plan
 from l2p_calib.fp8 import encoded, storable
 from l2p_calib.hooks import counting
 from l2p_calib.measured import Measurement
-from l2p_calib.plans import FLOAT8, PLANS, PrecisionPlan
+from l2p_calib.plans import FLOAT8, PLANS, LayerScale, PrecisionPlan
 from l2p_calib.statistics import network_statistics
 from l2p_export.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
+from l2p_export.graphs.export import trace_plan
 from l2p_export.precision import weight_peaks
 from l2p_export.sensitivity import in_float8
 from l2p_runtime.backends.onnx import OnnxEngine
+from l2p_runtime.errors import InternalError
 from l2p_runtime.positions import rope_tables
 from l2p_runtime.tensorfile import TensorFile, open_tensorfile
 from parity.graphs import export, network_shapes, run, store
-from parity.models import call, load_network, model_spec, random_state, relative_error
+from parity.models import call, load_network, model_spec, network_spec, random_state, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Three layers, of which the middle one is the trunk.
 D = replace(demo_dimensions(16), layers=3, noise_refiners=0, context_refiners=0)
 LAYER = "layers.1"
+ATTENTION = f"{LAYER}.attention"
+POINTS = (f"{ATTENTION}.query:out", f"{ATTENTION}.key:out", f"{ATTENTION}.to_v:out")
 
 
 @dataclass
@@ -49,7 +55,22 @@ class Trunk:
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Trunk:
-    folder = tmp_path_factory.mktemp("float8")
+    return make_trunk(tmp_path_factory.mktemp("float8"), "fp8")
+
+
+@pytest.fixture(scope="module")
+def attentive(tmp_path_factory: pytest.TempPathFactory) -> Trunk:
+    """With the inputs of attention in FP8 too, and values that come scaled."""
+    return make_trunk(tmp_path_factory.mktemp("attention"), "fp8-attention", LayerScale(f"{ATTENTION}.to_v", -3))
+
+
+@pytest.fixture(params=["trunk", "attentive"])
+def either(request: pytest.FixtureRequest) -> Trunk:
+    found: Trunk = request.getfixturevalue(request.param)
+    return found
+
+
+def make_trunk(folder: Path, name: str, *scales: LayerScale) -> Trunk:
     state = random_state(network_shapes(D, "trunk"), seed=3)
     tensors = store(state, folder / "checkpoint.safetensors")
     module, layout = load_network("trunk", D, state), ZImageModel(D).layout("trunk")
@@ -65,7 +86,8 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Trunk:
         call(module, **inputs)
     statistics = network_statistics("trunk", "", counters)
     measurement = Measurement(layout, "", weight_peaks(tensors, list(state)), statistics)
-    plan = float8_plan(PLANS["fp8"], [measurement]).plan
+    plan = float8_plan(PLANS[name], [measurement]).plan
+    plan = replace(plan, scales=(*plan.scales, *scales))
     engine = export(D, "trunk", tensors, folder, plan)
     (path,) = folder.glob("*.onnx")
     graph = onnx.load(str(path), load_external_data=False)
@@ -106,15 +128,60 @@ def test_weights_are_stored_with_a_scale_for_each_output(trunk: Trunk) -> None:
     np.testing.assert_array_equal(trunk.weights.read(f"{name}.T"), expected.view(np.uint8).T)
 
 
-def test_onnx_runtime_rounds_as_ml_dtypes_does(trunk: Trunk) -> None:
+def test_attention_reads_three_rounded_inputs(attentive: Trunk) -> None:
+    nodes = attentive.graph.graph.node
+    makers = {name: node for node in nodes for name in node.output}
+    (attention,) = (node for node in nodes if node.op_type == "Attention")
+    assert [makers[name].op_type for name in attention.input] == ["DequantizeLinear"] * 3
+    assert [makers[name].input[1] for name in attention.input] == [f"{point}/scale" for point in POINTS]
+    # Nothing comes between: what is rounded is what the operator would read, heads before tokens.
+    read = [makers[makers[makers[name].input[0]].input[0]].op_type for name in attention.input]
+    assert read == ["Transpose"] * 3
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) == 7
+
+
+def test_scales_of_attention_take_exponents_along(attentive: Trunk) -> None:
+    """Values come times 2^-3, and so does their scale: the E4M3 numbers are those of the plan."""
+    scales = {item.layer: item.scale for item in attentive.plan.inputs}
+    for name, point, exponent in zip(("query", "key", "value"), POINTS, (0, 0, -3), strict=True):
+        expected = storable(np.asarray(scales[f"{ATTENTION}.{name}"] * 2.0**exponent, np.float32))
+        assert attentive.weights.read(f"{point}/scale") == expected.astype(np.float16)
+
+
+def test_queries_and_keys_are_measured_behind_the_rotation(attentive: Trunk) -> None:
+    """By hand, in complex numbers: where both values of a pair are large, the rotation makes other peaks of them."""
+    state = {name: torch.from_numpy(value.copy()) for name, value in attentive.state.items()}
+    for norm in ("norm_q", "norm_k"):
+        state[f"{ATTENTION}.{norm}.weight"][:2] *= 4
+    module = load_network("trunk", D, state)
+    turns = attentive.inputs["rope_cos"] + 1j * attentive.inputs["rope_sin"]
+    for norm, point in (("norm_q", POINTS[0]), ("norm_k", POINTS[1])):
+        normed: list[Any] = []
+        layer = module.get_submodule(f"{ATTENTION}.{norm}")
+        layer.register_forward_hook(lambda layer, inputs, output, normed=normed: normed.append(output.numpy()))
+        with counting(module, [point]) as counters:
+            call(module, **attentive.inputs)
+        pairs = (normed[0][..., ::2] + 1j * normed[0][..., 1::2]) * turns[:, None]
+        peak = max(np.abs(pairs.real).max(), np.abs(pairs.imag).max())
+        assert counters[point].ranges().peak == pytest.approx(peak, rel=1e-6)
+        assert peak != pytest.approx(np.abs(normed[0]).max(), rel=0.01)
+
+
+def test_attention_in_float8_is_refused_where_it_is_decomposed() -> None:
+    plan = PrecisionPlan("fp32", "float32", PLANS["fp8-attention"].rules[-3:])
+    with pytest.raises(InternalError, match=rf"no Attention that reads what `{ATTENTION}\.to_v\.weight` makes"):
+        trace_plan(ZImageModel(D), network_spec(D, "trunk"), plan)
+
+
+def test_onnx_runtime_rounds_as_ml_dtypes_does(either: Trunk) -> None:
     """Every value before and after every pair, bit for bit: no optimizer of its own comes between."""
-    graph = trunk.graph.graph
+    trunk, graph = either, either.graph.graph
     pairs = []
     for node in graph.node:
         if node.op_type == "DequantizeLinear":
             maker = next((other for other in graph.node if other.output[0] == node.input[0]), None)
             pairs.append((maker.input[0] if maker else "", node.input[0], node.input[1], node.output[0]))
-    assert len(pairs) == 8
+    assert len(pairs) == (11 if any(node.name.startswith(POINTS) for node in graph.node) else 8)
     model = onnx.ModelProto.FromString(trunk.graph.SerializeToString())
     wanted = [name for read, _, _, made in pairs for name in (read, made) if name]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT16, None) for n in wanted)
@@ -131,7 +198,8 @@ def test_onnx_runtime_rounds_as_ml_dtypes_does(trunk: Trunk) -> None:
         np.testing.assert_array_equal(made[result], (values * scale).astype(np.float16), err_msg=result)
 
 
-def test_the_graph_computes_what_torch_does_with_rounded_products(trunk: Trunk) -> None:
+def test_the_graph_computes_what_torch_does_with_rounded_products(either: Trunk) -> None:
+    trunk = either
     (exact,) = call(trunk.module, **trunk.inputs)
     with in_float8(trunk.module, {item.layer: item.scale for item in trunk.plan.inputs}):
         (expected,) = call(trunk.module, **trunk.inputs)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "--precision",
     "precisions",
     multiple=True,
-    help="fp32, fp16, fp8, bf16, or for comparison fp16-plain, fp8-plain; repeatable; fp32 by default.",
+    help="fp32, fp16, fp8, fp8-attention, bf16, or for comparison fp16-plain, fp8-plain; repeatable; fp32 by default.",
 )
 @click.option(
     "--plan",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l2p_calib.plans import SWEPT
 from l2p_calib.sensitivity import GATE
 from l2p_export.cli.console import (
     Console,
@@ -42,6 +43,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Relative error that the plan of --sensitivity may make.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(SWEPT),
+    default=SWEPT[0],
+    show_default=True,
+    help="What --sensitivity sweeps: products alone, or what attention multiplies too.",
+)
 @click.option("--explain", metavar="LAYER", help="Tell what the plans of BUNDLE, or of a plan's file, say of a layer.")
 @store_option
 @json_option
@@ -56,6 +64,7 @@ def command(
     out: Path | None,
     sensitivity: Path | None,
     gate: float,
+    precision: str,
     explain: str | None,
     store: Path | None,
     *,
@@ -94,7 +103,7 @@ def command(
         from l2p_export.sensitivity import sweep_bundle
 
         if sensitivity is not None:
-            swept.append(sweep_bundle(plan, folder, found, sensitivity, gate, console))
+            swept.append(sweep_bundle(plan, folder, found, sensitivity, gate, console, precision))
 
     found = calibrate(plan, console, sweep)
     if as_json:

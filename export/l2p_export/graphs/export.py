@@ -152,6 +152,7 @@ def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Mo
         plan.opset,
         repeats,
         _float8_weights(model, network.name, plan),
+        _float8_attention(model, network.name, plan),
     )
 
 
@@ -181,7 +182,7 @@ def write_graph(
         plan: dtypes and exponents of layers.
         folder: where both files go.
         advance: told the bytes written since the last call.
-        input_scales: of FP8 products, by the point that they read.
+        input_scales: of FP8 products and attention, by the point that they read.
 
     Raises:
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
@@ -248,20 +249,29 @@ def _traced(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: o
 
 def _float8_weights(model: Model, network: str, plan: PrecisionPlan) -> dict[str, str]:
     """Weights of a network that a plan has in FP8, with the point that each reads."""
-    names = [name for name in model.network_shapes(network) if plan.dtype(name) == FLOAT8]
-    # A text encoder has no layout, and nothing in FP8.
-    reads = {product.layer: product.reads for product in model.layout(network).products} if names else {}
-    return {name: reads[layer_of(name)] for name in names}
+    reads = {product.layer: product.reads for product in model.layout(network).products}
+    return {name: reads[layer_of(name)] for name in model.network_shapes(network) if plan.dtype(name) == FLOAT8}
+
+
+def _float8_attention(model: Model, network: str, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
+    """Weights that make the values of an attention that a plan has in FP8, with the points of its three inputs."""
+    return {
+        f"{attention.values_from}.weight": tuple(part.reads for part in attention.inputs)
+        for attention in model.layout(network).attentions
+        if all(plan.dtype(part.layer) == FLOAT8 for part in attention.inputs)
+    }
 
 
 def _input_scales(model: Model, network: str, plan: PrecisionPlan) -> dict[str, float]:
     """Point to what its values are divided by for FP8, as they are in the graph: scaled where layers before are."""
+    layout = model.layout(network)
     scales = {item.layer: item.scale for item in plan.inputs}
     found = {}
-    for name, read in _float8_weights(model, network, plan).items():
-        point = model.layout(network).point(read)
-        exponent = sum(map(plan.exponent, point.scaled_by)) if point is not None else 0
-        found[read] = scales[layer_of(name)] * 2.0**exponent
+    for product in layout.roundable:
+        if plan.dtype(product.layer) == FLOAT8:
+            point = layout.point(product.reads)
+            exponent = sum(map(plan.exponent, point.scaled_by)) if point is not None else 0
+            found[product.reads] = scales[product.layer] * 2.0**exponent
     return found
 
 
@@ -271,9 +281,10 @@ def weight_bytes(model: Model, network: str, plan: PrecisionPlan) -> int:
 
 
 def _layers(model: Model, network: str) -> list[str]:
-    """What a plan may speak of in one network: tensors, layers, the attention of blocks, and the residual."""
+    """What a plan may speak of in one network: tensors, layers, attention of blocks, its inputs, and the residual."""
     tensors = tuple(model.network_shapes(network))
-    attention = [f"{block}.attention" for block in model.blocks(network)]
+    attentions = model.layout(network).attentions
+    attention = [name for item in attentions for name in (item.layer, *(part.layer for part in item.inputs))]
     return [*tensors, *map(layer_of, tensors), *attention, f"residual.{network}"]
 
 

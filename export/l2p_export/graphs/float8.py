@@ -1,6 +1,7 @@
 """Products in FP8: their inputs are rounded by a Q/DQ pair, their weights stored as E4M3 and decoded by a DQ.
 
     MatMul(x, W)  becomes  MatMul(DQ(Q(x, s)), DQ(W8, S))     s a number, S one number an output channel
+    Attention(q, k, v)  becomes  Attention(DQ(Q(q, s1)), DQ(Q(k, s2)), DQ(Q(v, s3)))
 
 Engine libraries take these nodes for what they stand for and multiply FP8 numbers. Scales are float16, as what they
 make is (ONNX Runtime takes no other), and lie beside the weights: a trace knows neither.
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from l2p_calib.fp8 import channel_scales, storable
 from l2p_export.graphs.names import SUFFIX, published_names
 from l2p_export.tensors import ArrayTensor, DividedTensor, JoinedTensor, TransposedTensor
+from l2p_runtime.errors import InternalError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,15 +51,29 @@ def round_inputs(model: ir.Model, reads: Mapping[str, str]) -> None:
             continue
         weight.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
         if (value, point) not in rounded:
-            scale = _scale(model.graph, f"{point}{SCALE}", value.type, ())
-            kind = [ir.AttrInt64("output_dtype", ir.DataType.FLOAT8E4M3FN)]
-            quantize = ir.Node("", "QuantizeLinear", [value, scale], kind, name=f"{point}/quantize")
-            decode = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale], name=f"{point}/dequantize")
-            _describe(quantize, value.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN))
-            _describe(decode, value.shape, value.type)
-            model.graph.insert_before(node, [quantize, decode])
-            rounded[value, point] = decode.outputs[0]
+            rounded[value, point] = _rounded(model.graph, value, point, node)
         node.replace_input_with(0, rounded[value, point])
+
+
+def round_attention(model: ir.Model, reads: Mapping[str, Sequence[str]]) -> None:
+    """Round what attention multiplies, in place; before products are joined.
+
+    Args:
+        model: a traced graph of operator set 23, whose weights are stored transposed.
+        reads: published name of the weight that makes values to the points of query, key and value, in this order.
+
+    Raises:
+        InternalError: the graph has no `Attention` that reads the values of a weight.
+    """
+    left = dict(reads)
+    for node in list(model.graph):
+        points = left.pop(_values_from(node), ()) if node.op_type == "Attention" else ()
+        for index, point in enumerate(points):
+            value = node.inputs[index]
+            assert value is not None  # noqa: S101 - attention has three inputs
+            node.replace_input_with(index, _rounded(model.graph, value, point, node))
+    if left:
+        raise InternalError(f"graph `{model.graph.name}` has no Attention that reads what `{min(left)}` makes")
 
 
 def decode_weights(model: ir.Model) -> None:
@@ -78,7 +94,7 @@ def decode_weights(model: ir.Model) -> None:
 def float8_sources(
     names: Sequence[str], parts: Mapping[str, Sequence[TensorSource]], input_scales: Mapping[str, float]
 ) -> dict[str, TensorSource]:
-    """What a graph stores for its products in FP8: encoded weights and all scales.
+    """What a graph stores for what is in FP8: encoded weights and all scales.
 
     Args:
         names: of weights in FP8 and of scales, as the graph has them.
@@ -122,6 +138,28 @@ def row_peaks(source: TensorSource) -> NDArray[np.float32]:
         peaks[first:stop] = np.maximum(peaks[first:stop], np.maximum.reduceat(np.abs(chunk), edges))
         start += chunk.size
     return peaks
+
+
+def _values_from(attention: ir.Node) -> str:
+    """The published name of the weight that makes an attention's values: of the nearest product before them."""
+    value = attention.inputs[2]
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type == "MatMul" and maker.inputs[1] is not None:
+            return (maker.inputs[1].name or "").removesuffix(SUFFIX)
+        value = maker.inputs[0]
+    return ""
+
+
+def _rounded(graph: ir.Graph, value: ir.Value, point: str, reader: ir.Node) -> ir.Value:
+    """A value rounded to E4M3 and back, by a pair of nodes before the one that reads it."""
+    scale = _scale(graph, f"{point}{SCALE}", value.type, ())
+    kind = [ir.AttrInt64("output_dtype", ir.DataType.FLOAT8E4M3FN)]
+    quantize = ir.Node("", "QuantizeLinear", [value, scale], kind, name=f"{point}/quantize")
+    decode = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale], name=f"{point}/dequantize")
+    _describe(quantize, value.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN))
+    _describe(decode, value.shape, value.type)
+    graph.insert_before(reader, [quantize, decode])
+    return decode.outputs[0]
 
 
 def _stored_scale(scale: float) -> NDArray[np.float32]:

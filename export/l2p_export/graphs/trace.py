@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from l2p_export.graphs.float8 import decode_weights, round_inputs
+from l2p_export.graphs.float8 import decode_weights, round_attention, round_inputs
 from l2p_export.graphs.join import join_products
 from l2p_export.graphs.simplify import simplify
 from l2p_export.graphs.transpose import store_transposed
@@ -30,6 +30,7 @@ def trace_network(
     opset: int,
     repeats: Mapping[str, Sequence[str]],
     float8: Mapping[str, str] | None = None,
+    float8_attention: Mapping[str, Sequence[str]] | None = None,
 ) -> ir.Model:
     """Trace one network with every size of its spec dynamic.
 
@@ -39,9 +40,13 @@ def trace_network(
         opset: ONNX operator set. FP32 engines need 20, where attention is decomposed; 23 keeps `Attention` whole.
         repeats: for each traced block the blocks of equal structure that follow it.
         float8: published name of each weight in FP8 to the point that it reads; None where there is none.
+        float8_attention: of each attention in FP8, the weight that makes its values to the points of its three inputs.
 
     Returns:
         A graph whose initializers carry published names, dtype and shape, and no value.
+
+    Raises:
+        InternalError: attention is to be in FP8 and is decomposed, as at operator set 20.
     """
     import torch
 
@@ -53,6 +58,7 @@ def trace_network(
         simplify(model, set(model.graph.initializers))
     store_transposed(model)
     round_inputs(model, float8 or {})
+    round_attention(model, float8_attention or {})
     join_products(model)
     decode_weights(model)
     _strip(model, spec)

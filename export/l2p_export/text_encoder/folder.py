@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_calib.layout import NetworkLayout
 from l2p_export.folders import open_folder_tensors
 from l2p_export.text_encoder.dimensions import TextEncoderConfig, network_shapes, read_config, require_inside
 from l2p_runtime.contract import NetworkSpec, TensorSpec
@@ -76,6 +77,10 @@ class TextEncoder:
         """Names of its layers, as `model.layers.5`; the last is not one of them."""
         del network
         return tuple(f"{_LAYER}{index}" for index in range(self.config.built_layers))
+
+    def layout(self, network: str) -> NetworkLayout:
+        """Nothing: no plan scales its layers, or has them in FP8."""
+        return NetworkLayout(network, ())
 
 
 def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:

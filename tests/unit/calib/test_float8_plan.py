@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from l2p_calib.float8_plan import float8_plan
-from l2p_calib.layout import Branch, NetworkLayout, Point, Product
-from l2p_calib.measured import Measurement, largest, overflows
+from l2p_calib.layout import Attention, Branch, NetworkLayout, Point, Product
+from l2p_calib.measured import Measurement, largest, measured_plan, overflows
+from l2p_calib.planfile import check_layers, plan_to_bytes
 from l2p_calib.plans import FLOAT8, PLANS, InputScale, LayerRule, PrecisionPlan
 from l2p_calib.statistics import RangeCounter, network_statistics
 from l2p_runtime.errors import ArtifactError, HostError
@@ -35,15 +36,31 @@ LAYOUT = NetworkLayout(
 )
 W1, W3, W2 = LAYOUT.layers[:3]
 
+QUERY, KEY, VALUE = (f"b.attention.{name}" for name in ("query", "key", "value"))
+ATTENTION = Attention(
+    "b.attention",
+    (
+        Product(QUERY, f"{QUERY}:out", "b attention"),
+        Product(KEY, f"{KEY}:out", "b attention"),
+        Product(VALUE, "b.attention.to_v:out", "b attention"),
+    ),
+)
+ATTENTIVE = replace(
+    LAYOUT,
+    points=(*LAYOUT.points, *(Point(part.reads) for part in ATTENTION.inputs)),
+    attentions=(ATTENTION,),
+)
 
-def measurement(**peaks: float) -> Measurement:
+
+def measurement(layout: NetworkLayout = LAYOUT, **peaks: float) -> Measurement:
     """Even values up to 1 at each point, or up to what is given by its layer: `w1_in=8`; 0 is a point of zeros."""
-    counters = {point.name: RangeCounter() for point in LAYOUT.points}
+    counters = {point.name: RangeCounter() for point in layout.points}
     for name, counter in counters.items():
-        peak = peaks.get(name.removeprefix("b.feed_forward.").replace(":", "_"), 1.0)
+        short = name.removeprefix("b.feed_forward.").removeprefix("b.attention.")
+        peak = peaks.get(short.replace(":", "_"), 1.0)
         counter.add(np.linspace(-1, 1, 1001, dtype=np.float32) * np.float32(peak))
     weights = {f"{layer}.weight": 1.0 for layer in LAYOUT.layers[:3]}
-    return Measurement(LAYOUT, "sha", weights, network_statistics("trunk", "sha", counters))
+    return Measurement(layout, "sha", weights, network_statistics("trunk", "sha", counters))
 
 
 def test_products_get_the_scale_of_what_they_read() -> None:
@@ -111,6 +128,46 @@ def test_nan_and_nothing_at_all() -> None:
     with pytest.raises(HostError, match="FP8 needs to know what `trunk` computes with") as caught:
         float8_plan(PLANS["fp8"], [replace(measurement(), statistics=None)])
     assert "--statistics" in caught.value.hint
+
+
+def test_each_input_of_attention_gets_a_scale() -> None:
+    found = float8_plan(PLANS["fp8-attention"], [measurement(ATTENTIVE, query_out=8.0, key_out=4.0, to_v_out=2.0)])
+    layers = {entry.layer: entry for entry in found.layers}
+    assert found.plan.inputs[3:] == (InputScale(QUERY, 8 / 448), InputScale(KEY, 4 / 448), InputScale(VALUE, 2 / 448))
+    assert [layers[name].dtype for name in (QUERY, KEY, VALUE)] == [FLOAT8] * 3
+    assert layers[VALUE].reason.startswith("b.attention.to_v:out by amax with an error of ")
+    assert [(item.point, item.peak) for item in layers[VALUE].evidence] == [("b.attention.to_v:out", 2.0)]
+    check_layers(found, [ATTENTIVE])
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-plain", "fp16"])
+def test_a_plan_without_attention_says_nothing_of_it(name: str) -> None:
+    """Its bytes are those of a model whose attention nobody thinks of, and older statistics are enough for it."""
+    complete = measured_plan if name == "fp16" else float8_plan
+    alone = plan_to_bytes(complete(PLANS[name], [measurement()]))
+    assert plan_to_bytes(complete(PLANS[name], [measurement(ATTENTIVE)])) == alone
+    older = replace(measurement(ATTENTIVE), statistics=measurement().statistics)
+    assert plan_to_bytes(complete(PLANS[name], [older])) == alone
+
+
+@pytest.mark.parametrize("zero", ["query:out", "key:out", "to_v:out"])
+def test_attention_with_an_input_of_zeros_is_not_rounded(zero: str) -> None:
+    found = float8_plan(PLANS["fp8-attention"], [measurement(ATTENTIVE, **{zero.replace(":", "_"): 0.0})])
+    layers = {entry.layer: entry for entry in found.layers}
+    for name in (QUERY, KEY, VALUE):
+        assert (layers[name].dtype, layers[name].float8) == ("float16", None)
+        assert layers[name].reason == f"b.attention.{zero} was 0 throughout, which gives no scale"
+    assert layers[W1].dtype == FLOAT8
+
+
+def test_attention_that_is_kept_or_was_not_measured() -> None:
+    kept = dict.fromkeys((QUERY, KEY, VALUE), "kept in float16: because")
+    found = float8_plan(PLANS["fp8-attention"], [measurement(ATTENTIVE)], kept=kept)
+    told = {entry.layer: (entry.dtype, entry.reason) for entry in found.layers if entry.layer in kept}
+    assert told == dict.fromkeys(kept, ("float16", "kept in float16: because"))
+    older = replace(measurement(ATTENTIVE), statistics=measurement().statistics)
+    with pytest.raises(ArtifactError, match=r"`b\.attention\.query:out` is, and the statistics of `trunk` lack it"):
+        float8_plan(PLANS["fp8-attention"], [older])
 
 
 def test_the_end_of_a_name_in_a_rule() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from l2p_calib.layout import Branch, NetworkLayout, Product
+from l2p_calib.layout import Attention, Branch, NetworkLayout, Product
 from l2p_calib.planfile import (
     Float8,
     LayerPlan,
@@ -147,6 +148,63 @@ def test_fp8_where_no_product_is() -> None:
     assert caught.value.hint == "as `w1`; set this one to float16"
     with pytest.raises(ArtifactError, match=r"`w1` and `w3` read the same values, and their input_scale is 0\.5 and 1"):
         check_layers(eighths(("w1", 0.5), ("w3", 1.0)), [LAYOUT])
+
+
+ATTENTION = Attention(
+    "attention",
+    (
+        Product("attention.query", "attention.query:out", "attention"),
+        Product("attention.key", "attention.key:out", "attention"),
+        Product("attention.value", "to_v:out", "attention"),
+    ),
+)
+ATTENTIVE = replace(LAYOUT, attentions=(ATTENTION,))
+INPUTS = PlanFile(
+    "fp8-mine",
+    "float16",
+    4.0,
+    (),
+    tuple(
+        LayerPlan(part.layer, FLOAT8, 0, "", (), Float8(scale, "by hand"))
+        for part, scale in zip(ATTENTION.inputs, (0.5, 0.25, 2.0), strict=True)
+    ),
+)
+
+
+def test_a_file_with_attention_in_fp8(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(plan_to_bytes(INPUTS))
+    found = read_plan(tmp_path / "p.json")
+    assert found == INPUTS
+    check_layers(found, [ATTENTIVE])
+    names = [part.layer for part in ATTENTION.inputs]
+    assert found.plan.inputs == tuple(map(InputScale, names, (0.5, 0.25, 2.0)))
+    assert [found.plan.dtype(name) for name in (*names, "attention", "attention.norm_q")] == [FLOAT8] * 3 + [
+        "float16"
+    ] * 2
+    with pytest.raises(ArtifactError, match=r"speaks of `attention\.query`, which the model has not"):
+        check_layers(found, [LAYOUT])
+
+
+@pytest.mark.parametrize(
+    ("damage", "needle"),
+    [
+        (lambda data: data["layers"].pop(1), r"`attention\.key` in float16, .* altogether or not at all"),
+        (lambda data: layer(data, dtype="float16", float8=None), r"`attention\.key` in float16, .* or not at all"),
+        (lambda data: [entry.update(dtype="float32", float8=None) for entry in data["layers"]], "computes in float16"),
+        (lambda data: layer(data, dtype="float32", float8=None), "computes in float16, and reads that or float8"),
+        (lambda data: layer(data, exponent=-1), r"scales `attention\.key`, and nothing behind it"),
+        (lambda data: layer(data, float8=None), r"`attention\.key` is in float8_e4m3fn and has no `float8`"),
+        (lambda data: scale(data, 0), "input_scale is 0"),
+        (lambda data: scale(data, float("nan")), "input_scale is nan, expected a finite number"),
+        (lambda data: data.update(name="fp16-mine"), "the plan is called `fp16-mine`"),
+    ],
+)
+def test_attention_in_fp8_that_is_wrong(tmp_path: Path, damage: Any, needle: str) -> None:
+    data = json.loads(plan_to_bytes(INPUTS))
+    damage(data)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=needle):
+        check_layers(read_plan(tmp_path / "p.json"), [ATTENTIVE])
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"[" * 100_000, b"[]"])

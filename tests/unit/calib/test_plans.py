@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from l2p_calib.ledger import threshold_of
-from l2p_calib.plans import PLANS, LayerRule, LayerScale, PrecisionPlan
+from l2p_calib.plans import FLOAT8, PLANS, LayerRule, LayerScale, PrecisionPlan
 
 
 def test_the_longest_rule_that_names_a_layer_wins() -> None:
@@ -51,6 +51,22 @@ def test_plain_float16_stays_reachable() -> None:
     assert PLANS["fp16-plain"].rules == PLANS["fp16"].rules
     assert PLANS["fp16-plain"].scales == ()
     assert threshold_of("fp16-plain") == threshold_of("fp16-mine") == threshold_of("fp16")
+
+
+def test_attention_is_in_fp8_under_one_name_alone() -> None:
+    """The rules name what attention multiplies, and neither the norms nor the products beside it."""
+    inputs = [f"layers.3.attention.{name}" for name in ("query", "key", "value")]
+    others = [f"layers.3.{name}" for name in ("attention", "attention.norm_q.weight", "attention.to_q", "ffn_norm1")]
+    plan, without = PLANS["fp8-attention"], PLANS["fp8"]
+    assert [plan.dtype(name) for name in inputs] == [FLOAT8] * 3
+    assert [plan.carrier(name) for name in inputs] == ["float16"] * 3
+    assert [without.dtype(name) for name in inputs] == ["float16"] * 3
+    assert [plan.dtype(name) for name in others] == [without.dtype(name) for name in others]
+    assert (
+        plan.of_layers(["layers.3.attention.to_q.weight"]).rules
+        == without.of_layers(["layers.3.attention.to_q.weight"]).rules
+    )
+    assert threshold_of("fp8-attention", "trunk") == threshold_of("fp8", "trunk")
 
 
 def test_an_fp8_plan_is_judged_by_what_it_rounds() -> None:

@@ -169,6 +169,9 @@ def test_statistics_that_say_nothing() -> None:
         require_usable(good, ["p", "q", "r"])
     with pytest.raises(ArtifactError, match="do not match its layers: q"):
         require_usable(good, ["p"])
+    require_usable(good, ["p"], optional=["q", "r"])
+    with pytest.raises(ArtifactError, match="do not match its layers: q"):
+        require_usable(good, ["p"], optional=["r"])
     with pytest.raises(ArtifactError, match="come from 3 calls, at least 4"):
         require_usable(network("p", calls=3), ["p"])
     counter = RangeCounter()

@@ -67,6 +67,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), epsilon)
 
 
+class Rotation(nn.Module):
+    """The rotary embedding of queries or keys, in float32."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate channel pairs (2k, 2k+1) of x [B,S,heads,2R] by the tables [S,R], to the shape and dtype of x."""
+        pairs = torch.unflatten(widened(x), -1, (-1, 2))
+        even, odd = pairs[..., :1], pairs[..., 1:]
+        cos, sin = cos[:, None, :, None], sin[:, None, :, None]
+        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Self-attention over the whole sequence: norm over each head of q and k, rotation, no mask."""
 
@@ -79,6 +90,8 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(d.width, d.width, bias=False, dtype=dtype_of("attention.to_out.0"))])
         self.norm_q = RMSNorm(d.head_width, dtype_of("attention.norm_q"))
         self.norm_k = RMSNorm(d.head_width, dtype_of("attention.norm_k"))
+        # What attention multiplies, each made by a module, so that it can be measured and rounded there.
+        self.query, self.key, self.value = Rotation(), Rotation(), nn.Identity()
         # A plan that raises the layers around it leaves attention as it is; otherwise it follows its inputs.
         dtype = dtype_of("attention")
         layers = (self.to_q, self.to_k, self.to_v)
@@ -87,9 +100,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         """x [B,S,D], tables [S,R] float32, to [B,S,D]."""
         q, k, v = (torch.unflatten(layer(x), -1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
-        q = rotate(self.norm_q(q), rope_cos, rope_sin).transpose(1, 2)
-        k = rotate(self.norm_k(k), rope_cos, rope_sin).transpose(1, 2)
-        q, k, v = (part.to(self.dtype or part.dtype) for part in (q, k, v.transpose(1, 2)))
+        q = self.query(self.norm_q(q), rope_cos, rope_sin).transpose(1, 2)
+        k = self.key(self.norm_k(k), rope_cos, rope_sin).transpose(1, 2)
+        v = self.value(v).transpose(1, 2)
+        q, k, v = (part.to(self.dtype or part.dtype) for part in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))
         return out
@@ -171,14 +185,6 @@ class TimeEmbedding(nn.Module):
         for layer in self.mlp:
             x = layer(x)
         return x.to(torch.float32)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel pairs (2k, 2k+1) of x [B,S,heads,2R] by the tables [S,R], in float32."""
-    pairs = torch.unflatten(widened(x), -1, (-1, 2))
-    even, odd = pairs[..., :1], pairs[..., 1:]
-    cos, sin = cos[:, None, :, None], sin[:, None, :, None]
-    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from l2p_calib.layout import Branch, NetworkLayout, Point, Product, layer_of
+from l2p_calib.layout import ATTENTION_INPUTS, Attention, Branch, NetworkLayout, Point, Product, layer_of
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_blocks, network_shapes
 
 ATTENTION_BRANCH = ("attention.to_v", "attention.to_out.0")
@@ -35,7 +35,8 @@ def network_layout(name: str, d: Dimensions) -> NetworkLayout:
     points.append(Point(f"{residual}:out", (residual,)))
     branches = tuple(branch for block in blocks for branch in _branches(block))
     products = tuple(product for block in blocks for product in _products(block))
-    return NetworkLayout(name, (*layers, residual), tuple(points), branches, products)
+    attentions = tuple(_attention(block) for block in blocks)
+    return NetworkLayout(name, (*layers, residual), tuple(points), branches, products, attentions)
 
 
 def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Point]:
@@ -64,6 +65,8 @@ def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Poi
     # Attention itself is never widened: TensorRT for RTX has no float32 kernel for it.
     yield Point(f"{block}.attention.norm_q:out")
     yield Point(f"{block}.attention.norm_k:out")
+    yield Point(f"{block}.attention.query:out")
+    yield Point(f"{block}.attention.key:out")
     yield Point(f"{v}:out", (), (v,))
     yield Point(f"{out}:in", (), (v,))
     yield Point(f"{out}:out", (out,), (v, out))
@@ -92,3 +95,15 @@ def _products(block: str) -> Iterator[Product]:
     yield Product(f"{block}.feed_forward.w1", f"{block}.feed_forward.w1:in", f"{block} w1w3")
     yield Product(f"{block}.feed_forward.w3", f"{block}.feed_forward.w1:in", f"{block} w1w3")
     yield Product(f"{block}.feed_forward.w2", f"{block}.feed_forward.w2:in", f"{block} w2")
+
+
+def _attention(block: str) -> Attention:
+    """What attention multiplies: rotated queries and keys, and values as they are made."""
+    query, key, value = (f"{block}.attention.{name}" for name in ATTENTION_INPUTS)
+    group = f"{block} attention"
+    inputs = (
+        Product(query, f"{query}:out", group),
+        Product(key, f"{key}:out", group),
+        Product(value, f"{block}.attention.to_v:out", group),
+    )
+    return Attention(f"{block}.attention", inputs)
