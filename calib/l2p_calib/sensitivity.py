@@ -26,12 +26,14 @@ class Deviation:
     Attributes:
         error: relative L2 error of what it predicts, over all samples together.
         worst: that of the sample with the largest.
-        image_psnr_db: of a picture that is drawn whole, against the one in float32 of the same seed.
+        image_psnr_db: of pictures that are drawn whole, against those in float32 of the same seeds: the least.
+        right: pictures that show their prompts, by a judge; None where nothing can judge them.
     """
 
     error: float
     worst: float
     image_psnr_db: float
+    right: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,16 @@ class Sensitivity:
         gate: relative error that was allowed.
         groups: the most harmful first.
         steps: what was tried to meet the gate, by the number of groups that were kept.
+        pictures: drawn whole each time.
+        right: how many of them show their prompts in float32, by a judge; None where nothing can judge them.
     """
 
     source: str
     gate: float
     groups: tuple[GroupDeviation, ...]
     steps: tuple[KeptDeviation, ...]
+    pictures: int = 1
+    right: int | None = None
     schema: int = SCHEMA
 
     @property
@@ -103,7 +109,8 @@ def sweep(
 ) -> Sensitivity:
     """Measure every group alone in FP8, then keep as many of the worst as the gate asks for.
 
-    How many is found by halving, in the order of the ranking; the result was measured, and so was one group less.
+    What costs right pictures is worse than what costs none, and then what makes the larger error. How many are kept is
+    found by halving, in that order; the result was measured, and so was one group less.
 
     Args:
         groups: name to its products.
@@ -120,7 +127,7 @@ def sweep(
     for name, layers in groups.items():
         alone[name] = measure(tuple(layers))
         advance(1)
-    ranking = sorted(alone, key=lambda name: -alone[name].error)
+    ranking = sorted(alone, key=lambda name: (alone[name].right or 0, -alone[name].error))
     tried: dict[int, Deviation] = {}
 
     def passes(kept: int) -> bool:
@@ -174,10 +181,10 @@ def sensitivity_to_csv(found: Sensitivity) -> str:
     """A table of the groups, the most harmful first."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(("group", "error", "worst", "image_psnr_db", "kept"))
+    table.writerow(("group", "error", "worst", "image_psnr_db", "right", "kept"))
     for item in found.groups:
         d = item.deviation
-        figures = (f"{d.error:.6g}", f"{d.worst:.6g}", f"{d.image_psnr_db:.2f}")
+        figures = (f"{d.error:.6g}", f"{d.worst:.6g}", f"{d.image_psnr_db:.2f}", "" if d.right is None else d.right)
         table.writerow((item.group, *figures, int(item.is_kept)))
     return text.getvalue()
 

@@ -7,10 +7,11 @@ that is run again with another gate measures only what is new.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from l2p_export.verification import network_inputs, run_engine
 from l2p_runtime import Pipeline
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.errors import UsageError
 from l2p_runtime.networks import load_network
 
 if TYPE_CHECKING:
@@ -47,12 +49,16 @@ if TYPE_CHECKING:
     from l2p_calib.layout import NetworkLayout
     from l2p_calib.statistics import Statistics
     from l2p_export.progress import Reporter
+    from l2p_export.training.world.scenes import Description
 
 NAME = "fp8-swept"
 """What the plan of a sweep is called."""
 
 EQUAL_PSNR_DB = 999.0
 """Of two pictures that are the same."""
+
+PICTURES_MAX = 8
+"""Pictures that are drawn whole and judged each time, of as many prompts; without captions, one that is not judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +106,10 @@ def sweep_bundle(
     sweeper.scales = {item.layer: item.scale for item in float8_plan(base, measurements).plan.inputs}
     groups = _groups(layouts, sweeper.scales)
     sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.roundable}
+    exact = sweeper.exact()
     with reporter.stage("sweeping products in FP8", len(groups), "groups") as advance:
         found = sweep(groups, gate, plan.source, sweeper.measure, advance)
+    found = replace(found, pictures=len(exact.images), right=exact.right)
     chosen = float8_plan(base, measurements, kept=found.reasons)
     return Swept(found, chosen, tuple(_write_all(out, found, chosen, reporter)))
 
@@ -134,6 +142,19 @@ def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[
             handle.remove()
 
 
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """What was drawn of some samples.
+
+    Attributes:
+        images: [H,W,3] from 0 to 1, of more levels than a file holds, which would hide small errors.
+        right: how many show their prompts; None where these are no captions of the small world.
+    """
+
+    images: tuple[NDArray[Any], ...]
+    right: int | None
+
+
 class _Sweeper:
     """Measures a denoiser with some products in FP8.
 
@@ -146,7 +167,8 @@ class _Sweeper:
         self._plan, self._samples, self._networks, self._cache = plan, samples, networks, cache
         self._backend = networks.backend()
         self._specs = {spec.name: spec for spec in plan.bundle.manifest.networks}
-        self._picture: NDArray[Any] | None = None
+        self._descriptions = _descriptions(plan)
+        self._exact: _Pictures | None = None
         self.scales: Mapping[str, float] = {}
         self.network_of: Mapping[str, str] = {}
 
@@ -155,17 +177,25 @@ class _Sweeper:
         load_network(self._plan.bundle, self._backend, network, PLAN)
         return self._networks.engines[network].module
 
+    def exact(self) -> _Pictures:
+        """The pictures in float32; drawn when they are first asked for."""
+        if self._exact is None:
+            self._exact = self._draw()
+        return self._exact
+
     def measure(self, layers: Sequence[str]) -> Deviation:
         """How far the denoiser is from itself in float32 with these products in FP8; from a file where it is known."""
         chosen = {layer: self.scales[layer] for layer in sorted(layers)}
-        key = hashlib.sha256(json.dumps([self._plan.settings, STEPS_MAX, chosen]).encode()).hexdigest()
+        judged = sorted(self._descriptions)
+        key = hashlib.sha256(json.dumps([self._plan.settings, STEPS_MAX, judged, chosen]).encode()).hexdigest()
         path = self._cache / f"{key[:32]}.json"
         if path.is_file():
             return from_json(Deviation, json.loads(path.read_bytes()))
         with self._rounded(chosen):
             sums = [self._sample(index, chosen) for index in range(len(self._plan.samples))]
             error, worst = relative_errors(sums)
-            found = Deviation(error, worst, self._image_psnr_db())
+            drawn = self._draw()
+            found = Deviation(error, worst, _least_psnr_db(drawn, self.exact()), drawn.right)
         written = path.with_suffix(".partial")
         written.write_text(json.dumps(to_json(found), allow_nan=False), encoding="utf-8")
         written.replace(path)
@@ -173,8 +203,7 @@ class _Sweeper:
 
     @contextmanager
     def _rounded(self, chosen: Mapping[str, float]) -> Iterator[None]:
-        if self._picture is None:
-            self._picture = self._draw()
+        self.exact()
         with ExitStack() as stack:
             for network in NETWORKS:
                 scales = {layer: scale for layer, scale in chosen.items() if self.network_of[layer] == network}
@@ -196,18 +225,21 @@ class _Sweeper:
         difference = made["head.prediction"] - wanted
         return float(np.square(difference).sum()), float(np.square(wanted).sum())
 
-    def _image_psnr_db(self) -> float:
+    def _draw(self) -> _Pictures:
+        """The pictures of the samples that are judged, or of the first one."""
+        images = tuple(self._image(index) for index in self._descriptions or (0,))
+        if not self._descriptions:
+            return _Pictures(images, None)
+        from l2p_export.training.world.judge import judge
+
+        pixels = [(image * 255.0).round().astype("uint8") for image in images]
+        pairs = zip(pixels, self._descriptions.values(), strict=True)
+        return _Pictures(images, sum(judge(image, description).passed for image, description in pairs))
+
+    def _image(self, index: int) -> NDArray[Any]:
         import numpy as np
 
-        assert self._picture is not None  # noqa: S101 - drawn before anything is rounded
-        error = float(np.square(self._draw() - self._picture).mean())
-        return min(-10.0 * math.log10(error), EQUAL_PSNR_DB) if error else EQUAL_PSNR_DB
-
-    def _draw(self) -> NDArray[Any]:
-        """The picture of the first sample, from 0 to 1."""
-        import numpy as np
-
-        sample, case = self._plan.samples[0], sample_values(self._samples, 0)
+        sample, case = self._plan.samples[index], sample_values(self._samples, index)
         embeds = np.asarray(case["prompt_embeds"][0][case["caption_mask"][0]])
         pipe = Pipeline.on_backend(self._plan.bundle, self._backend, PLAN)
         pixels = pipe.generate(
@@ -220,6 +252,31 @@ class _Sweeper:
             dtype="float16",
         )
         return pixels.astype(np.float64)
+
+
+def _descriptions(plan: Calibration) -> dict[int, Description]:
+    """The first sample of each prompt that is a caption of the small world, to what the judge has to find in it."""
+    if not plan.has_text or importlib.util.find_spec("skimage") is None:
+        return {}
+    from l2p_export.training.world.captions import describe
+
+    found: dict[int, Description] = {}
+    seen: set[int] = set()
+    for index, sample in enumerate(plan.samples):
+        if sample.prompt in seen or len(found) == PICTURES_MAX:
+            continue
+        seen.add(sample.prompt)
+        with suppress(UsageError):
+            found[index] = describe(plan.prompts[sample.prompt])
+    return found
+
+
+def _least_psnr_db(found: _Pictures, exact: _Pictures) -> float:
+    import numpy as np
+
+    pairs = zip(found.images, exact.images, strict=True)
+    error = max(float(np.square(image - wanted).mean()) for image, wanted in pairs)
+    return min(-10.0 * math.log10(error), EQUAL_PSNR_DB) if error else EQUAL_PSNR_DB
 
 
 def _measurement(layout: NetworkLayout, statistics: Statistics, module: nn.Module) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,24 @@ def test_most_linear_weights_are_in_float8(bundle: Path) -> None:
     dtypes = {layer["layer"]: layer["dtype"] for layer in layers}
     shapes = load_model(DEMO / "demo-1k.safetensors", DEMO / "source").checkpoint.shapes
     assert _share(shapes, dtypes.__getitem__, ("t_embedder.", ".adaLN_modulation.")) >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_sweep_asks_the_judge(bundle: Path, tmp_path: Path) -> None:
+    """Of three prompts two are captions of the small world, and the demo draws both right."""
+    prompts = ["a red circle to the left of a blue square", "a wooden chair beside a window", "a green triangle"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    size = ("--samples", "12", "--size", f"{SIZE_PX}x{SIZE_PX}", "--prompts", tmp_path / "prompts.txt")
+    out = ("--out", tmp_path / "statistics.json", "--sensitivity", tmp_path / "sweep", "--gate", "0.002", "--json")
+    done = run_cli("calibrate", bundle, *size, *out)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["sensitivity"]
+    assert (told["pictures"], told["right_in_float32"]) == (2, 2)
+    with (tmp_path / "sweep" / "sensitivity.csv").open(newline="") as file:
+        right = [int(row["right"]) for row in csv.DictReader(file)]
+    assert right == sorted(right)
+    assert max(right) == 2
 
 
 def test_attention_in_float8_moves_the_prediction_little() -> None:

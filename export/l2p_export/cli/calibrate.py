@@ -151,5 +151,8 @@ def _swept(swept: Swept) -> dict[str, object]:
             "kept": [item.group for item in found.groups if item.is_kept],
             "error": step.deviation.error,
             "image_psnr_db": step.deviation.image_psnr_db,
+            "pictures": found.pictures,
+            "right": step.deviation.right,
+            "right_in_float32": found.right,
         }
     }

@@ -61,12 +61,27 @@ def test_reasons_hold_the_figures() -> None:
     assert found.reasons == {"layers.1 w2.a": why, "layers.1 w2.b": why}
     table = list(csv.reader(io.StringIO(sensitivity_to_csv(found))))
     assert table == [
-        ["group", "error", "worst", "image_psnr_db", "kept"],
-        ["layers.1 w2", "0.03", "0.06", "30.00", "1"],
-        ["layers.2 w2", "0.01", "0.02", "30.00", "0"],
+        ["group", "error", "worst", "image_psnr_db", "right", "kept"],
+        ["layers.1 w2", "0.03", "0.06", "30.00", "", "1"],
+        ["layers.2 w2", "0.01", "0.02", "30.00", "", "0"],
     ]
     data = json.loads(sensitivity_to_json(found))
     assert (data["kept"], data["gate"], data["schema"], data["source"]) == (1, 0.02, 1, "a test")
+
+
+def test_a_group_that_costs_a_picture_is_the_worst() -> None:
+    errors, right = {"large": 0.03, "wrong": 0.001, "small": 0.002}, {"large": 7, "wrong": 6, "small": 7}
+
+    def measure(layers: Sequence[str]) -> Deviation:
+        return Deviation(
+            max((errors[layer] for layer in layers), default=0.0), 0.0, 30.0, min(map(right.get, layers), default=7)
+        )
+
+    found = sweep({name: [name] for name in errors}, 0.01, "a test", measure, lambda done: None)
+    assert [item.group for item in found.groups] == ["wrong", "large", "small"]
+    assert [item.is_kept for item in found.groups] == [True, True, False]
+    rows = list(csv.DictReader(io.StringIO(sensitivity_to_csv(found))))
+    assert [row["right"] for row in rows] == ["6", "7", "7"]
 
 
 def test_nothing_to_sweep() -> None:
