@@ -103,6 +103,26 @@ def test_most_linear_weights_are_in_float8(bundle: Path) -> None:
     assert _share(shapes, dtypes.__getitem__, ("t_embedder.", ".adaLN_modulation.")) >= 0.8
 
 
+def test_verify_compares_pictures(bundle: Path) -> None:
+    done = run_cli("verify", bundle, "--plan", "fp16", "--pictures", "2", "--size", f"{SIZE_PX}x{SIZE_PX}", "--json")
+    assert done.returncode == 0, done.stderr
+    *_, entry = json.loads(done.stdout)["ledger"]
+    assert (entry["stage"], entry["case"]) == ("fp32 pictures -> fp16 pictures", f"{SIZE_PX}x{SIZE_PX}")
+    assert 45.0 <= entry["psnr_db"] < 100.0
+    assert "of 2 right by the judge" in entry["reason"]
+
+
+def test_pictures_need_another_plan_and_a_size_that_divides(bundle: Path) -> None:
+    done = run_cli("verify", bundle, "--plan", "fp32", "--pictures", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pictures are compared with those of plan `fp32`, and there is no other" in done.stderr
+    done = run_cli("verify", bundle, "--pictures", "2", "--size", "100x128")
+    assert (done.returncode, done.stdout) == (2, "")
+    done = run_cli("verify", bundle, "--size", "128x128")
+    assert done.returncode == 2
+    assert "--size is that of pictures, and none are asked for" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_asks_the_judge(bundle: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_export.cli.console import Console, json_option, print_json, quiet_option, store_option
+from l2p_export.cli.console import Console, json_option, parse_size, print_json, quiet_option, store_option
+from l2p_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,11 +20,27 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--plan", help="Only this precision plan.")
+@click.option(
+    "--pictures", type=click.IntRange(min=1), help="Draw so many captions of the small world under each plan, too."
+)
+@click.option("--size", help="WIDTHxHEIGHT of these pictures; the model's preferred size by default.")
 @store_option
 @json_option
 @quiet_option
-def command(bundle: Path, backend: str, plan: str | None, store: Path | None, *, as_json: bool, quiet: bool) -> None:
+def command(
+    bundle: Path,
+    backend: str,
+    plan: str | None,
+    pictures: int | None,
+    size: str | None,
+    store: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Hash every file of BUNDLE and run its reference cases on this machine.
+
+    With --pictures, each plan's pictures are compared with those of the float32 plan, or the first, and judged.
 
     Exit code 4 when a file was changed, 5 when a result is further off than its threshold.
     """
@@ -31,12 +48,22 @@ def command(bundle: Path, backend: str, plan: str | None, store: Path | None, *,
     from l2p_export.verify import verify_bundle
     from l2p_runtime.bundle import open_bundle, verify_files
 
+    size_px = None if size is None else parse_size(size)
+    if size_px is not None and pictures is None:
+        raise UsageError("--size is that of pictures, and none are asked for", hint="give --pictures too")
     console = Console(quiet=quiet)
     opened = open_bundle(bundle, store)
+    compared: tuple[str, ...] = ()
+    if pictures is not None:
+        from l2p_export.verify_pictures import compare_pictures, plans_of_pictures
+
+        compared = plans_of_pictures(opened, backend, plan, size_px)
     total = sum(record.size_bytes for record in opened.manifest.files)
     with console.stage("hashing files", total) as advance:
         verify_files(opened, advance)
     ledger = verify_bundle(opened, backend, plan, console)
+    if pictures is not None:
+        ledger += compare_pictures(opened, backend, compared, pictures, size_px, console)
     if as_json:
         from l2p_runtime.contract.codec import to_json
 
