@@ -42,7 +42,8 @@ WITHOUT_FP8 = ("head", "text_encoder", "stem.modulation")
 
 _PREDICTIONS = {
     "fp8": Threshold(
-        1e-1, "tokens off by 4.5 % made 6.1e-2 of a prediction of half-trained adapters; the demo's are off by 8e-3"
+        1e-1,
+        "tokens off by 4.5 % made 6.1e-2 of a prediction of half-trained adapters; of the demo's 8e-3 at most",
     )
 }
 """Name of a plan, or base of it, to the gate of predictions, where that is another one: most of a prediction is the

@@ -92,12 +92,16 @@ class Sensitivity:
         everything = next((step for step in self.steps if step.kept == 0), None)
         told = f"; all products make {everything.deviation.error:.3g}" if everything else ""
         return {
-            layer: f"kept in float16: {item.group} alone makes an error of {item.deviation.error:.3g}{told}, "
-            f"{self.gate:g} is allowed"
+            layer: f"kept in float16: {item.group} alone makes an error of {item.deviation.error:.3g}"
+            f"{self._cost(item)}{told}, {self.gate:g} is allowed"
             for item in self.groups
             if item.is_kept
             for layer in item.layers
         }
+
+    def _cost(self, item: GroupDeviation) -> str:
+        lost = _lost(item.deviation, self.right)
+        return f" and costs {lost} of {self.right} right pictures" if lost else ""
 
 
 def sweep(
@@ -106,6 +110,7 @@ def sweep(
     source: str,
     measure: Callable[[Sequence[str]], Deviation],
     advance: Callable[[int], None],
+    right: int | None = None,
 ) -> Sensitivity:
     """Measure every group alone in FP8, then keep as many of the worst as the gate asks for.
 
@@ -118,6 +123,7 @@ def sweep(
         source: for people, see `Sensitivity`.
         measure: given the products that are in FP8.
         advance: told 1 after each group.
+        right: pictures that are right in float32; None where nothing can judge them.
 
     Raises:
         UsageError: a gate that nothing or everything passes.
@@ -127,7 +133,7 @@ def sweep(
     for name, layers in groups.items():
         alone[name] = measure(tuple(layers))
         advance(1)
-    ranking = sorted(alone, key=lambda name: (alone[name].right or 0, -alone[name].error))
+    ranking = sorted(alone, key=lambda name: (-_lost(alone[name], right), -alone[name].error))
     tried: dict[int, Deviation] = {}
 
     def passes(kept: int) -> bool:
@@ -147,6 +153,7 @@ def sweep(
         gate,
         tuple(GroupDeviation(n, tuple(groups[n]), i < high, alone[n]) for i, n in enumerate(ranking)),
         tuple(KeptDeviation(count, tried[count]) for count in sorted(tried)),
+        right=right,
     )
 
 
@@ -187,6 +194,11 @@ def sensitivity_to_csv(found: Sensitivity) -> str:
         figures = (f"{d.error:.6g}", f"{d.worst:.6g}", f"{d.image_psnr_db:.2f}", "" if d.right is None else d.right)
         table.writerow((item.group, *figures, int(item.is_kept)))
     return text.getvalue()
+
+
+def _lost(deviation: Deviation, right: int | None) -> int:
+    """How many right pictures fewer there are than in float32; one more is no gain, but chance."""
+    return 0 if right is None or deviation.right is None else max(0, right - deviation.right)
 
 
 def _ratio(difference: float, expected: float) -> float:

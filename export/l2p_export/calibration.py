@@ -28,6 +28,7 @@ from l2p_calib.statistics import (
     statistics_to_bytes,
 )
 from l2p_engines.stages import locked
+from l2p_export.digests import toolchain
 from l2p_export.families import FAMILIES
 from l2p_export.graphs.names import published_names
 from l2p_export.tensors import CHUNK_BYTES
@@ -111,7 +112,8 @@ class Calibration:
         """All that decides what is measured, as JSON."""
         samples = [[s.prompt, s.height_px, s.width_px, s.seed, s.time] for s in self.samples]
         said = {"bundle": self.bundle.digest, "version": __version__, "prompts": self.prompts, "samples": samples}
-        return json.dumps(said, sort_keys=True)
+        # What is measured, and where, is the code's affair.
+        return json.dumps({**said, "tools": toolchain()}, sort_keys=True)
 
 
 def plan_calibration(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_calib.float8_plan import float8_plan
 from l2p_calib.fp8 import FP8_MAX, channel_scales, storable
+from l2p_calib.ledger import EQUAL_PSNR_DB
 from l2p_calib.measured import Measurement
 from l2p_calib.planfile import PlanFile, plan_to_bytes
 from l2p_calib.plans import PLANS
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
 
 NAME = "fp8-swept"
 """What the plan of a sweep is called."""
-
-EQUAL_PSNR_DB = 999.0
-"""Of two pictures that are the same."""
 
 PICTURES_MAX = 8
 """Pictures that are drawn whole and judged each time, of as many prompts; without captions, one that is not judged."""
@@ -108,8 +106,8 @@ def sweep_bundle(
     sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.roundable}
     exact = sweeper.exact()
     with reporter.stage("sweeping products in FP8", len(groups), "groups") as advance:
-        found = sweep(groups, gate, plan.source, sweeper.measure, advance)
-    found = replace(found, pictures=len(exact.images), right=exact.right)
+        found = sweep(groups, gate, plan.source, sweeper.measure, advance, exact.right)
+    found = replace(found, pictures=len(exact.images))
     chosen = float8_plan(base, measurements, kept=found.reasons)
     return Swept(found, chosen, tuple(_write_all(out, found, chosen, reporter)))
 
@@ -166,7 +164,6 @@ class _Sweeper:
     def __init__(self, plan: Calibration, samples: Path, networks: TorchNetworks, cache: Path) -> None:
         self._plan, self._samples, self._networks, self._cache = plan, samples, networks, cache
         self._backend = networks.backend()
-        self._specs = {spec.name: spec for spec in plan.bundle.manifest.networks}
         self._descriptions = _descriptions(plan)
         self._exact: _Pictures | None = None
         self.scales: Mapping[str, float] = {}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l2p_calib.ledger import END_TO_END, EQUAL_PSNR_DB
-from l2p_export.training.evaluation.drawers import DrawOptions, open_drawer
+from l2p_export.training.evaluation.drawers import Drawer, DrawOptions, open_drawer
 from l2p_export.training.evaluation.scores import Prompt, world_prompts
 from l2p_export.training.world.judge import judge, require_judge
 from l2p_runtime.contract import LedgerEntry
-from l2p_runtime.errors import UsageError
+from l2p_runtime.errors import UnsupportedError, UsageError
 from l2p_runtime.networks import open_for, runnable_plans
 
 if TYPE_CHECKING:
@@ -26,26 +26,41 @@ FLOAT32 = "fp32"
 """The plan that others are compared with where a bundle has it."""
 
 SCORE_KEPT = 0.98
-"""Of the pictures that are right under the first plan (issue 7); one of few may fall to the other side of a bound."""
+"""Of the pictures that are right under the first plan; one of few may fall to the other side of a bound."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """What was drawn under one plan.
+class Compared:
+    """Plans whose pictures are compared.
 
     Attributes:
-        images: uint8 [H,W,3], one a prompt.
-        right: how many of them show their prompts.
+        backend: the one that runs them all, by name.
+        first: the plan that others are compared with.
+        others: those.
     """
 
-    images: tuple[NDArray[np.uint8], ...]
+    backend: str
+    first: str
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What pictures under one plan came to.
+
+    Attributes:
+        right: pictures that show their prompts.
+        right_first: those of the first plan that do.
+        psnr_db: of each picture, to the first plan's.
+    """
+
     right: int
+    right_first: int
+    psnr_db: tuple[float, ...]
 
 
-def plans_of_pictures(
-    bundle: Bundle, backend: str, plan: str | None, size_px: tuple[int, int] | None
-) -> tuple[str, ...]:
-    """The plan whose pictures others are compared with, and those others; draws nothing.
+def plans_of_pictures(bundle: Bundle, backend: str, plan: str | None, size_px: tuple[int, int] | None) -> Compared:
+    """Which plans' pictures can be compared; draws nothing.
 
     Args:
         bundle: the bundle.
@@ -58,26 +73,29 @@ def plans_of_pictures(
         HostError: scikit-image is not installed, or no backend runs here.
     """
     require_judge()
-    names = runnable_plans(bundle.manifest, open_for(bundle, backend, 0, plan)[0])
+    opened, _ = open_for(bundle, backend, 0, plan)
+    names = runnable_plans(bundle.manifest, opened)
+    opened.device.close()
     first = FLOAT32 if FLOAT32 in names else names[0]
-    others = [name for name in names if name != first and plan in (None, name)]
+    others = tuple(name for name in names if name != first and plan in (None, name))
     if not others:
         raise UsageError(
-            f"pictures are compared with those of plan `{first}`, and there is no other", hint="leave --pictures out"
+            f"pictures are compared with those of plan `{first}`, and no other is asked for",
+            hint="leave --pictures out, or name another --plan that the bundle has",
         )
-    for name in (first, *others):
-        open_drawer(bundle.root, DrawOptions(size_px, backend=backend, plan=name, store=bundle.store))
-    return (first, *others)
+    _drawer(bundle, opened.name, first, size_px)
+    return Compared(opened.name, first, others)
 
 
 def compare_pictures(
-    bundle: Bundle, backend: str, plans: Sequence[str], count: int, size_px: tuple[int, int] | None, reporter: Reporter
+    bundle: Bundle, plans: Compared, count: int, size_px: tuple[int, int] | None, reporter: Reporter
 ) -> list[LedgerEntry]:
     """Draw held-out captions of the small world under each plan, with the same seeds, and judge them.
 
+    The first plan's pictures are held in memory, each of another plan until it was compared.
+
     Args:
         bundle: with a text encoder.
-        backend: a backend by name, or `auto`.
         plans: of `plans_of_pictures`.
         count: captions, one picture each.
         size_px: height and width; None for the model's preferred size.
@@ -85,39 +103,53 @@ def compare_pictures(
     """
     prompts = world_prompts(count, 0, held_out=True)
 
-    def drawn(name: str) -> Pictures:
-        options = DrawOptions(size_px, backend=backend, plan=name, store=bundle.store)
-        drawer = open_drawer(bundle.root, options)
-        images = []
+    def drawn(name: str) -> Iterator[NDArray[np.uint8]]:
+        drawer = _drawer(bundle, plans.backend, name, size_px)
         with reporter.stage(f"pictures under {name}", count, "images") as advance:
             for image in drawer.draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]):
-                images.append(image)
+                yield image
                 advance(1)
-        return Pictures(tuple(images), _right(images, prompts))
 
-    first, *others = plans
-    exact = drawn(first)
-    return [compared(first, exact, name, drawn(name)) for name in others]
+    exact = tuple(drawn(plans.first))
+    right_first = sum(_is_right(*pair) for pair in zip(exact, prompts, strict=True))
+    case = f"{exact[0].shape[1]}x{exact[0].shape[0]}"
+    entries = []
+    for name in plans.others:
+        stage = f"{plans.first} pictures -> {name} pictures"
+        try:
+            found = [
+                (_is_right(image, prompt), _psnr_db(image, wanted))
+                for image, prompt, wanted in zip(drawn(name), prompts, exact, strict=True)
+            ]
+        except UnsupportedError as error:
+            entries.append(LedgerEntry(stage, END_TO_END, case, "not run", str(error)))
+            continue
+        right, decibels = zip(*found, strict=True)
+        entries.append(entry_of(stage, case, Shown(sum(right), right_first, decibels)))
+    return entries
 
 
-def compared(first: str, exact: Pictures, name: str, found: Pictures) -> LedgerEntry:
-    """The entry of plan `name`: passed where nearly as many pictures are right as under plan `first`."""
-    decibels = sorted(map(_psnr_db, found.images, exact.images))
-    lost = exact.right - found.right
-    height, width = exact.images[0].shape[:2]
+def entry_of(stage: str, case: str, shown: Shown) -> LedgerEntry:
+    """The entry of one plan: passed where nearly as many pictures are right as under the first."""
+    decibels = sorted(shown.psnr_db)
+    lost = shown.right_first - shown.right
     return LedgerEntry(
-        stage=f"{first} pictures -> {name} pictures",
+        stage=stage,
         network=END_TO_END,
-        case=f"{width}x{height}",
-        status="passed" if lost <= max(1.0, (1 - SCORE_KEPT) * exact.right) else "failed",
-        reason=f"{found.right} of {len(found.images)} right by the judge, {exact.right} under {first}; at least "
+        case=case,
+        status="passed" if lost <= max(1.0, (1 - SCORE_KEPT) * shown.right_first) else "failed",
+        reason=f"{shown.right} of {len(decibels)} right by the judge, where {shown.right_first} were; at least "
         f"{decibels[0]:.1f} dB, half of them {decibels[len(decibels) // 2]:.1f} dB or more",
         psnr_db=decibels[0],
     )
 
 
-def _right(images: Sequence[NDArray[np.uint8]], prompts: Sequence[Prompt]) -> int:
-    return sum(judge(image, prompt.description).passed for image, prompt in zip(images, prompts, strict=True))
+def _drawer(bundle: Bundle, backend: str, plan: str, size_px: tuple[int, int] | None) -> Drawer:
+    return open_drawer(bundle.root, DrawOptions(size_px, backend=backend, plan=plan, store=bundle.store))
+
+
+def _is_right(image: NDArray[np.uint8], prompt: Prompt) -> bool:
+    return judge(image, prompt.description).passed
 
 
 def _psnr_db(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:

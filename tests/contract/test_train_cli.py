@@ -195,6 +195,7 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nothing compiles here")
 def test_a_head_is_compiled_where_something_compiles(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ def stress(folder: Path, scales: Mapping[str, float]) -> TextEncoder:
 
 def by_ranges(encoder: TextEncoder, out: Path, *names: str) -> tuple[list[PrecisionPlan], tuple[LedgerEntry, ...]]:
     plans = [PLANS[name] for name in names]
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     return plans_by_ranges(StageRunner(Home(out)), encoder, plans, "0" * 64, Silent())
 
 
@@ -92,11 +92,12 @@ def test_a_layer_that_overflows_is_raised(folder: Path, tmp_path: Path, name: st
     assert relative_error(embeds(encoder, raised), expected) <= FLOAT16
 
 
+@pytest.mark.parametrize("plan", ["fp16-plain", "fp8-plain"])
 @pytest.mark.parametrize("name", STRESSES)
-def test_the_cast_alone_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+def test_the_cast_alone_is_refused(folder: Path, tmp_path: Path, name: str, plan: str) -> None:
     encoder = stress(folder, STRESSES[name])
-    with pytest.raises(ParityError, match=rf"plan `fp16-plain` overflows in the text encoder: .*{LAYER}") as refused:
-        by_ranges(encoder, tmp_path / "out", "fp16-plain")
+    with pytest.raises(ParityError, match=rf"plan `{plan}` overflows in the text encoder: .*{LAYER}") as refused:
+        by_ranges(encoder, tmp_path / "out", plan)
     assert refused.value.exit_code == 5
 
 
@@ -135,6 +136,25 @@ def test_what_is_no_number_in_float32_is_the_folders_fault(folder: Path, tmp_pat
     encoder = stress(folder, {"mlp.gate_proj": 1e38, "mlp.up_proj": 1e38})
     with pytest.raises(ArtifactError, match=rf"makes NaN or Inf in float32, in `{LAYER}`"):
         by_ranges(encoder, tmp_path / "out", "fp16")
+
+
+def test_products_that_may_overflow_are_raised_and_not_refused(folder: Path, tmp_path: Path) -> None:
+    """Each of 400 is far from 65504, and their product might be beyond it: that was not seen."""
+    encoder = stress(folder, {"self_attn.q_norm": 2.0**8, "self_attn.k_norm": 2.0**8})
+    (raised, plain), _ = by_ranges(encoder, tmp_path / "out", "fp16", "fp16-plain")
+    (rule,) = (rule for rule in raised.rules if rule not in PLANS["fp16"].rules)
+    assert rule.layer == LAYER
+    assert rule.reason.startswith("a product of query and key may reach")
+    assert plain == PLANS["fp16-plain"]
+
+
+def test_what_was_measured_outlasts_the_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = stress(folder, STRESSES["values"])
+    (before,), _ = by_ranges(encoder, tmp_path, "fp16")
+    monkeypatch.setattr(ranges, "available_host_bytes", lambda: 1 << 20)
+    (after,), (entry,) = by_ranges(encoder, tmp_path, "fp16")
+    assert before == after != PLANS["fp16"]
+    assert entry.status == "passed"
 
 
 def test_a_large_embedding_is_raised_alone(folder: Path, tmp_path: Path) -> None:

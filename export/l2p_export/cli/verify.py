@@ -53,7 +53,7 @@ def command(
         raise UsageError("--size is that of pictures, and none are asked for", hint="give --pictures too")
     console = Console(quiet=quiet)
     opened = open_bundle(bundle, store)
-    compared: tuple[str, ...] = ()
+    compared = None
     if pictures is not None:
         from l2p_export.verify_pictures import compare_pictures, plans_of_pictures
 
@@ -62,8 +62,8 @@ def command(
     with console.stage("hashing files", total) as advance:
         verify_files(opened, advance)
     ledger = verify_bundle(opened, backend, plan, console)
-    if pictures is not None:
-        ledger += compare_pictures(opened, backend, compared, pictures, size_px, console)
+    if pictures is not None and compared is not None:
+        ledger += compare_pictures(opened, compared, pictures, size_px, console)
     if as_json:
         from l2p_runtime.contract.codec import to_json
 

@@ -19,13 +19,16 @@ from l2p_engines.stages import Made
 from l2p_export.digests import toolchain
 from l2p_export.tensors import read_tensor
 from l2p_export.text_encoder.dimensions import PRODUCT_SCALE
+from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry
 from l2p_runtime.contract.codec import from_json
-from l2p_runtime.errors import ArtifactError, ParityError
+from l2p_runtime.errors import ArtifactError, HostError, ParityError
 from l2p_runtime.memory import available_host_bytes
 from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from l2p_calib.plans import PrecisionPlan
@@ -39,8 +42,8 @@ CASE = "ranges"
 PROMPTS = 16
 """Of those that the package ships: the published encoder takes about 5 TFLOP for them."""
 
-PLAIN = "fp16-plain"
-"""The plan in which nothing is raised."""
+PLAIN = ("fp16-plain", "fp8-plain")
+"""Plans in which nothing is raised."""
 
 _EMBEDDING = "model.embed_tokens"
 
@@ -52,11 +55,13 @@ class LayerPeak:
     Attributes:
         layer: as `model.layers.3`.
         place: as `mlp.up_proj:out`.
+        is_bound: nothing was seen to be so large; lengths of queries and keys allow it.
     """
 
     layer: str
     place: str
     peak: float
+    is_bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +83,29 @@ def plans_by_ranges(
 
     Raises:
         ArtifactError: a layer makes NaN or Inf in float32.
-        ParityError: `fp16-plain` does not hold what was measured.
+        ParityError: a plan in which nothing is raised does not hold what was measured.
     """
     narrow = [plan for plan in plans if plan.default == "float16"]
     if not narrow:
         return list(plans), ()
-    needed = _needed_bytes(encoder)
-    if needed > available_host_bytes():
-        told = f"measuring the text encoder takes about {needed:,} bytes here, more than are free"
+    inputs = {
+        "weights": weights_sha256,
+        "settings": encoder.config,
+        "tokenizer": file_digest(encoder.tokenizer),
+        "template": CHAT_TEMPLATE,
+        "prompts": read_prompts()[:PROMPTS],
+        "tools": toolchain(),
+    }
+
+    def make(work: Path) -> Made:
+        del work
+        return Made(facts=_Facts(_measure(encoder, reporter)))
+
+    try:
+        stage = run("ranges", TEXT_ENCODER, inputs, make)
+    except HostError as error:
+        told = str(error)
         return list(plans), tuple(LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "not run", told) for plan in narrow)
-    inputs = {"weights": weights_sha256, "settings": encoder.config, "prompts": PROMPTS, "tools": toolchain()}
-    stage = run("ranges", TEXT_ENCODER, inputs, lambda work: Made(facts=_Facts(_measure(encoder, reporter))))
     peaks = from_json(_Facts, stage.facts).peaks
     raised = [_raised(plan, peaks) for plan in plans]
     return raised, tuple(_entry(plan, peaks) for plan in raised if plan.default == "float16")
@@ -98,8 +115,9 @@ def _raised(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> PrecisionPlan:
     """The plan with a rule for each layer that is too large for float16, with a headroom."""
     if plan.default != "float16":
         return plan
-    if plan.name == PLAIN:
-        beyond = [f"{item.layer}.{item.place} ({item.peak:.3g})" for item in peaks if item.peak > FLOAT16_MAX]
+    if plan.name in PLAIN:
+        over = [item for item in peaks if item.peak > FLOAT16_MAX and not item.is_bound]
+        beyond = [f"{item.layer}.{item.place} ({item.peak:.3g})" for item in over]
         if beyond:
             raise ParityError(
                 f"plan `{plan.name}` overflows in the text encoder: float16 holds {FLOAT16_MAX:.0f}, and in float32 "
@@ -108,20 +126,20 @@ def _raised(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> PrecisionPlan:
             )
         return plan
     limit = FLOAT16_MAX / HEADROOM
-    rules = tuple(
-        LayerRule(item.layer, "float32", f"{item.place} reaches {item.peak:.3g}, float16 is given {limit:.0f}")
-        for item in peaks
-        if item.peak > limit
-    )
-    return replace(plan, rules=(*plan.rules, *rules))
+    rules: dict[str, LayerRule] = {}
+    for item in peaks:
+        if item.peak > limit:
+            verb = "may reach" if item.is_bound else "reaches"
+            told = f"{item.place} {verb} {item.peak:.3g}, float16 is given {limit:.0f}"
+            rules.setdefault(item.layer, LayerRule(item.layer, "float32", told))
+    return replace(plan, rules=(*plan.rules, *rules.values()))
 
 
 def _entry(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> LedgerEntry:
-    held = max(
-        (item for item in peaks if plan.dtype(item.layer) == "float16"), key=lambda item: item.peak, default=None
-    )
+    narrow = [item for item in peaks if plan.dtype(item.layer) == "float16" and not item.is_bound]
+    held = max(narrow, key=lambda item: item.peak, default=None)
     told = "nothing in float16" if held is None else f"{held.peak:.3g} at {held.layer}.{held.place} is the most"
-    wide = [item.layer for item in peaks if plan.dtype(item.layer) == "float32"]
+    wide = dict.fromkeys(item.layer for item in peaks if plan.dtype(item.layer) == "float32")
     more = f"; in float32: {', '.join(wide)}" if wide else ""
     detail = f"{told} of {PROMPTS} prompts; float16 holds {FLOAT16_MAX:.0f}{more}"
     return LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "passed", detail)
@@ -140,8 +158,17 @@ def _needed_bytes(encoder: TextEncoder) -> int:
 
 
 def _measure(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, ...]:
-    """The largest peak of the embedding table and of each layer, padding included: rows of it are computed as well."""
+    """The largest peaks of the embedding table and of each layer, padding included: rows of it are computed as well.
+
+    Raises:
+        ArtifactError: a layer makes NaN or Inf.
+        HostError: too little memory.
+    """
     import torch
+
+    needed = _needed_bytes(encoder)
+    if needed > available_host_bytes():
+        raise HostError(f"measuring the text encoder takes about {needed:,} bytes here, more than are free")
 
     with torch.device("meta"):
         module = encoder.module(TEXT_ENCODER, lambda layer: torch.float32)
@@ -159,8 +186,9 @@ def _measure(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, ...]:
 def _observe(
     encoder: TextEncoder, name: str, layer: nn.Module, found: list[LayerPeak], advance: Callable[[int], None]
 ) -> None:
-    """Hooks that load a layer before it runs, add its largest peak when it has, and drop its weights."""
+    """Hooks that load a layer before it runs, add its largest peaks when it has, and drop its weights."""
     peaks: dict[str, float] = {}
+    lengths: dict[str, float] = {}
 
     def load(layer: nn.Module, inputs: object) -> None:
         del inputs
@@ -169,13 +197,15 @@ def _observe(
     def finish(layer: nn.Module, inputs: object, output: Tensor) -> None:
         del inputs
         # Lengths of rows bound what a rotation makes of them, and their products.
-        peaks["self_attn scores"] = peaks["self_attn.q_norm rows"] * peaks["self_attn.k_norm rows"]
-        place, peak = max(peaks.items(), key=lambda item: item[1])
-        if not (output.isfinite().all() and math.isfinite(peak)):
+        query, key = (lengths[f"self_attn.{norm}"] for norm in ("q_norm", "k_norm"))
+        bounds = {"a query": query, "a key": key, "a product of query and key": query * key}
+        if not (output.isfinite().all() and all(map(math.isfinite, (*peaks.values(), *bounds.values())))):
             raise ArtifactError(
                 f"the text encoder makes NaN or Inf in float32, in `{name}`", hint="fetch its folder again"
             )
-        found.append(LayerPeak(name, place, peak))
+        for places, is_bound in ((peaks, False), (bounds, True)):
+            place, peak = max(places.items(), key=lambda item: item[1])
+            found.append(LayerPeak(name, place, peak, is_bound))
         layer.to("meta")
         advance(1)
 
@@ -184,7 +214,7 @@ def _observe(
         if own.endswith("_proj"):
             part.register_forward_hook(partial(_note_linear, peaks, own))
         elif own.endswith(("q_norm", "k_norm")):
-            part.register_forward_hook(partial(_note_rows, peaks, own))
+            part.register_forward_hook(partial(_note_normed, peaks, lengths, own))
     layer.register_forward_hook(finish)
 
 
@@ -197,12 +227,19 @@ def _note_linear(
         peaks[f"{name}:{side}"] = scale * float(tensor.abs().max())
 
 
-def _note_rows(
-    peaks: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+def _note_normed(
+    peaks: dict[str, float],
+    lengths: dict[str, float],
+    name: str,
+    layer: nn.Module,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
 ) -> None:
     del layer, inputs
     scale = output.shape[-1] ** -0.5 if name.endswith("q_norm") else 1.0
-    peaks[f"{name} rows"] = scale * float(output.norm(dim=-1).max())
+    lengths[name] = scale * float(output.norm(dim=-1).max())
+    # However a pair is rotated, one of the two keeps this share of its larger value.
+    peaks[f"{name}:out"] = scale * float(output.abs().max()) / math.sqrt(2.0)
 
 
 def _fill(encoder: TextEncoder, name: str, part: nn.Module) -> dict[str, float]:

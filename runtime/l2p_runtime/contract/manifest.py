@@ -217,9 +217,9 @@ class LedgerEntry:
         stage: the two stages compared, as in `torch float32 -> fp16 graph`.
         network: one of `NETWORKS`, `text_encoder`, or `end-to-end`.
         relative: L2 norm of the difference over that of the expected values.
-        psnr_db: peak signal to noise, the peak being the largest expected magnitude; 999 when equal.
+        psnr_db: peak signal to noise, the peak being the largest expected magnitude, of pictures 255; 999 if equal.
         threshold: the largest `relative` that passes.
-        reason: why the threshold is what it is, or why the comparison was not run.
+        reason: why the threshold is what it is, what was found where there is none, or why nothing was run.
     """
 
     stage: str

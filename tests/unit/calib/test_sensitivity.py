@@ -70,18 +70,20 @@ def test_reasons_hold_the_figures() -> None:
 
 
 def test_a_group_that_costs_a_picture_is_the_worst() -> None:
-    errors, right = {"large": 0.03, "wrong": 0.001, "small": 0.002}, {"large": 7, "wrong": 6, "small": 7}
+    errors, right = {"large": 0.03, "wrong": 0.001, "small": 0.002}, {"large": 8, "wrong": 6, "small": 7}
 
     def measure(layers: Sequence[str]) -> Deviation:
         return Deviation(
             max((errors[layer] for layer in layers), default=0.0), 0.0, 30.0, min(map(right.get, layers), default=7)
         )
 
-    found = sweep({name: [name] for name in errors}, 0.01, "a test", measure, lambda done: None)
+    found = sweep({name: [name] for name in errors}, 0.01, "a test", measure, lambda done: None, right=7)
     assert [item.group for item in found.groups] == ["wrong", "large", "small"]
+    assert "wrong alone makes an error of 0.001 and costs 1 of 7 right pictures; all" in found.reasons["wrong"]
+    assert "costs" not in found.reasons["large"]
     assert [item.is_kept for item in found.groups] == [True, True, False]
     rows = list(csv.DictReader(io.StringIO(sensitivity_to_csv(found))))
-    assert [row["right"] for row in rows] == ["6", "7", "7"]
+    assert [row["right"] for row in rows] == ["6", "8", "7"]
 
 
 def test_nothing_to_sweep() -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -146,7 +147,7 @@ class Means:
 
     @property
     def settings(self) -> dict[str, str | None]:
-        """What changes the values that a run computes; None for what is left plain."""
+        """What changes the values that a run computes by more than their rounding; None for what is left plain."""
         return {
             "autocast": None if self.autocast == "none" else self.autocast,
             "trunk_storage": None if self.trunk_storage == "float32" else self.trunk_storage,
@@ -272,10 +273,12 @@ def require_compiler(means: Means, team: Team) -> None:
     if not means.is_compiled:
         return
     hint = "install it, or leave --compile out"
+    # What torch calls; it looks for no other.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if team.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise HostError("--compile needs Triton on a GPU, and it is not installed", hint=hint)
-    if all(shutil.which(name) is None for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise HostError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on PATH", hint=hint)
+    if shutil.which(compiler) is None:
+        raise HostError(f"--compile needs a C++ compiler, and `{compiler}` is not on PATH", hint=f"{hint}, or set CXX")
 
 
 def transfer_dimensions(source: Source, spec: TransferSpec) -> Dimensions:
