@@ -117,7 +117,7 @@ def compare(
         max_abs=float(np.abs(difference).max(initial=0.0)),
         relative=relative,
         cosine=float((wanted * got).sum()) / scale if scale else 1.0,
-        psnr_db=_psnr_db(difference, float(np.abs(wanted).max(initial=0.0))),
+        psnr_db=psnr_db(difference, float(np.abs(wanted).max(initial=0.0))),
     )
 
 
@@ -148,7 +148,8 @@ def require_passed(entries: Iterable[LedgerEntry]) -> None:
     )
 
 
-def _psnr_db(difference: NDArray[np.float64], peak: float) -> float:
+def psnr_db(difference: NDArray[np.float64], peak: float) -> float:
+    """Peak signal to noise of what differs, in dB; `EQUAL_PSNR_DB` where nothing does."""
     import numpy as np
 
     mean_square = float(np.square(difference).mean())

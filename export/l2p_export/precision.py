@@ -131,6 +131,11 @@ def weight_peaks(tensors: Mapping[str, TensorSource], names: Sequence[str]) -> d
     return {name: max((float(np.abs(chunk).max()) for chunk in tensors[name].chunks()), default=0.0) for name in names}
 
 
+def ranges_stage_name(plan: str) -> str:
+    """What a ledger calls the comparison of what was measured with what a plan's graphs hold."""
+    return f"float32 ranges -> {plan} graph"
+
+
 def network_points(model: Model, network: str) -> tuple[str, ...]:
     """Names of what is measured in a network."""
     return tuple(point.name for point in model.layout(network).points)
@@ -264,7 +269,7 @@ def _judge(plan: PrecisionPlan, measurements: Sequence[Measurement]) -> tuple[Le
     entries = []
     beyond: list[str] = []
     for item in measurements:
-        stage, network = f"float32 ranges -> {plan.name} graph", item.layout.network
+        stage, network = ranges_stage_name(plan.name), item.layout.network
         if item.statistics is None:
             entries.append(LedgerEntry(stage, network, CASE, "not run", "nothing was measured of it"))
             continue

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_calib.float8_plan import float8_plan
 from l2p_calib.fp8 import FP8_MAX, channel_scales, storable
-from l2p_calib.ledger import EQUAL_PSNR_DB
+from l2p_calib.ledger import psnr_db
 from l2p_calib.measured import Measurement
 from l2p_calib.planfile import PlanFile, plan_to_bytes
 from l2p_calib.plans import PLANS
@@ -192,7 +191,7 @@ class _Sweeper:
             sums = [self._sample(index, chosen) for index in range(len(self._plan.samples))]
             error, worst = relative_errors(sums)
             drawn = self._draw()
-            found = Deviation(error, worst, _least_psnr_db(drawn, self.exact()), drawn.right)
+            found = Deviation(error, worst, min(map(_psnr_db, drawn.images, self.exact().images)), drawn.right)
         written = path.with_suffix(".partial")
         written.write_text(json.dumps(to_json(found), allow_nan=False), encoding="utf-8")
         written.replace(path)
@@ -268,12 +267,8 @@ def _descriptions(plan: Calibration) -> dict[int, Description]:
     return found
 
 
-def _least_psnr_db(found: _Pictures, exact: _Pictures) -> float:
-    import numpy as np
-
-    pairs = zip(found.images, exact.images, strict=True)
-    error = max(float(np.square(image - wanted).mean()) for image, wanted in pairs)
-    return min(-10.0 * math.log10(error), EQUAL_PSNR_DB) if error else EQUAL_PSNR_DB
+def _psnr_db(image: NDArray[Any], wanted: NDArray[Any]) -> float:
+    return psnr_db(image - wanted, 1.0)
 
 
 def _measurement(layout: NetworkLayout, statistics: Statistics, module: nn.Module) -> Measurement:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import END_TO_END, EQUAL_PSNR_DB
+from l2p_calib.ledger import END_TO_END, psnr_db
 from l2p_export.training.evaluation.drawers import Drawer, DrawOptions, open_drawer
 from l2p_export.training.evaluation.scores import Prompt, world_prompts
 from l2p_export.training.world.judge import judge, require_judge
@@ -30,18 +29,22 @@ SCORE_KEPT = 0.98
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """Plans whose pictures are compared.
+class Comparison:
+    """Pictures that are to be drawn and compared.
 
     Attributes:
-        backend: the one that runs them all, by name.
+        backend: the one that draws them all, by name.
         first: the plan that others are compared with.
         others: those.
+        count: pictures of each plan.
+        size_px: height and width; None for the model's preferred size.
     """
 
     backend: str
     first: str
     others: tuple[str, ...]
+    count: int
+    size_px: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +62,17 @@ class Shown:
     psnr_db: tuple[float, ...]
 
 
-def plans_of_pictures(bundle: Bundle, backend: str, plan: str | None, size_px: tuple[int, int] | None) -> Compared:
-    """Which plans' pictures can be compared; draws nothing.
+def plan_comparison(
+    bundle: Bundle, backend: str, plan: str | None, count: int, size_px: tuple[int, int] | None
+) -> Comparison:
+    """Check what can be compared; draws nothing.
 
     Args:
         bundle: the bundle.
         backend: a backend by name, or `auto`.
         plan: only this one, beside the plan it is compared with; None for all that the backend has files for.
-        size_px: as of `compare_pictures`.
+        count: captions, one picture of each under each plan.
+        size_px: height and width; None for the model's preferred size.
 
     Raises:
         UsageError: no text encoder, no such plan, no other plan, or a size that the model does not take.
@@ -83,39 +89,41 @@ def plans_of_pictures(bundle: Bundle, backend: str, plan: str | None, size_px: t
             f"pictures are compared with those of plan `{first}`, and no other is asked for",
             hint="leave --pictures out, or name another --plan that the bundle has",
         )
-    _drawer(bundle, opened.name, first, size_px)
-    return Compared(opened.name, first, others)
+    found = Comparison(opened.name, first, others, count, size_px)
+    _drawer(bundle, found, first)
+    return found
 
 
-def compare_pictures(
-    bundle: Bundle, plans: Compared, count: int, size_px: tuple[int, int] | None, reporter: Reporter
-) -> list[LedgerEntry]:
+def compare_pictures(bundle: Bundle, asked: Comparison, reporter: Reporter) -> list[LedgerEntry]:
     """Draw held-out captions of the small world under each plan, with the same seeds, and judge them.
 
-    The first plan's pictures are held in memory, each of another plan until it was compared.
+    The first plan's pictures are held in memory, each of another plan until it was compared. What the backend does not
+    run is listed as not run.
 
     Args:
         bundle: with a text encoder.
-        plans: of `plans_of_pictures`.
-        count: captions, one picture each.
-        size_px: height and width; None for the model's preferred size.
+        asked: of `plan_comparison`.
         reporter: shows the pictures.
     """
-    prompts = world_prompts(count, 0, held_out=True)
+    prompts = world_prompts(asked.count, 0, held_out=True)
 
     def drawn(name: str) -> Iterator[NDArray[np.uint8]]:
-        drawer = _drawer(bundle, plans.backend, name, size_px)
-        with reporter.stage(f"pictures under {name}", count, "images") as advance:
+        drawer = _drawer(bundle, asked, name)
+        with reporter.stage(f"pictures under {name}", asked.count, "images") as advance:
             for image in drawer.draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]):
                 yield image
                 advance(1)
 
-    exact = tuple(drawn(plans.first))
+    drawer = _drawer(bundle, asked, asked.first)
+    case = f"{drawer.width_px}x{drawer.height_px}"
+    stages = {name: f"{asked.first} pictures -> {name} pictures" for name in asked.others}
+    try:
+        exact = tuple(drawn(asked.first))
+    except UnsupportedError as error:
+        return [LedgerEntry(stage, END_TO_END, case, "not run", str(error)) for stage in stages.values()]
     right_first = sum(_is_right(*pair) for pair in zip(exact, prompts, strict=True))
-    case = f"{exact[0].shape[1]}x{exact[0].shape[0]}"
     entries = []
-    for name in plans.others:
-        stage = f"{plans.first} pictures -> {name} pictures"
+    for name, stage in stages.items():
         try:
             found = [
                 (_is_right(image, prompt), _psnr_db(image, wanted))
@@ -144,8 +152,8 @@ def entry_of(stage: str, case: str, shown: Shown) -> LedgerEntry:
     )
 
 
-def _drawer(bundle: Bundle, backend: str, plan: str, size_px: tuple[int, int] | None) -> Drawer:
-    return open_drawer(bundle.root, DrawOptions(size_px, backend=backend, plan=plan, store=bundle.store))
+def _drawer(bundle: Bundle, asked: Comparison, plan: str) -> Drawer:
+    return open_drawer(bundle.root, DrawOptions(asked.size_px, backend=asked.backend, plan=plan, store=bundle.store))
 
 
 def _is_right(image: NDArray[np.uint8], prompt: Prompt) -> bool:
@@ -153,7 +161,4 @@ def _is_right(image: NDArray[np.uint8], prompt: Prompt) -> bool:
 
 
 def _psnr_db(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:
-    import numpy as np
-
-    error = float(np.square(found.astype(np.float64) - wanted).mean())
-    return 10.0 * math.log10(255.0**2 / error) if error else EQUAL_PSNR_DB
+    return psnr_db(found.astype("float64") - wanted, 255.0)

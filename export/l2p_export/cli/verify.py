@@ -53,17 +53,17 @@ def command(
         raise UsageError("--size is that of pictures, and none are asked for", hint="give --pictures too")
     console = Console(quiet=quiet)
     opened = open_bundle(bundle, store)
-    compared = None
+    asked = None
     if pictures is not None:
-        from l2p_export.verify_pictures import compare_pictures, plans_of_pictures
+        from l2p_export.verify_pictures import compare_pictures, plan_comparison
 
-        compared = plans_of_pictures(opened, backend, plan, size_px)
+        asked = plan_comparison(opened, backend, plan, pictures, size_px)
     total = sum(record.size_bytes for record in opened.manifest.files)
     with console.stage("hashing files", total) as advance:
         verify_files(opened, advance)
     ledger = verify_bundle(opened, backend, plan, console)
-    if pictures is not None and compared is not None:
-        ledger += compare_pictures(opened, compared, pictures, size_px, console)
+    if asked is not None:
+        ledger += compare_pictures(opened, asked, console)
     if as_json:
         from l2p_runtime.contract.codec import to_json
 

@@ -17,6 +17,7 @@ from l2p_calib.plans import LayerRule
 from l2p_calib.prompts import read_prompts
 from l2p_engines.stages import Made
 from l2p_export.digests import toolchain
+from l2p_export.precision import CASE, ranges_stage_name
 from l2p_export.tensors import read_tensor
 from l2p_export.text_encoder.dimensions import PRODUCT_SCALE
 from l2p_runtime.bundle import file_digest
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from l2p_engines.stages import StageRunner
     from l2p_export.progress import Reporter
     from l2p_export.text_encoder.folder import TextEncoder
-
-CASE = "ranges"
-"""What the ledger calls the comparison of what was measured with what float16 holds."""
 
 PROMPTS = 16
 """Of those that the package ships: the published encoder takes about 5 TFLOP for them."""
@@ -105,7 +103,9 @@ def plans_by_ranges(
         stage = run("ranges", TEXT_ENCODER, inputs, make)
     except HostError as error:
         told = str(error)
-        return list(plans), tuple(LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "not run", told) for plan in narrow)
+        return list(plans), tuple(
+            LedgerEntry(ranges_stage_name(plan.name), TEXT_ENCODER, CASE, "not run", told) for plan in narrow
+        )
     peaks = from_json(_Facts, stage.facts).peaks
     raised = [_raised(plan, peaks) for plan in plans]
     return raised, tuple(_entry(plan, peaks) for plan in raised if plan.default == "float16")
@@ -142,11 +142,7 @@ def _entry(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> LedgerEntry:
     wide = dict.fromkeys(item.layer for item in peaks if plan.dtype(item.layer) == "float32")
     more = f"; in float32: {', '.join(wide)}" if wide else ""
     detail = f"{told} of {PROMPTS} prompts; float16 holds {FLOAT16_MAX:.0f}{more}"
-    return LedgerEntry(_stage(plan), TEXT_ENCODER, CASE, "passed", detail)
-
-
-def _stage(plan: PrecisionPlan) -> str:
-    return f"float32 ranges -> {plan.name} graph"
+    return LedgerEntry(ranges_stage_name(plan.name), TEXT_ENCODER, CASE, "passed", detail)
 
 
 def _needed_bytes(encoder: TextEncoder) -> int:
