@@ -21,18 +21,18 @@ from float8 import write_float8
 from full_width import write_random
 from measure import run_measured
 
-from l2p_calib.plans import PLANS
+from l2p_calib.plans.plan import PLANS
 from l2p_engines.builders.builder import build_engine, build_memory_bytes
-from l2p_engines.builders.engine_stages import EngineFacts
 from l2p_engines.builders.readback import read_back
 from l2p_engines.builders.request import EngineRequest, EngineSpec
-from l2p_engines.forecast import ENGINE_KERNEL_BYTES
+from l2p_engines.builders.shapes import engine_profiles
+from l2p_engines.builders.stage import EngineFacts
+from l2p_engines.forecast.calls import ENGINE_KERNEL_BYTES
 from l2p_engines.profiles import load_profile
-from l2p_engines.shapes import engine_profiles
-from l2p_engines.stages import Stage, stages
-from l2p_export.demo import write_demo_checkpoint
+from l2p_engines.store.stages import Stage, stages
+from l2p_export.checkpoint.demo import write_demo_checkpoint
+from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.export import export_graph
-from l2p_export.loading import load_model
 from l2p_runtime.contract import Target
 from l2p_runtime.contract.codec import from_json
 

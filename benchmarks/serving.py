@@ -21,11 +21,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from l2p_export.cli.console import parse_size
-from l2p_export.progress import Silent
 from l2p_export.serving.configs import Placement
 from l2p_export.serving.repository import RepositorySpec, write_repository
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.client import Client
+from l2p_runtime.progress import Silent
 from tools.triton_server import Server, serve
 
 MODEL = "l2p_embeddings"

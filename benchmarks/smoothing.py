@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2p_calib.fp8 import FP8_MAX
-from l2p_export.calibration import PLAN, bundle_model
-from l2p_export.torch_backend import TorchNetworks
-from l2p_export.training.evaluation.scores import world_prompts
-from l2p_export.training.world.render import render
-from l2p_export.training.world.scenes import place
-from l2p_export.verification import network_inputs, run_engine
+from l2p_export.evaluation.scores import world_prompts
+from l2p_export.precision.calibrate import PLAN, bundle_model
+from l2p_export.precision.torch_backend import TorchNetworks
+from l2p_export.proof.compare import network_inputs, run_engine
+from l2p_export.world.render import render
+from l2p_export.world.scenes import place
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import NETWORKS

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from upsampling_forms import FORMS, four_kernels, rewrite, stacked_kernel, stage_model, transposed_kernel
 
-from l2p_calib.plans import PLANS
+from l2p_calib.plans.plan import PLANS
 from l2p_engines.builders.builder import build_engine
 from l2p_engines.builders.request import EngineRequest, EngineSpec
+from l2p_engines.builders.shapes import engine_profiles
 from l2p_engines.profiles import load_profile
-from l2p_engines.shapes import engine_profiles
-from l2p_export.demo import demo_dimensions
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P
 from l2p_export.families.z_image_l2p.dimensions import (
     VARIANTS,
@@ -52,7 +52,7 @@ from l2p_export.families.z_image_l2p.dimensions import (
 )
 from l2p_export.families.z_image_l2p.head import PixelHead
 from l2p_export.graphs.export import export_graph
-from l2p_export.tensors import ArrayTensor, TensorSource, read_tensor
+from l2p_export.tensors.sources import ArrayTensor, TensorSource, read_tensor
 from l2p_runtime.backends.onnx import make_options
 from l2p_runtime.contract import Target
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save_file
 
 from golden import tiny_checkpoint
-from l2p_export.demo import write_demo_checkpoint
+from l2p_export.checkpoint.demo import write_demo_checkpoint
 
 PROFILE = """\
 patch_px = {patch}

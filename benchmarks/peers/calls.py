@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l2p_export.verification import compare_networks
+from l2p_export.proof.compare import compare_networks
 from l2p_runtime.backends import Engine
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.bundle import Bundle

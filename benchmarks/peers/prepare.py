@@ -25,18 +25,18 @@ import numpy as np
 import onnx
 from calls import BUNDLE, CALIBRATION, GRAPHS, OUR_PLANS, OURS, TEST
 
-from l2p_calib.float8_plan import float8_plan
-from l2p_calib.measured import Measurement, measured_plan
-from l2p_calib.plans import FLOAT8, PLANS
-from l2p_calib.statistics import Statistics, read_statistics
-from l2p_export.calibration import TIMES_A_PICTURE, calibrate, plan_calibration, sample_values
-from l2p_export.demo import demo_model
+from l2p_calib.plans.float8 import float8_plan
+from l2p_calib.plans.float16 import Measurement, measured_plan
+from l2p_calib.plans.plan import FLOAT8, PLANS
+from l2p_calib.statistics.ranges import Statistics, read_statistics
+from l2p_export.checkpoint.demo import demo_model
+from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.export import export_graph
-from l2p_export.loading import load_model
-from l2p_export.precision import weight_peaks
-from l2p_export.progress import Silent
+from l2p_export.precision.calibrate import TIMES_A_PICTURE, calibrate, plan_calibration, sample_values
+from l2p_export.precision.plans import weight_peaks
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
+from l2p_runtime.progress import Silent
 from l2p_runtime.tensorfile import write_tensorfile
 
 PROMPTS = {

@@ -19,8 +19,8 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 
-from l2p_export.calibration import bundle_model
-from l2p_export.torch_backend import TorchEngine, torch_module
+from l2p_export.precision.calibrate import bundle_model
+from l2p_export.precision.torch_backend import TorchEngine, torch_module
 from l2p_runtime.bundle import open_bundle
 
 SETTINGS = {"float8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.statistics import Ranges
+from l2p_calib.statistics.ranges import Ranges
 from l2p_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:

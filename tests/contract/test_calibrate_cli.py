@@ -15,24 +15,24 @@ import pytest
 from conftest import run_cli, write_profile
 from fakes.stress import write_stressed
 from golden import tiny_checkpoint
-from l2p_calib.graphs import count_graph, point_values
-from l2p_calib.hooks import counting
-from l2p_calib.statistics import network_statistics, read_statistics
-from l2p_export import calibration
-from l2p_export.build import Built, build, plan_build
-from l2p_export.calibration import bundle_digests, bundle_model
-from l2p_export.engines import EngineWishes
+from l2p_calib.statistics.onnx_values import count_graph, point_values
+from l2p_calib.statistics.ranges import network_statistics, read_statistics
+from l2p_calib.statistics.torch_hooks import counting
+from l2p_engines.builders.wanted import EngineWishes
+from l2p_export.build.bundle import Built, build, plan_build
+from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.names import published_names
-from l2p_export.loading import load_model
-from l2p_export.precision import network_points
-from l2p_export.progress import Silent
-from l2p_export.reference import run_reference
-from l2p_export.stored_cases import read_case
-from l2p_export.verification import network_inputs
+from l2p_export.precision import calibrate as calibration
+from l2p_export.precision.calibrate import bundle_digests, bundle_model
+from l2p_export.precision.plans import network_points
+from l2p_export.proof.compare import network_inputs
+from l2p_export.proof.reference import run_reference
+from l2p_export.proof.stored import read_case
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import Target
 from l2p_runtime.errors import ArtifactError, ParityError, UsageError
+from l2p_runtime.progress import Silent
 
 if TYPE_CHECKING:
     from conftest import Bundles

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from conftest import run_cli
-from l2p_export.demo import DEMO, demo_model
+from l2p_export.checkpoint.demo import DEMO, demo_model
 
 LARGEST_BYTES = 24 << 20
 PROMPTS = (

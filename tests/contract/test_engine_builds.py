@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from conftest import Bundles
 from l2p_engines.builders.builder import build_engine, build_memory_bytes
 from l2p_engines.builders.request import BuildProgress, EngineBuilt, EngineRequest, EngineSpec
+from l2p_engines.builders.shapes import engine_profiles
 from l2p_engines.builders.trt import EngineSettings, library_version
-from l2p_engines.shapes import engine_profiles
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import (
     NETWORKS,

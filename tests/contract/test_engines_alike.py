@@ -20,7 +20,7 @@ from conftest import Bundles
 from fakes.cuda import fake_device, fake_driver
 from fakes.onnxruntime_cuda import FakeOnnxRuntime
 from fakes.tensorrt_runtime import WEIGHT_BYTES, FakeLibrary, write_engine
-from l2p_engines.shapes import engine_profiles
+from l2p_engines.builders.shapes import engine_profiles
 from l2p_runtime.backends import Backend, Engine, cuda, open_backend
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS, NetworkSpec

@@ -191,8 +191,8 @@ def _write_source(folder: Path) -> Path:
     """A small source with random weights, as `train source` writes it."""
     from diffusers import AutoencoderKL
 
-    from l2p_export.training.pipeline_folder import write_source
     from l2p_export.training.source.autoencoder import CONFIG
+    from l2p_export.training.source.folder import write_source
     from l2p_export.training.source.model import initial_source, source_dimensions
     from l2p_export.training.source.tokens import world_tokenizer
 

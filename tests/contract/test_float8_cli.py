@@ -13,27 +13,27 @@ import pytest
 
 from conftest import run_cli, write_profile
 from golden import tiny_checkpoint
-from l2p_calib.planfile import read_plan
-from l2p_calib.plans import FLOAT8, PLANS
-from l2p_calib.statistics import CALLS_MIN, Statistics
+from l2p_calib.plans.file import read_plan
+from l2p_calib.plans.plan import FLOAT8, PLANS
+from l2p_calib.statistics.ranges import CALLS_MIN, Statistics
 from l2p_engines.builders.builder import build_engine
 from l2p_engines.builders.request import EngineRequest, EngineSpec
+from l2p_engines.builders.shapes import engine_profiles
 from l2p_engines.builders.trt import library_version
-from l2p_engines.shapes import engine_profiles
-from l2p_export import sensitivity
-from l2p_export.build import Built, build, plan_build
-from l2p_export.calibration import bundle_digests, calibrate, plan_calibration
-from l2p_export.engines import EngineWishes
-from l2p_export.explain import explain
-from l2p_export.loading import load_model
-from l2p_export.precision import Asked, _given
-from l2p_export.progress import Silent
-from l2p_export.sensitivity import NAME
+from l2p_engines.builders.wanted import EngineWishes
+from l2p_export.build.bundle import Built, build, plan_build
+from l2p_export.checkpoint.loading import load_model
+from l2p_export.precision import sweep as sensitivity
+from l2p_export.precision.calibrate import bundle_digests, calibrate, plan_calibration
+from l2p_export.precision.explain import explain
+from l2p_export.precision.plans import Asked, _given
+from l2p_export.precision.sweep import NAME
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import Target
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.progress import Silent
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 
 if TYPE_CHECKING:

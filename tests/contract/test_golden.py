@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from golden import tiny_checkpoint
-from l2p_export.loading import load_model
-from l2p_export.reference import run_reference
-from l2p_export.verification import Case, case_inputs
+from l2p_export.checkpoint.loading import load_model
+from l2p_export.proof.compare import Case, case_inputs
+from l2p_export.proof.reference import run_reference
 from l2p_runtime import Pipeline
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import run_cli
-from l2p_export.build import plan_build
-from l2p_export.demo import write_demo_checkpoint
-from unit.export.spellings import adapters, fused, latent_state, random_state, save_sharded
+from l2p_export.build.bundle import plan_build
+from l2p_export.checkpoint.demo import write_demo_checkpoint
+from unit.export.checkpoint.spellings import adapters, fused, latent_state, random_state, save_sharded
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import run_cli
-from l2p_export.training.world.captions import describe
-from l2p_export.training.world.render import render
-from l2p_export.training.world.scenes import place
+from l2p_export.world.captions import describe
+from l2p_export.world.render import render
+from l2p_export.world.scenes import place
 
 
 @pytest.fixture(scope="module")

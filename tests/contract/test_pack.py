@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import run_cli
-from l2p_export.pack import pack, pack_manifest
+from l2p_export.build.pack import pack, pack_manifest
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle, verify_files
 from l2p_runtime.contract import Manifest, manifest_from_bytes

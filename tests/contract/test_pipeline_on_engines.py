@@ -14,15 +14,15 @@ from conftest import Bundles
 from fakes.cuda import FakeDriver, fake_device, fake_driver
 from fakes.engine_bundles import add_engines
 from fakes.tensorrt_runtime import FakeLibrary
-from l2p_export.bench import bench
-from l2p_export.progress import Silent
-from l2p_export.verify import verify_bundle
+from l2p_export.performance.bench import bench
+from l2p_export.proof.verify import verify_bundle
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import cuda
 from l2p_runtime.backends.cuda import CudaDevice
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.progress import Silent
 
 EMBEDS = np.linspace(-1, 1, 9 * 40, dtype=np.float32).reshape(9, 40)
 CALL: dict[str, Any] = {"prompt_embeds": EMBEDS, "height": 128, "width": 64, "seed": 3, "steps": 2, "guidance": 1.0}

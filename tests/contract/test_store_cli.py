@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conftest import run_cli, write_profile
-from l2p_engines.stages import stages
-from l2p_engines.store import open_store
+from l2p_engines.store.shared import open_store
+from l2p_engines.store.stages import stages
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle
 

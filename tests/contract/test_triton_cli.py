@@ -18,13 +18,13 @@ from tritonclient.grpc import model_config_pb2
 from conftest import run_cli
 from fakes.engine_bundles import add_engines
 from l2p_export.cli.triton import command
-from l2p_export.progress import Silent
 from l2p_export.serving.configs import NETWORK_PREFIX, Placement
 from l2p_export.serving.lint import lint_repository
 from l2p_export.serving.repository import RepositorySpec, template, write_repository
 from l2p_runtime import UsageError
 from l2p_runtime.bundle import file_digest, file_record, open_bundle
 from l2p_runtime.contract import NETWORKS, manifest_to_bytes
+from l2p_runtime.progress import Silent
 from l2p_runtime.serving import Limits, ServiceSpec
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ import pytest
 
 from conftest import run_cli
 from fakes.engine_bundles import add_engines
-from l2p_export.progress import Silent
 from l2p_export.serving.configs import Placement
 from l2p_export.serving.repository import RepositorySpec, write_repository
 from l2p_runtime import HostError, Pipeline
@@ -26,6 +25,7 @@ from l2p_runtime.bundle import open_bundle
 from l2p_runtime.client import Client
 from l2p_runtime.client.health import ModelHealth, check_health, main
 from l2p_runtime.contract import manifest_to_bytes
+from l2p_runtime.progress import Silent
 from tools.triton_server import STUB, STUB_NUMPY_2, Server, serve
 
 if TYPE_CHECKING:

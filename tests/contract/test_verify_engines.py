@@ -18,13 +18,13 @@ from fakes.engine_bundles import add_engines
 from fakes.tensorrt_runtime import FakeLibrary
 from l2p_calib.ledger import require_passed
 from l2p_export.cli.verify import command
-from l2p_export.layer_precision import CASE as LAYER_PRECISION
-from l2p_export.progress import Silent
-from l2p_export.verify import verify_bundle
+from l2p_export.proof.engine_layers import CASE as LAYER_PRECISION
+from l2p_export.proof.verify import verify_bundle
 from l2p_runtime.backends import cuda
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import NETWORKS, LedgerEntry
 from l2p_runtime.errors import ParityError
+from l2p_runtime.progress import Silent
 
 TENSORRT_VERSION = "11.0.2.1"
 TENSORRT = "tensorrt11.0-sm89"

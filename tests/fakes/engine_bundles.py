@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fakes.tensorrt_runtime import write_engine
-from l2p_engines.shapes import HeadBudget, engine_profiles, stripe_rows
+from l2p_engines.builders.shapes import HeadBudget, engine_profiles, stripe_rows
 from l2p_runtime.bundle import file_digest, file_record, open_bundle
 from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, Profile, manifest_to_bytes
 from l2p_runtime.errors import HostError

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from l2p_calib.layout import layer_of
-from l2p_calib.plans import PrecisionPlan
+from l2p_calib.plans.plan import PrecisionPlan
 from l2p_export.families.z_image_l2p.dimensions import dimensions_from_shapes, network_blocks
-from l2p_export.tensors import read_tensor
-from l2p_export.verification import network_inputs
+from l2p_export.proof.compare import network_inputs
+from l2p_export.tensors.sources import read_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from l2p_export.loading import LoadedModel
+    from l2p_export.checkpoint.loading import LoadedModel
 
     State = dict[str, NDArray[np.float32]]
 

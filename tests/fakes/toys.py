@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from l2p_export.progress import Silent
-from l2p_export.training.loop import PROGRESS_NAME, Loss, Schedule, generator, train
-from l2p_export.training.states import latest_state
+from l2p_export.training.loop.loop import PROGRESS_NAME, Loss, Schedule, generator, train
+from l2p_export.training.loop.states import latest_state
+from l2p_runtime.progress import Silent
 
 SCHEDULE = Schedule(steps=9, batch=8, learning_rate=0.01, warmup_steps=3, cooldown_steps=3, save_every=4, seed=2)
 

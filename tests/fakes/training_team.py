@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from fakes.sources import tiny_spec
-from l2p_export.progress import Silent
-from l2p_export.training.corpus import open_corpus
-from l2p_export.training.distributed import Team, averaging_gradients, cut_over, joined
-from l2p_export.training.loop import Schedule, generator, train_weights
-from l2p_export.training.pipeline_folder import open_source
+from l2p_export.training.corpus.corpus import open_corpus
+from l2p_export.training.loop.distributed import Team, averaging_gradients, cut_over, joined
+from l2p_export.training.loop.loop import Schedule, generator, train_weights
+from l2p_export.training.loop.masters import trained_weights
+from l2p_export.training.source.folder import open_source
 from l2p_export.training.transfer.train import PLAIN, Means, transfer
-from l2p_export.training.weights import trained_weights
 from l2p_runtime.errors import L2PError
+from l2p_runtime.progress import Silent
 
 TRANSFERS: dict[str, tuple[bool, Means, dict[str, Any]]] = {
     "ddp": (False, PLAIN, {"micro_batches": 2}),

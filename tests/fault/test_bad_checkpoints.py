@@ -24,10 +24,10 @@ from safetensors.numpy import save_file
 from conftest import Bundles, run_cli, write_profile
 from golden import tiny_checkpoint
 from l2p_engines.profiles import load_profile
-from l2p_export.loading import load_model
-from l2p_export.metadata import sampling_defaults
-from l2p_export.output import open_output
-from l2p_export.weights import write_weights
+from l2p_engines.store.output import open_output
+from l2p_export.checkpoint.loading import load_model
+from l2p_export.tensors.metadata import sampling_defaults
+from l2p_export.tensors.writing import write_weights
 from l2p_runtime.contract import Sampling
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError
 from l2p_runtime.tensorfile import open_tensorfile

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from conftest import Bundles, run_cli
+from l2p_export.cli.embeddings import read_embeddings
 from l2p_export.cli.main import main
-from l2p_export.embeddings import read_embeddings
 from l2p_runtime import Pipeline
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
 from l2p_runtime.memory import parse_bytes

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conftest import Bundles, run_cli, write_profile
-from l2p_engines.stages import FOLDERS, stages
+from l2p_engines.store.stages import FOLDERS, stages
 from l2p_runtime.bundle import open_bundle
 
 MOMENTS = 50

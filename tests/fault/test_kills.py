@@ -111,13 +111,13 @@ def test_second_build_of_one_output(tmp_path: Path, tiny_path: Path, profile: Pa
 
 BROKEN = """
 import sys
-import l2p_export.describe
+import l2p_export.checkpoint.describe
 from l2p_export.cli.main import run
 
 def broken(*arguments, **options):
     raise {error}
 
-l2p_export.describe.describe = broken
+l2p_export.checkpoint.describe.describe = broken
 sys.argv = ["l2p-export", "inspect", "x.safetensors"]
 run()
 """

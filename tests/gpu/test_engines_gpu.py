@@ -21,8 +21,8 @@ from conftest import Bundles
 from l2p_engines.builders.builder import build_engine
 from l2p_engines.builders.gpus import Gpu, gpus
 from l2p_engines.builders.request import EngineRequest, EngineSpec
+from l2p_engines.builders.shapes import engine_profiles
 from l2p_engines.builders.trt import library_version
-from l2p_engines.shapes import engine_profiles
 from l2p_runtime.backends import Backend, Engine, open_backend
 from l2p_runtime.backends.trt_engine import TrtEngine
 from l2p_runtime.bundle import Bundle, open_bundle

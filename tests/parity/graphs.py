@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from l2p_calib.plans import PLANS, PrecisionPlan
+from l2p_calib.plans.plan import PLANS, PrecisionPlan
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P, ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
-from l2p_export.folders import open_weights
 from l2p_export.graphs.export import export_graph
-from l2p_export.tensors import TensorSource
+from l2p_export.tensors.files import open_weights
+from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.backends.onnx import OnnxEngine
 from l2p_runtime.contract import NetworkSpec
 from l2p_runtime.tensorfile import write_tensorfile

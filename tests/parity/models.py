@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l2p_export.demo import demo_dimensions
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.families.z_image_l2p.networks import network_module

@@ -17,18 +17,18 @@ from torch import nn
 
 from conftest import run_cli, write_profile
 from l2p_calib.fp8 import FP8_MAX
-from l2p_calib.hooks import counting
-from l2p_calib.plans import FLOAT8, PLANS
-from l2p_export.demo import DEMO
+from l2p_calib.plans.plan import FLOAT8, PLANS
+from l2p_calib.statistics.torch_hooks import counting
+from l2p_export.checkpoint.demo import DEMO
+from l2p_export.checkpoint.loading import load_model
+from l2p_export.evaluation.drawers import DrawOptions, open_drawer
+from l2p_export.evaluation.scores import Prompt, world_prompts
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes, published_dimensions
-from l2p_export.loading import load_model
-from l2p_export.precision import timestep_inputs
-from l2p_export.reference import run_reference
-from l2p_export.sensitivity import in_float8
-from l2p_export.training.evaluation.drawers import DrawOptions, open_drawer
-from l2p_export.training.evaluation.scores import Prompt, world_prompts
-from l2p_export.training.world.judge import judge
-from l2p_export.verification import Case
+from l2p_export.precision.plans import timestep_inputs
+from l2p_export.precision.sweep import in_float8
+from l2p_export.proof.compare import Case
+from l2p_export.proof.reference import run_reference
+from l2p_export.world.judge import judge
 from parity.models import relative_error
 
 NAMES = ("fp32", "fp16", "fp8", "fp8-plain")

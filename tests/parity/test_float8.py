@@ -13,17 +13,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from l2p_calib.float8_plan import float8_plan
 from l2p_calib.fp8 import encoded, storable
-from l2p_calib.hooks import counting
-from l2p_calib.measured import Measurement
-from l2p_calib.plans import FLOAT8, PLANS, LayerScale, PrecisionPlan
-from l2p_calib.statistics import network_statistics
-from l2p_export.demo import demo_dimensions
+from l2p_calib.plans.float8 import float8_plan
+from l2p_calib.plans.float16 import Measurement
+from l2p_calib.plans.plan import FLOAT8, PLANS, LayerScale, PrecisionPlan
+from l2p_calib.statistics.ranges import network_statistics
+from l2p_calib.statistics.torch_hooks import counting
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.graphs.export import trace_plan
-from l2p_export.precision import weight_peaks
-from l2p_export.sensitivity import in_float8
+from l2p_export.precision.plans import weight_peaks
+from l2p_export.precision.sweep import in_float8
 from l2p_runtime.backends.onnx import OnnxEngine
 from l2p_runtime.errors import InternalError
 from l2p_runtime.positions import rope_tables

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2p_export.demo import demo_dimensions
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, Stage
 from l2p_export.families.z_image_l2p.head import PixelHead

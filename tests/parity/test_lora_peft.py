@@ -18,9 +18,9 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from l2p_export.checkpoint.lora import LoraRequest, merge_loras, open_lora
 from l2p_export.families.z_image_l2p import ZImageModel
-from l2p_export.lora import LoraRequest, merge_loras, open_lora
-from l2p_export.tensors import read_tensor
+from l2p_export.tensors.sources import read_tensor
 from parity.models import load_network, published_like, random_state
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from l2p_export.demo import demo_dimensions
-from l2p_export.describe import describe
+from l2p_export.checkpoint.demo import demo_dimensions
+from l2p_export.checkpoint.describe import describe
+from l2p_export.checkpoint.loading import load_model
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes
-from l2p_export.loading import load_model
-from l2p_export.tensors import read_tensor
+from l2p_export.tensors.sources import read_tensor
 
 
 @pytest.mark.parametrize("shard", ["10GB", "500KB"])

@@ -14,11 +14,11 @@ import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor
 
-from l2p_calib.plans import PLANS
+from l2p_calib.plans.plan import PLANS
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.blocks import Block
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
-from l2p_export.tensors import TensorSource
+from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.positions import rope_tables
 from parity.graphs import Arrays, export, network_shapes, run, store
 from parity.models import call, model_spec, relative_error

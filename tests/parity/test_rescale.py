@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from l2p_calib.layout import layer_of
-from l2p_calib.plans import PLANS, LayerRule, LayerScale, PrecisionPlan
-from l2p_export.demo import demo_dimensions
+from l2p_calib.plans.plan import PLANS, LayerRule, LayerScale, PrecisionPlan
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_runtime.positions import rope_tables

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ZImagePipeline
 
-from l2p_export.training.draw import Artist, DrawSpec, draw_images, load_artist
-from l2p_export.training.pipeline_folder import encode_texts, open_source, write_source
 from l2p_export.training.source.autoencoder import CONFIG
+from l2p_export.training.source.draw import Artist, DrawSpec, draw_images, load_artist
+from l2p_export.training.source.folder import encode_texts, open_source, write_source
 from l2p_export.training.source.model import initial_source, source_dimensions
 from l2p_export.training.source.tokens import world_tokenizer
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError

@@ -15,15 +15,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from fakes.stress import STRESSES, run_plan, stressed, write_stressed
-from l2p_calib.hooks import counting
-from l2p_calib.measured import Measurement, measured_plan, overflows
-from l2p_calib.plans import PLANS, PrecisionPlan
-from l2p_calib.statistics import NetworkStatistics, network_statistics
-from l2p_export.demo import write_demo_checkpoint
-from l2p_export.loading import LoadedModel, load_model
-from l2p_export.precision import network_points, weight_peaks
-from l2p_export.reference import run_reference
-from l2p_export.verification import Case, case_inputs
+from l2p_calib.plans.float16 import Measurement, measured_plan, overflows
+from l2p_calib.plans.plan import PLANS, PrecisionPlan
+from l2p_calib.statistics.ranges import NetworkStatistics, network_statistics
+from l2p_calib.statistics.torch_hooks import counting
+from l2p_export.checkpoint.demo import write_demo_checkpoint
+from l2p_export.checkpoint.loading import LoadedModel, load_model
+from l2p_export.precision.plans import network_points, weight_peaks
+from l2p_export.proof.compare import Case, case_inputs
+from l2p_export.proof.reference import run_reference
 from parity.models import relative_error
 
 if TYPE_CHECKING:

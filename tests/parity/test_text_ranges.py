@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l2p_calib.plans import PLANS, LayerRule, PrecisionPlan
-from l2p_engines.stages import Home, StageRunner
-from l2p_export.progress import Silent
-from l2p_export.tensors import read_tensor
-from l2p_export.text_encoder import TextEncoder, add_text_encoder, open_text_encoder, ranges
-from l2p_export.text_encoder.ranges import plans_by_ranges
+from l2p_calib.plans.plan import PLANS, LayerRule, PrecisionPlan
+from l2p_engines.store.stages import Home, StageRunner
+from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.precision import text as ranges
+from l2p_export.precision.text import plans_by_ranges
+from l2p_export.tensors.sources import read_tensor
 from l2p_runtime.backends import open_backend
 from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry
 from l2p_runtime.errors import ArtifactError, ParityError
+from l2p_runtime.progress import Silent
 from parity.models import relative_error
 from parity.text_models import WIDTH, write_qwen3
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from l2p_calib.plans import LayerRule, PrecisionPlan
-from l2p_export.demo import demo_dimensions
+from l2p_calib.plans.plan import LayerRule, PrecisionPlan
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_runtime.positions import rope_tables

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from PIL import Image
 
 from l2p_export.cli.console import parse_size
-from l2p_export.progress import Silent
 from l2p_export.serving.configs import Placement
 from l2p_export.serving.repository import RepositorySpec, write_repository
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.client.page import PageSpec, open_page
+from l2p_runtime.progress import Silent
 from tools.chromium import browse
 from tools.triton_server import serve
 

@@ -25,7 +25,7 @@ from l2p_engines.builders.explanations import build_error, clean_line, explain, 
 from l2p_engines.builders.listeners import WRITING
 from l2p_engines.builders.request import BuildProgress, EngineBuilt, EngineRequest
 from l2p_engines.builders.watching import STALLED_SECONDS, MemoryWatch, StallWatch
-from l2p_engines.forecast import ENGINE_BUILD_BYTES, ENGINE_BUILD_FACTOR, ENGINE_KERNEL_BYTES
+from l2p_engines.forecast.calls import ENGINE_BUILD_BYTES, ENGINE_BUILD_FACTOR, ENGINE_KERNEL_BYTES
 from l2p_runtime import errors
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError

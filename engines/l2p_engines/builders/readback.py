@@ -7,7 +7,7 @@ build whose weights were widened, or narrowed, is found; what its kernels comput
 from __future__ import annotations
 
 from l2p_engines.builders.request import EngineSpec
-from l2p_engines.forecast import ENGINE_KERNEL_BYTES
+from l2p_engines.forecast.calls import ENGINE_KERNEL_BYTES
 from l2p_runtime.contract import LedgerEntry
 from l2p_runtime.errors import ParityError
 

@@ -19,7 +19,7 @@ from l2p_export.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from l2p_export.bench import Bench
+    from l2p_export.performance.bench import Bench
 
 
 @click.command("bench")
@@ -39,8 +39,8 @@ def command(bundle: Path, *, as_json: bool, quiet: bool, **options: Any) -> None
 
     Tells the median and the spread of each, the most memory that was held, and the least time that the card could take.
     """
-    from l2p_engines.cards import find_card
-    from l2p_export.bench import bench
+    from l2p_engines.forecast.cards import find_card
+    from l2p_export.performance.bench import bench
     from l2p_runtime.bundle import open_bundle
     from l2p_runtime.contract.codec import to_json
     from l2p_runtime.memory import parse_bytes

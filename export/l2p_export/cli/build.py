@@ -11,7 +11,7 @@ from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_o
 from l2p_export.cli.engine_options import engine_options, read_engine_options
 
 if TYPE_CHECKING:
-    from l2p_export.build import BuildPlan, Built
+    from l2p_export.build.bundle import BuildPlan, Built
 
 
 @click.command("build")
@@ -70,7 +70,7 @@ def command(
 
     A build that was stopped goes on where it stopped; one that would change nothing does nothing.
     """
-    from l2p_export.build import build, plan_build
+    from l2p_export.build.bundle import build, plan_build
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
     inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_calib.plans import SWEPT
+from l2p_calib.plans.plan import SWEPT
 from l2p_calib.sensitivity import GATE
 from l2p_export.cli.console import (
     Console,
@@ -20,8 +20,8 @@ from l2p_export.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from l2p_calib.statistics import Statistics
-    from l2p_export.sensitivity import Swept
+    from l2p_calib.statistics.ranges import Statistics
+    from l2p_export.precision.sweep import Swept
 
 
 @click.command("calibrate")
@@ -82,7 +82,7 @@ def command(
     if out is None:
         raise click.UsageError("--out is missing: the file that statistics are written to")
     from l2p_calib.sensitivity import require_gate
-    from l2p_export.calibration import calibrate, plan_calibration
+    from l2p_export.precision.calibrate import calibrate, plan_calibration
     from l2p_runtime.bundle import open_bundle
 
     parsed = [parse_size(size) for size in sizes]
@@ -100,7 +100,7 @@ def command(
     swept: list[Swept] = []
 
     def sweep(folder: Path, found: Statistics) -> None:
-        from l2p_export.sensitivity import sweep_bundle
+        from l2p_export.precision.sweep import sweep_bundle
 
         if sensitivity is not None:
             swept.append(sweep_bundle(plan, folder, found, sensitivity, gate, console, precision))
@@ -114,7 +114,7 @@ def command(
 
 
 def _explain(path: Path, layer: str, store: Path | None, *, as_json: bool) -> None:
-    from l2p_export.explain import explain, explained_lines
+    from l2p_export.precision.explain import explain, explained_lines
     from l2p_runtime.contract.codec import to_json
 
     found = explain(path, layer, store)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from l2p_export.engines import EngineWishes
+    from l2p_engines.builders.wanted import EngineWishes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -95,7 +95,7 @@ def read_engine_options(
         HostError: the backend's library is not installed.
     """
     from l2p_engines.builders.trt import EngineSettings
-    from l2p_export.engines import engine_wishes
+    from l2p_engines.builders.wanted import engine_wishes
     from l2p_runtime.memory import parse_bytes
 
     settings = EngineSettings(

@@ -20,9 +20,9 @@ from l2p_export.cli.console import (
 from l2p_runtime import UsageError
 
 if TYPE_CHECKING:
-    from l2p_export.training.evaluation.drawers import Drawer
-    from l2p_export.training.evaluation.layouts import Layout
-    from l2p_export.training.evaluation.scores import Evaluation, Prompt, Score
+    from l2p_export.evaluation.drawers import Drawer
+    from l2p_export.evaluation.layouts import Layout
+    from l2p_export.evaluation.scores import Evaluation, Prompt, Score
 
 _COUNT = 500
 _LAYOUT_IMAGES = 4
@@ -70,7 +70,7 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
     MODEL is a bundle, or a pipeline folder as `train source` writes it. On captions of the small world an exact judge
     says what is right; for other prompts, --layout prepares the folders of public benchmarks.
     """
-    from l2p_export.training.evaluation.drawers import DrawOptions, open_drawer
+    from l2p_export.evaluation.drawers import DrawOptions, open_drawer
 
     _check_options(options, out)
     names = ("steps", "guidance", "shift", "backend", "plan", "store")
@@ -118,8 +118,8 @@ def _check_options(options: dict[str, Any], out: Path | None) -> None:
 
 def _prompts(options: dict[str, Any]) -> tuple[Prompt, ...]:
     """What is to be drawn and judged."""
-    from l2p_export.training.evaluation.scores import file_prompts, world_prompts
-    from l2p_export.training.world.judge import require_judge
+    from l2p_export.evaluation.scores import file_prompts, world_prompts
+    from l2p_export.world.judge import require_judge
 
     require_judge()
     if options["prompts"] is not None:
@@ -129,7 +129,7 @@ def _prompts(options: dict[str, Any]) -> tuple[Prompt, ...]:
 
 def _layout(options: dict[str, Any]) -> Layout:
     """What is to be drawn for a benchmark."""
-    from l2p_export.training.evaluation.layouts import read_layout
+    from l2p_export.evaluation.layouts import read_layout
 
     images = options["images_per_prompt"] or _LAYOUT_IMAGES
     return read_layout(options["layout"], options["prompts"], images, options["seed"])
@@ -137,8 +137,8 @@ def _layout(options: dict[str, Any]) -> Layout:
 
 def _check_prompts(drawer: Drawer, wanted: tuple[Prompt, ...] | Layout) -> None:
     """Refuse prompts that the model does not read, and sizes that the benchmark does not."""
-    from l2p_export.training.evaluation.drawers import check_prompts
-    from l2p_export.training.evaluation.layouts import check_size
+    from l2p_export.evaluation.drawers import check_prompts
+    from l2p_export.evaluation.layouts import check_size
 
     if isinstance(wanted, tuple):
         check_prompts(drawer, [(f"the caption {prompt.text!r}", prompt.text) for prompt in wanted])
@@ -164,7 +164,7 @@ def _evaluate(
     *,
     as_json: bool,
 ) -> None:
-    from l2p_export.training.evaluation.scores import draw_all, evaluate, scores_json, write_evaluation
+    from l2p_export.evaluation.scores import draw_all, evaluate, scores_json, write_evaluation
 
     found = evaluate(prompts, draw_all(drawer, prompts, out, console))
     scores = {**facts, **scores_json(found)}
@@ -181,7 +181,7 @@ def _evaluate(
 def _lay_out(
     drawer: Drawer, layout: Layout, out: Path | None, facts: dict[str, Any], console: Console, *, as_json: bool
 ) -> None:
-    from l2p_export.training.evaluation.layouts import write_layout
+    from l2p_export.evaluation.layouts import write_layout
 
     if out is None:
         raise UsageError("--layout needs --out")
@@ -200,8 +200,8 @@ def _said(facts: dict[str, Any]) -> str:
 
 def _lines(found: Evaluation) -> Iterator[str]:
     """The scores as people read them; what no caption speaks of is left out."""
-    from l2p_export.training.evaluation.features import DIMENSIONS
-    from l2p_export.training.evaluation.scores import frechet_reason
+    from l2p_export.evaluation.features import DIMENSIONS
+    from l2p_export.evaluation.scores import frechet_reason
 
     rows = [("", "right", "of", "share", "95 % interval"), _cells("all", found.overall)]
     rows += [_cells(name, score) for name, score in found.categories.items() if score.count]

@@ -62,7 +62,7 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         return
     if bundle is None:
         raise UsageError("there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png")
-    from l2p_export.embeddings import read_embeddings
+    from l2p_export.cli.embeddings import read_embeddings
     from l2p_runtime.bundle import open_bundle
     from l2p_runtime.requests import image_request
 

@@ -35,7 +35,7 @@ def draw_remote(
         UsageError: an option that the server decides, or a request that it refuses.
         HostError: no server answers, or it cannot draw.
     """
-    from l2p_export.embeddings import read_embeddings
+    from l2p_export.cli.embeddings import read_embeddings
     from l2p_runtime.client import Client
     from l2p_runtime.client.transport import parse_address
     from l2p_runtime.png import write_png

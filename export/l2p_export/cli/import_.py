@@ -39,9 +39,9 @@ def command(
 
     CHECKPOINT may be a file or a folder, hold adapters alone (with --source), or FP8 weights with scales.
     """
-    from l2p_export.convert import output_bytes, write_checkpoint
-    from l2p_export.loading import load_model
-    from l2p_export.lora import parse_lora, trunk_layers_touched
+    from l2p_export.checkpoint.convert import output_bytes, write_checkpoint
+    from l2p_export.checkpoint.loading import load_model
+    from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 
     _check_out(out)
     loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])

@@ -23,7 +23,7 @@ def command(path: Path, source: Path | None, store: Path | None, *, digest: bool
     if any((path / name).exists() for name in (MANIFEST_NAME, BUILD_LOCK, BUILD_STAGES, STORE_MARKER)):
         facts = _bundle_facts(path, store)
     else:
-        from l2p_export.describe import describe
+        from l2p_export.checkpoint.describe import describe
 
         facts = describe(path, source, digest=digest)
     if as_json:

@@ -24,8 +24,8 @@ def command(picture: Path, prompt: str, *, as_json: bool) -> None:
 
     A wrong picture is a result, not an error: the exit code is 0 either way.
     """
-    from l2p_export.training.world.captions import describe
-    from l2p_export.training.world.judge import judge, require_judge
+    from l2p_export.world.captions import describe
+    from l2p_export.world.judge import judge, require_judge
 
     description = describe(prompt)
     require_judge()
@@ -37,7 +37,7 @@ def command(picture: Path, prompt: str, *, as_json: bool) -> None:
 
 
 def _pixels(picture: Path) -> NDArray[np.uint8]:
-    from l2p_export.training.corpus import decode_image
+    from l2p_export.training.corpus.corpus import decode_image
     from l2p_runtime.errors import UsageError
 
     try:

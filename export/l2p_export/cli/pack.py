@@ -43,8 +43,8 @@ def command(
 
     Every file is hashed as it is copied.
     """
-    from l2p_export.output import require_bundle_or_nothing
-    from l2p_export.pack import pack, pack_manifest
+    from l2p_engines.store.output import require_bundle_or_nothing
+    from l2p_export.build.pack import pack, pack_manifest
     from l2p_runtime.bundle import open_bundle
 
     opened = open_bundle(bundle, store)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from l2p_engines.forecast import PRECISIONS
+from l2p_engines.forecast.calls import PRECISIONS
 from l2p_export.cli.console import json_option, parse_size, print_json
 from l2p_runtime import UsageError
 
@@ -59,9 +59,9 @@ def command(
     Without CHECKPOINT, the published model of the profile's variant is planned; nothing needs to be downloaded. Tells
     tokens, operations, weights, activations, what a build takes of memory and disk, and what fits a card.
     """
-    from l2p_engines.cards import find_card
+    from l2p_engines.forecast.cards import find_card
     from l2p_export.cli.plan_text import forecast_lines
-    from l2p_export.planning import forecast, read_subject
+    from l2p_export.performance.forecast import forecast, read_subject
     from l2p_runtime.contract.codec import to_json
     from l2p_runtime.memory import available_host_bytes, parse_bytes
 

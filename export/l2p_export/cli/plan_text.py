@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 
-from l2p_engines.fitting import STEP_NETWORKS, Fit, Setting
-from l2p_engines.forecast import CallSize, HostNeeds
+from l2p_engines.forecast.calls import CallSize, HostNeeds
+from l2p_engines.forecast.fitting import STEP_NETWORKS, Fit, Setting
 from l2p_export.cli.console import format_bytes
-from l2p_export.planning import BuildForecast, DeviceForecast, Forecast, Placement
+from l2p_export.performance.forecast import BuildForecast, DeviceForecast, Forecast, Placement
 
 _ONE = "one network at a time"
 _ALL = "all networks"

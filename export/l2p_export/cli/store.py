@@ -14,7 +14,7 @@ from l2p_runtime import ArtifactError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from l2p_engines.store import StoreEntry
+    from l2p_engines.store.shared import StoreEntry
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -29,7 +29,7 @@ def command() -> None:
 @json_option
 def ls(store: Path, *, as_json: bool) -> None:
     """List every finished stage in STORE, largest first, and how many bundles use it."""
-    from l2p_engines.store import list_store
+    from l2p_engines.store.shared import list_store
 
     entries = list_store(store)
     if as_json:
@@ -55,7 +55,7 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
 
     A bundle counts as long as it lies where it was built. Copies made by `pack` hold their own files.
     """
-    from l2p_engines.store import prune_store
+    from l2p_engines.store.shared import prune_store
 
     gone = prune_store(store, older_than_seconds=_seconds(older_than), dry_run=dry_run)
     _print_gone(store, gone, "would remove" if dry_run else "removed", as_json=as_json)
@@ -68,7 +68,7 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
 @quiet_option
 def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
     """Hash every file in STORE and clear what killed builds left. Exit code 4 when something is damaged."""
-    from l2p_engines.store import check_store, store_bytes
+    from l2p_engines.store.shared import check_store, store_bytes
 
     with Console(quiet=quiet).stage("hashing files", store_bytes(store)) as advance:
         found = check_store(store, remove=remove, advance=advance)

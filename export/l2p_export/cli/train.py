@@ -23,7 +23,7 @@ from l2p_export.cli.console import (
 from l2p_runtime import CancelledError, UsageError
 
 if TYPE_CHECKING:
-    from l2p_export.training.distributed import Team
+    from l2p_export.training.loop.distributed import Team
     from l2p_export.training.transfer.forecast import TrainingForecast
     from l2p_export.training.transfer.train import TransferSpec
 
@@ -74,9 +74,9 @@ def source_command(
     """
     import torch
 
-    from l2p_export.training.distributed import chosen_device
-    from l2p_export.training.loop import Schedule
-    from l2p_export.training.samples import SampleSpec
+    from l2p_export.training.loop.distributed import chosen_device
+    from l2p_export.training.loop.loop import Schedule
+    from l2p_export.training.sheet import SampleSpec
     from l2p_export.training.source.train import SourceSpec, train_source
 
     steps, save_every, seed = options["steps"], options["save_every"], options["seed"]
@@ -153,8 +153,8 @@ def corpus_command(
     renders of the small world.
     """
     from l2p_calib.prompts import read_prompts
-    from l2p_export.training.corpus import PROMPTS_BYTES_MAX
-    from l2p_export.training.rendered import render_corpus, world_captions
+    from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
+    from l2p_export.training.corpus.rendered import render_corpus, world_captions
 
     height, width = parse_size(options["size"])
     texts = read_prompts(prompts, PROMPTS_BYTES_MAX) if prompts else world_captions(options["count"], options["seed"])
@@ -166,9 +166,9 @@ def corpus_command(
                 texts, options["seeds_per_prompt"], options["seed"], (height, width), out, console
             )
     else:
-        from l2p_export.training.distributed import chosen_device
-        from l2p_export.training.draw import DrawSpec, draw_corpus, load_artist
-        from l2p_export.training.pipeline_folder import open_source
+        from l2p_export.training.loop.distributed import chosen_device
+        from l2p_export.training.source.draw import DrawSpec, draw_corpus, load_artist
+        from l2p_export.training.source.folder import open_source
 
         opened = open_source(source)
         shift = opened.shift if options["shift"] is None else options["shift"]
@@ -263,7 +263,7 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
     SOURCE` makes a bundle of the result. On several GPUs: `torchrun --nproc-per-node N -m l2p_export train transfer
     ...`; --batch counts the samples of all processes.
     """
-    from l2p_export.training.distributed import joined
+    from l2p_export.training.loop.distributed import joined
 
     if out.suffix != ".safetensors":
         raise UsageError(f"--out is `{out}`, expected a file name ending in .safetensors")
@@ -272,11 +272,10 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 
 
 def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
-    from l2p_export.progress import Silent
-    from l2p_export.training.corpus import open_corpus
-    from l2p_export.training.pipeline_folder import open_headers, open_source
-    from l2p_export.training.rendered import world_scenes
-    from l2p_export.training.samples import SampleSpec, pixel_samples
+    from l2p_export.training.corpus.corpus import open_corpus
+    from l2p_export.training.corpus.rendered import world_scenes
+    from l2p_export.training.sheet import SampleSpec, pixel_samples
+    from l2p_export.training.source.folder import open_headers, open_source
     from l2p_export.training.transfer.batches import padded_lengths, require_seeds
     from l2p_export.training.transfer.forecast import require_memory, transfer_forecast
     from l2p_export.training.transfer.train import (
@@ -286,6 +285,7 @@ def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options:
         require_split,
         transfer,
     )
+    from l2p_runtime.progress import Silent
     from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 
     spec = _transfer_spec(options)
@@ -350,7 +350,7 @@ def _sampling_metadata(options: dict[str, Any]) -> dict[str, str]:
 
 
 def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
-    from l2p_export.training.loop import Schedule
+    from l2p_export.training.loop.loop import Schedule
     from l2p_export.training.transfer.train import TransferSpec
 
     names = (
@@ -389,7 +389,7 @@ def forecast_lines(forecast: TrainingForecast) -> list[str]:
 @contextmanager
 def _one_voice(*, leads: bool) -> Iterator[None]:
     """What every process of a run meets alike is said by the first one; the others end with the same code."""
-    from l2p_export.training.loop import StoppedError
+    from l2p_export.training.loop.loop import StoppedError
 
     try:
         yield

@@ -45,7 +45,7 @@ def command(
     Exit code 4 when a file was changed, 5 when a result is further off than its threshold.
     """
     from l2p_calib.ledger import require_passed
-    from l2p_export.verify import verify_bundle
+    from l2p_export.proof.verify import verify_bundle
     from l2p_runtime.bundle import open_bundle, verify_files
 
     size_px = None if size is None else parse_size(size)
@@ -55,7 +55,7 @@ def command(
     opened = open_bundle(bundle, store)
     asked = None
     if pictures is not None:
-        from l2p_export.verify_pictures import compare_pictures, plan_comparison
+        from l2p_export.evaluation.plan_pictures import compare_pictures, plan_comparison
 
         asked = plan_comparison(opened, backend, plan, pictures, size_px)
     total = sum(record.size_bytes for record in opened.manifest.files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from l2p_export.families.base import Family, Model
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P
-from l2p_export.folders import Weights
+from l2p_export.tensors.files import Weights
 from l2p_runtime.errors import ArtifactError
 
 FAMILIES: tuple[Family, ...] = (Z_IMAGE_L2P,)

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from l2p_calib.layout import NetworkLayout
-    from l2p_export.checkpoint import Checkpoint
-    from l2p_export.folders import Weights
-    from l2p_export.tensors import TensorSource
+    from l2p_export.tensors.checkpoint import Checkpoint
+    from l2p_export.tensors.files import Weights
+    from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.contract import ModelSpec, NetworkSpec
 
 Shapes = Mapping[str, tuple[int, ...]]

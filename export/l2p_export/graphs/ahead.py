@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l2p_engines.children import end_with
-from l2p_engines.stages import Home, StageRunner, find_stage
+from l2p_engines.store.stages import Home, StageRunner, find_stage
 from l2p_export.graphs.export import trace_key, trace_stage
-from l2p_export.progress import Silent
 from l2p_runtime.errors import L2PError
+from l2p_runtime.progress import Silent
 
 if TYPE_CHECKING:
-    from l2p_calib.plans import PrecisionPlan
+    from l2p_calib.plans.plan import PrecisionPlan
     from l2p_export.families import Model
     from l2p_runtime.contract import NetworkSpec
 

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.layout import layer_of
-from l2p_calib.plans import FLOAT8
-from l2p_engines.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
-from l2p_export.digests import toolchain
-from l2p_export.tensors import JoinedTensor, ScaledTensor, TransposedTensor
-from l2p_export.weights import write_weights
+from l2p_calib.plans.plan import FLOAT8
+from l2p_engines.store.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
+from l2p_export.tensors.digests import toolchain
+from l2p_export.tensors.sources import JoinedTensor, ScaledTensor, TransposedTensor
+from l2p_export.tensors.writing import write_weights
 from l2p_runtime.errors import ArtifactError, InternalError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from l2p_calib.plans import PrecisionPlan
+    from l2p_calib.plans.plan import PrecisionPlan
     from l2p_export.families import Model
-    from l2p_export.progress import Reporter
-    from l2p_export.tensors import TensorSource
+    from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.contract import NetworkSpec
+    from l2p_runtime.progress import Reporter
     from l2p_runtime.tensorfile import TensorInfo
 
 _STORED = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "F8_E4M3"}

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_engines.stages import locked
-from l2p_export.pack import pack, pack_manifest
+from l2p_engines.store.stages import locked
+from l2p_export.build.pack import pack, pack_manifest
 from l2p_export.serving.configs import (
     DIGEST,
     IMAGE_MODELS,
@@ -51,8 +51,8 @@ from l2p_runtime.requests import check_size
 from l2p_runtime.serving import Limits, ServiceSpec
 
 if TYPE_CHECKING:
-    from l2p_export.progress import Reporter
     from l2p_runtime.bundle import Bundle
+    from l2p_runtime.progress import Reporter
     from l2p_runtime.requests import PixelDType
 
 NETWORKS_MODEL = "networks"

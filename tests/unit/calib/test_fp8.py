@@ -24,7 +24,7 @@ from l2p_calib.fp8 import (
     scale_choices,
     storable,
 )
-from l2p_calib.statistics import RangeCounter, Ranges, merge_ranges
+from l2p_calib.statistics.ranges import RangeCounter, Ranges, merge_ranges
 from l2p_runtime.errors import ArtifactError
 
 # Every E4M3 number: sign, four bits of exponent, three of fraction; no infinities, one NaN of each sign.

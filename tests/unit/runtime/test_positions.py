@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_export.demo import demo_dimensions
+from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_runtime.errors import UsageError

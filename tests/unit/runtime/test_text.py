@@ -16,17 +16,17 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import Bundles, run_cli
-from l2p_calib.plans import PLANS
-from l2p_engines.stages import Home, StageRunner
-from l2p_export.output import open_output
-from l2p_export.progress import Silent
-from l2p_export.text_encoder import add_text_encoder, open_text_encoder
-from l2p_export.text_encoder.build import verify_text
+from l2p_calib.plans.plan import PLANS
+from l2p_engines.store.output import open_output
+from l2p_engines.store.stages import Home, StageRunner
+from l2p_export.build.text import verify_text
+from l2p_export.families.qwen3 import add_text_encoder, open_text_encoder
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Engine, open_backend
 from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import NETWORKS, NetworkSpec, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.progress import Silent
 from l2p_runtime.text import CHAT_TEMPLATE, PROMPT_CHARACTERS_MAX, Tokenizer, load_tokenizer
 from parity.text_models import WIDTH, published_tokenizer, published_tokens, train_tokenizer, write_qwen3
 

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from l2p_export.checkpoint import Checkpoint, Spelling
-from l2p_export.folders import Weights
-from l2p_export.tensors import FileTensor, JoinedTensor, TensorSource
+from l2p_export.tensors.checkpoint import Checkpoint, Spelling
+from l2p_export.tensors.files import Weights
+from l2p_export.tensors.sources import FileTensor, JoinedTensor, TensorSource
 from l2p_runtime.errors import ArtifactError
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.training.loop import CPU, Schedule, generator, train
-from l2p_export.training.world.batched import render_batch
-from l2p_export.training.world.scenes import draw_description, place
+from l2p_export.training.loop.loop import CPU, Schedule, generator, train
+from l2p_export.world.batched import render_batch
+from l2p_export.world.scenes import draw_description, place
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from l2p_export.progress import Reporter
+    from l2p_runtime.progress import Reporter
 
 LATENT_CHANNELS = 16
 """As many as Z-Image's, so that a source's patches of 2 x 2 latents have the published 64 values."""

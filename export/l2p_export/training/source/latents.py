@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.training.loop import CPU
+from l2p_export.training.loop.loop import CPU
 from l2p_export.training.source.autoencoder import encode
 from l2p_export.training.source.tokens import caption_ids
-from l2p_export.training.world.batched import render_batch, what_lies_where
-from l2p_export.training.world.captions import caption
-from l2p_export.training.world.scenes import Scene, draw_description, place
+from l2p_export.world.batched import render_batch, what_lies_where
+from l2p_export.world.captions import caption
+from l2p_export.world.scenes import Scene, draw_description, place
 from l2p_runtime.errors import HostError
 
 if TYPE_CHECKING:
     import tokenizers
     from diffusers import AutoencoderKL
 
-    from l2p_export.progress import Reporter
+    from l2p_runtime.progress import Reporter
 
 _PIXELS_AT_ONCE = 1 << 20
 """64 scenes of 128 px."""

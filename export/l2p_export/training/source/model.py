@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from l2p_export.families.qwen3.dimensions import TextEncoderConfig, TextEncoderDimensions
+from l2p_export.families.qwen3.networks import TextEncoderNetwork
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
 from l2p_export.families.z_image_l2p.latent import LATENT_PATCH, LatentModel
-from l2p_export.text_encoder.dimensions import TextEncoderConfig, TextEncoderDimensions
-from l2p_export.text_encoder.networks import TextEncoderNetwork
 from l2p_export.training.source.tokens import VOCABULARY
-from l2p_export.training.world.render import LABELS
+from l2p_export.world.render import LABELS
 
 GATE_AT_START = 0.5
 """Bias of a block's gates: from zero the first thousands of steps do nothing."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.training.world.captions import caption
-from l2p_export.training.world.scenes import draw_description
+from l2p_export.world.captions import caption
+from l2p_export.world.scenes import draw_description
 from l2p_runtime.text import CHAT_TEMPLATE
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.pixel import load_published
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.tensors import read_tensor
+from l2p_export.tensors.sources import read_tensor
 from l2p_export.training.flow import draw_sigmas
-from l2p_export.training.loop import CPU, Schedule, generator, train
-from l2p_export.training.pipeline_folder import load_autoencoder, open_source, write_source
-from l2p_export.training.samples import SampleSpec, source_samples
+from l2p_export.training.loop.loop import CPU, Schedule, generator, train
+from l2p_export.training.sheet import SampleSpec, source_samples
 from l2p_export.training.source.autoencoder import IMAGE_PX, train_autoencoder
+from l2p_export.training.source.folder import load_autoencoder, open_source, write_source
 from l2p_export.training.source.latents import LatentData, SceneSet, scene_latents
 from l2p_export.training.source.model import SourceModel, initial_source, source_dimensions
 from l2p_export.training.source.tokens import CAPTION_TOKENS, world_tokenizer
@@ -30,8 +30,8 @@ from l2p_runtime.positions import rope_tables
 
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
-    from l2p_export.progress import Reporter
-    from l2p_export.training.pipeline_folder import Source
+    from l2p_export.training.source.folder import Source
+    from l2p_runtime.progress import Reporter
 
 NOISE_SHIFT = 2.0
 """Noise levels are drawn evenly and shifted by this, as a sampler's: shapes and places are decided at high noise."""

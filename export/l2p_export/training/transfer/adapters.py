@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_shapes
-from l2p_export.folders import Weights, open_weights
-from l2p_export.metadata import TRUNK_SHA256
-from l2p_export.tensors import read_tensor, weights_digest
+from l2p_export.tensors.files import Weights, open_weights
+from l2p_export.tensors.metadata import TRUNK_SHA256
+from l2p_export.tensors.sources import read_tensor, weights_digest
 from l2p_runtime.errors import ArtifactError, HostError
 
 if TYPE_CHECKING:
-    from l2p_export.progress import Reporter
-    from l2p_export.training.pipeline_folder import Source
+    from l2p_export.training.source.folder import Source
+    from l2p_runtime.progress import Reporter
 
 
 HEAD_DECODERS = ("local_decoder.up", "local_decoder.dec")

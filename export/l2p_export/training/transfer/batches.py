@@ -17,23 +17,23 @@ from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.pixel import Window
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.corpus import KEPT_BYTES, Corpus, Row, read_image
+from l2p_export.training.corpus.corpus import KEPT_BYTES, Corpus, Row, read_image
+from l2p_export.training.corpus.rendered import RenderedScenes
 from l2p_export.training.flow import draw_sigmas
-from l2p_export.training.loop import generator
-from l2p_export.training.pipeline_folder import TOKENS_MULTIPLE, Embeds, Source, encode_texts
-from l2p_export.training.rendered import RenderedScenes
+from l2p_export.training.loop.loop import generator
 from l2p_export.training.source.autoencoder import as_values
-from l2p_export.training.world.batched import render_batch
-from l2p_export.training.world.render import render
+from l2p_export.training.source.folder import TOKENS_MULTIPLE, Embeds, Source, encode_texts
+from l2p_export.world.batched import render_batch
+from l2p_export.world.render import render
 from l2p_runtime.errors import UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
 
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
-    from l2p_export.training.distributed import Team
+    from l2p_export.training.loop.distributed import Team
     from l2p_export.training.transfer.train import TransferSpec
-    from l2p_export.training.world.scenes import Scene
+    from l2p_export.world.scenes import Scene
     from l2p_runtime.text import Tokenizer
 
 

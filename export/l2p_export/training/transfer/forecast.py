@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, expected_shapes, network_blocks, network_shapes
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.corpus import KEPT_BYTES
+from l2p_export.training.corpus.corpus import KEPT_BYTES
 from l2p_export.training.transfer.storage import STORAGES
 from l2p_runtime.errors import HostError
 from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
-    from l2p_export.training.distributed import Team
+    from l2p_export.training.loop.distributed import Team
     from l2p_export.training.transfer.train import Means, TransferSpec
 
 # Bytes that a block keeps for the backward pass, for each token: of its width, and of the feed-forward's inner width;

@@ -31,20 +31,20 @@ from l2p_export.families.z_image_l2p.dimensions import (
 )
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
 from l2p_export.families.z_image_l2p.specs import HALO_ROWS
-from l2p_export.tensors import read_tensor
-from l2p_export.training.distributed import ALONE, Team, averaging_gradients, cut_over
-from l2p_export.training.loop import Schedule, train_weights
-from l2p_export.training.pipeline_folder import Source
-from l2p_export.training.rendered import RenderedScenes
+from l2p_export.tensors.sources import read_tensor
+from l2p_export.training.corpus.rendered import RenderedScenes
+from l2p_export.training.loop.distributed import ALONE, Team, averaging_gradients, cut_over
+from l2p_export.training.loop.loop import Schedule, train_weights
+from l2p_export.training.loop.masters import Weights, trained_weights
+from l2p_export.training.source.folder import Source
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
 from l2p_export.training.transfer.batches import Images, batches, embed_captions, require_seeds
 from l2p_export.training.transfer.storage import STORAGES, StoredLinear, largest_error
-from l2p_export.training.weights import Weights, trained_weights
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 
 if TYPE_CHECKING:
-    from l2p_export.checkpoint import Checkpoint
-    from l2p_export.progress import Reporter
+    from l2p_export.tensors.checkpoint import Checkpoint
+    from l2p_runtime.progress import Reporter
 
 AUTOCASTS, OPTIMIZER_DEVICES = ("none", "bf16"), ("same", "cpu")
 NOISES = ("stored", "fresh")

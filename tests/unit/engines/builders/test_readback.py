@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from l2p_engines.builders.readback import WEIGHT_BYTES_THRESHOLD, read_back
 from l2p_engines.builders.request import EngineSpec
+from l2p_engines.builders.shapes import engine_profiles
 from l2p_engines.profiles import load_profile
-from l2p_engines.shapes import engine_profiles
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
 from l2p_runtime.contract import Target

@@ -10,15 +10,15 @@ import torch
 from diffusers import AutoencoderKL
 
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.progress import Silent
 from l2p_export.training.source.autoencoder import CONFIG
 from l2p_export.training.source.latents import SceneSet, scene_latents
 from l2p_export.training.source.model import SourceModel, initial_source, source_dimensions
 from l2p_export.training.source.tokens import CAPTION_TOKENS, caption_ids, world_tokenizer
-from l2p_export.training.world.captions import describe
-from l2p_export.training.world.render import LABELS
-from l2p_export.training.world.scenes import BACKGROUNDS, Thing
+from l2p_export.world.captions import describe
+from l2p_export.world.render import LABELS
+from l2p_export.world.scenes import BACKGROUNDS, Thing
 from l2p_runtime.positions import rope_tables
+from l2p_runtime.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

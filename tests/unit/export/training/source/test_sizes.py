@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2p_export.progress import Silent
-from l2p_export.training.loop import Schedule
+from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.source.latents import LatentData
 from l2p_export.training.source.model import SourceModel, initial_source, source_dimensions
 from l2p_export.training.source.tokens import caption_ids, world_tokenizer
 from l2p_export.training.source.train import SourceSpec, train_transformer
-from l2p_export.training.world.render import LABELS
+from l2p_export.world.render import LABELS
 from l2p_runtime.errors import UsageError
+from l2p_runtime.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

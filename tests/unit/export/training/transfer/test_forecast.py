@@ -18,8 +18,8 @@ from l2p_export.cli.train import transfer_command
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.distributed import ALONE, Team
-from l2p_export.training.loop import Schedule
+from l2p_export.training.loop.distributed import ALONE, Team
+from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.transfer import forecast as forecasting
 from l2p_export.training.transfer.forecast import TrainingForecast, kept_bytes, require_memory, transfer_forecast
 from l2p_export.training.transfer.train import PLAIN, Means, TransferSpec

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from fakes.sources import SIZE_PX, TEXTS, tiny_spec, write_tiny_corpus, write_tiny_source
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes, network_shapes, published_dimensions
+from l2p_export.families.z_image_l2p.latent_shapes import latent_shapes
 from l2p_export.families.z_image_l2p.pixel import PixelModel, Window, checkpoint_activations
-from l2p_export.families.z_image_l2p.sources import latent_shapes
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.progress import Silent
-from l2p_export.tensors import read_tensor
-from l2p_export.training.corpus import Corpus, append_rows, open_corpus, write_image
-from l2p_export.training.distributed import ALONE, Team
+from l2p_export.tensors.sources import read_tensor
+from l2p_export.training.corpus.corpus import Corpus, append_rows, open_corpus, write_image
 from l2p_export.training.flow import sample
-from l2p_export.training.loop import CPU, Schedule
-from l2p_export.training.pipeline_folder import Source, encode_texts
+from l2p_export.training.loop.distributed import ALONE, Team
+from l2p_export.training.loop.loop import CPU, Schedule
+from l2p_export.training.source.folder import Source, encode_texts
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
 from l2p_export.training.transfer.batches import Batch, batches, embed_captions, image_reader
 from l2p_export.training.transfer.storage import StoredLinear
@@ -45,6 +44,7 @@ from l2p_export.training.transfer.train import (
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
+from l2p_runtime.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

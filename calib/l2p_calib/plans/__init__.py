@@ -1,0 +1,1 @@
+"""Precision plans: the dtype of each layer, measured FP16, FP8, and their files."""

@@ -1,0 +1,1 @@
+"""Activation statistics: collected from torch modules or ONNX graphs, merged and stored."""

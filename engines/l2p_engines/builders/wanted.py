@@ -1,0 +1,238 @@
+"""The engines of a bundle: what a build is asked for, whether it fits, and the making of each."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_engines.builders.builder import build_memory_bytes
+from l2p_engines.builders.readback import read_back
+from l2p_engines.builders.request import BuildProgress, EngineSpec, require_timings
+from l2p_engines.builders.shapes import HeadBudget, engine_profiles, stripe_rows
+from l2p_engines.builders.stage import GraphToBuild, Meter, engine_record, engine_stage, is_built
+from l2p_engines.builders.targets import parse_targets, require_dtypes
+from l2p_engines.builders.trt import EngineSettings, load_library, require_settings
+from l2p_engines.forecast.calls import ENGINE_KERNEL_BYTES
+from l2p_runtime.contract import (
+    EngineBackend,
+    EngineRecord,
+    FileRecord,
+    GraphRecord,
+    LedgerEntry,
+    ModelSpec,
+    NetworkSpec,
+    Profile,
+    Target,
+    engine_backend,
+)
+from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.memory import available_host_bytes
+
+if TYPE_CHECKING:
+    from l2p_calib.plans.plan import PrecisionPlan
+    from l2p_engines.store.stages import StageRunner
+    from l2p_runtime.progress import Reporter
+
+HEAD_BYTES = 4 << 30
+"""Device memory of one stripe of the pixel head where nothing else is asked for: a 4096 px image in one, 8192 px in
+three, on a card of 12 GiB beside the trunk's float16 weights when networks take turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWishes:
+    """What engines a build is asked for.
+
+    Attributes:
+        targets: what each graph is compiled for; none for a bundle of graphs alone.
+        settings: how.
+        head_bytes: device memory that one stripe of the pixel head may take; None for `HEAD_BYTES`, or a whole head
+            where the model's cannot be cut.
+        timings: kernel timings that TensorRT reads and writes; None without.
+    """
+
+    targets: tuple[Target, ...] = ()
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    head_bytes: int | None = None
+    timings: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Finished engines: what the manifest says of them."""
+
+    records: tuple[EngineRecord, ...] = ()
+    files: tuple[FileRecord, ...] = ()
+    ledger: tuple[LedgerEntry, ...] = ()
+
+
+def engine_wishes(
+    backend: str,
+    targets: str | None,
+    settings: EngineSettings,
+    head_bytes: int | None = None,
+    timings: Path | None = None,
+) -> EngineWishes:
+    """Read what `build` was given.
+
+    Args:
+        backend: `auto`, which builds engines when targets are named; `onnx`; or an engine library.
+        targets: as `rtx-sm89,rtx-sm120`; None for `portable` with rtx, and the GPU of this machine with tensorrt.
+        settings: how engines are built.
+        head_bytes: see `EngineWishes`.
+        timings: likewise.
+
+    Raises:
+        UsageError: a target or setting that does not exist, or that the backend has not.
+        HostError: the backend's library is not installed.
+    """
+    if backend == "onnx" or (backend == "auto" and targets is None):
+        if targets is not None or settings != EngineSettings() or head_bytes is not None or timings is not None:
+            raise UsageError(
+                "engine options were given, and no engine is to be built",
+                hint="name what engines are for: --target rtx-sm89; and leave out --backend onnx",
+            )
+        return EngineWishes()
+    this: EngineBackend = "rtx" if backend == "auto" else engine_backend(backend)
+    parsed = parse_targets(targets if targets is not None else "this" if this == "tensorrt" else "portable", this)
+    foreign = [target.spelling for target in parsed if backend not in ("auto", target.backend)]
+    if foreign:
+        raise UsageError(
+            f"--backend {backend} does not build for {', '.join(foreign)}", hint="leave --backend out, or correct it"
+        )
+    for target in parsed:
+        require_settings(target.backend, settings)
+        require_timings(target.backend, timings)
+    return EngineWishes(parsed, settings, head_bytes, timings)
+
+
+def require_engines_possible(
+    wishes: EngineWishes, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[PrecisionPlan]
+) -> None:
+    """Refuse what no build can make, from profiles and plans alone.
+
+    Raises:
+        UsageError: a target lacks a dtype, a profile does not fit the model, or the head cannot be cut to what it
+            may take.
+    """
+    for target, plan in itertools.product(wishes.targets, plans):
+        require_dtypes(target, plan.dtypes)
+        for profile in profiles:
+            try:
+                stripe_rows(model, profile, _head_budget(wishes, model, plan))
+            except HostError as error:
+                raise UsageError(f"profile `{profile.name}`: {error}", hint="raise --head-memory") from error
+
+
+def require_engine_resources(
+    wishes: EngineWishes, weight_bytes: Mapping[tuple[str, str], int], disk_bytes: int, where: str
+) -> None:
+    """Refuse engines that this machine has no room for, before anything is built.
+
+    Args:
+        wishes: what is to be built.
+        weight_bytes: (network, plan) to the bytes of its weights, for engines that are yet to be built.
+        disk_bytes: what is free where they go.
+        where: what that folder is called.
+
+    Raises:
+        HostError: says how much is needed and how much is free.
+    """
+    if not wishes.targets or not weight_bytes:
+        return
+    network, plan = max(weight_bytes, key=lambda key: weight_bytes[key])
+    needed, free = build_memory_bytes(weight_bytes[network, plan]), available_host_bytes()
+    if needed > free:
+        raise HostError(
+            f"building the engine of `{network}` in {plan} needs about {needed:,} bytes of memory, {free:,} are free",
+            hint="build where there is more, or choose a --precision with smaller weights",
+        )
+    engines = len(wishes.targets) * (sum(weight_bytes.values()) + ENGINE_KERNEL_BYTES * len(weight_bytes))
+    if engines > disk_bytes:
+        raise HostError(
+            f"`{where}` has {disk_bytes:,} bytes free, the engines need about {engines:,}",
+            hint="choose another --out or --store, or fewer targets",
+        )
+
+
+def build_engines(
+    run: StageRunner,
+    wishes: EngineWishes,
+    model: ModelSpec,
+    profiles: Sequence[Profile],
+    plans: Sequence[PrecisionPlan],
+    graphs: Sequence[tuple[NetworkSpec, GraphRecord]],
+    files: Mapping[str, FileRecord],
+    reporter: Reporter,
+) -> Engines:
+    """Compile every graph for every target, one at a time; what is there already is not built again.
+
+    Args:
+        run: keeps stages.
+        wishes: targets and settings.
+        model: the model.
+        profiles: whose sizes the engines take.
+        plans: of the graphs.
+        graphs: each network with its graph in a plan.
+        files: path to record, of all graphs and weights.
+        reporter: shows where each build stands.
+
+    Raises:
+        HostError: too little memory or disk, or the library failed.
+        ParityError: an engine does not hold its graph's weights as they are.
+    """
+    if not wishes.targets:
+        return Engines()
+    versions = {backend: load_library(backend).version for backend in {target.backend for target in wishes.targets}}
+    by_name = {plan.name: plan for plan in plans}
+    wanted = []
+    for target, (network, record) in itertools.product(wishes.targets, graphs):
+        plan = by_name[record.plan]
+        shapes = engine_profiles(network, model, profiles, _head_budget(wishes, model, plan))
+        spec = EngineSpec(network, plan.name, target, shapes, plan.dtypes, wishes.settings)
+        wanted.append(
+            GraphToBuild(spec, files[record.graph], files[record.weights], versions[target.backend], wishes.timings)
+        )
+    left = [item for item in wanted if not is_built(run, item)]
+    sizes = {(item.spec.network.name, item.spec.plan): item.weights.size_bytes for item in left}
+    require_engine_resources(wishes, sizes, shutil.disk_usage(run.home.root).free, str(run.home.root))
+    made = [(item, engine_stage(run, item, _meter(reporter))) for item in wanted]
+    return Engines(
+        records=tuple(engine_record(item, stage) for item, stage in made),
+        files=tuple({record.path: record for _, stage in made for record in stage.files}.values()),
+        ledger=tuple(entry for item, stage in made for entry in _ledger(item, stage.files[0].size_bytes)),
+    )
+
+
+def _ledger(item: GraphToBuild, engine_bytes: int) -> Iterator[LedgerEntry]:
+    spec = item.spec
+    read = read_back(spec, item.weights.size_bytes, engine_bytes)
+    yield read
+    reason = "this build opened no engine; `l2p-export verify` runs it on a machine that has the GPU"
+    yield LedgerEntry(read.stage, spec.network.name, "outputs", "not run", reason)
+
+
+def _head_budget(wishes: EngineWishes, model: ModelSpec, plan: PrecisionPlan) -> HeadBudget | None:
+    if wishes.head_bytes is None and model.head.halo_rows is None:
+        return None
+    precision = "fp32" if plan.default == "float32" else "fp16"
+    return HeadBudget(wishes.head_bytes if wishes.head_bytes is not None else HEAD_BYTES, precision)
+
+
+def _meter(reporter: Reporter) -> Meter:
+    @contextmanager
+    def meter(title: str) -> Iterator[Callable[[BuildProgress], None]]:
+        with reporter.phases(title) as tell:
+            yield lambda progress: tell(progress.fraction, _doing(progress))
+
+    return meter
+
+
+def _doing(progress: BuildProgress) -> str:
+    if not progress.steps:
+        return progress.phase
+    return f"{progress.phase}, {progress.step} of {progress.steps}"

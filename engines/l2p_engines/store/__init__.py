@@ -1,0 +1,1 @@
+"""Files on disk: content-named stages, shared stores, bundle output, locks."""

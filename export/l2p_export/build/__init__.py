@@ -1,0 +1,1 @@
+"""Builds a bundle, adds its text encoder, and packs copies of it."""

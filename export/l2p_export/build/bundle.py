@@ -1,0 +1,360 @@
+"""From a checkpoint to a bundle.
+
+    checkpoint -> digests -> plans -> graphs -> proof (reference and ledger) -> engines -> bundle.json
+
+Each arrow is a stage that is found again by what went into it, so that a build that was stopped goes on, and one with
+nothing new does nothing. Replacing `bundle.json` is the only commit: whatever stops a build leaves the bundle that was
+there before, or none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_calib.plans.file import check_layers, read_plan
+from l2p_calib.plans.plan import PLANS, PrecisionPlan
+from l2p_calib.statistics.ranges import merge_statistics, read_statistics
+from l2p_engines.builders.wanted import EngineWishes, build_engines, require_engine_resources, require_engines_possible
+from l2p_engines.forecast.calls import host_needs
+from l2p_engines.profiles import load_profile
+from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
+from l2p_engines.store.shared import open_store, register_bundle
+from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
+from l2p_export.checkpoint.demo import UNTRAINED, demo_model
+from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
+from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
+from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.graphs.ahead import ToTrace, tracing_ahead
+from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
+from l2p_export.precision.plans import Asked, Planned, make_plans
+from l2p_export.proof.prove import References, prove
+from l2p_export.tensors.digests import WeightDigests, weight_digests
+from l2p_export.tensors.metadata import is_trained, sampling_defaults
+from l2p_runtime import __version__
+from l2p_runtime.backends import open_backend
+from l2p_runtime.bundle import Bundle
+from l2p_runtime.contract import (
+    SCHEMA,
+    TEXT_ENCODER,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    Profile,
+    Sampling,
+    bundle_digest,
+    manifest_to_bytes,
+)
+from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.memory import available_host_bytes
+
+if TYPE_CHECKING:
+    from l2p_runtime.backends import Backend
+    from l2p_runtime.progress import Reporter
+
+
+LEDGER_BACKEND = "onnx"
+"""What runs graphs for the ledger."""
+SPARE_DISK_BYTES = 64 << 20
+"""Room beside the weights for graphs, reference tensors and the file system's own bookkeeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """A build that was checked and not yet begun.
+
+    Attributes:
+        asked: the precision plans, as they are before anything is measured.
+        store: folder of shared files; None for a bundle that holds all its own.
+        engines: what graphs are compiled for.
+        jobs: processes that trace networks.
+    """
+
+    loaded: LoadedModel
+    profiles: tuple[Profile, ...]
+    asked: Asked
+    sampling: Sampling
+    out: Path
+    text_encoder: TextEncoder | None = None
+    store: Path | None = None
+    engines: EngineWishes = field(default_factory=EngineWishes)
+    jobs: int = 1
+
+    @property
+    def plans(self) -> tuple[PrecisionPlan, ...]:
+        """The plans of the bundle; those that are measured lack what that brings."""
+        return (*self.asked.plans, *(file.plan for file in self.asked.files))
+
+    @property
+    def is_trained(self) -> bool:
+        """False for seeded weights, which draw noise."""
+        return is_trained(self.loaded.checkpoint.metadata)
+
+    def weight_bytes(self, plan: PrecisionPlan) -> int:
+        """Bytes of all weights under one of the plans, the text encoder's included."""
+        shapes = dict(self.loaded.checkpoint.shapes)
+        if self.text_encoder is not None:
+            shapes |= self.text_encoder.shapes
+        return plan.weight_bytes(shapes)
+
+    def network_bytes(self) -> dict[tuple[str, str], int]:
+        """(network, plan) to the bytes of its weights."""
+        model = self.loaded.model
+        shapes = {spec.name: model.network_shapes(spec.name) for spec in model.networks}
+        if self.text_encoder is not None:
+            shapes[TEXT_ENCODER] = self.text_encoder.shapes
+        return {(name, plan.name): plan.weight_bytes(found) for name, found in shapes.items() for plan in self.plans}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build left.
+
+    Attributes:
+        is_new: False when the same bundle was there already.
+        made: stages that had to be made; none when there was nothing to do.
+    """
+
+    bundle: Bundle
+    is_new: bool
+    made: tuple[str, ...]
+
+
+@contextmanager
+def plan_build(
+    checkpoint: Path | None,
+    profiles: tuple[str, ...],
+    precisions: tuple[str, ...],
+    out: Path | None,
+    *,
+    engines: EngineWishes | None = None,
+    plan_files: tuple[Path, ...] = (),
+    statistics: tuple[Path, ...] = (),
+    source: Path | None = None,
+    loras: tuple[str, ...] = (),
+    text_encoder: Path | None = None,
+    store: Path | None = None,
+    jobs: int = 1,
+) -> Iterator[BuildPlan]:
+    """Check everything that headers and profiles tell, before any work.
+
+    A seeded demo checkpoint is a temporary file and lives as long as the context.
+
+    Args:
+        checkpoint: file or folder; None for the demo.
+        profiles: names or paths, all of one patch size.
+        precisions: names of plans; fp32 when there is neither one nor a plan file.
+        out: folder to write; named after checkpoint and profiles when None.
+        engines: what graphs are compiled for; None for graphs alone.
+        plan_files: whole plans, as bundles hold them, in addition.
+        statistics: files that `calibrate` wrote, for what is measured in addition to the build's own cases.
+        source: latent checkpoint to complete the checkpoint from and to compare it with.
+        loras: to merge, as `FILE:STRENGTH`.
+        text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
+            that takes embeddings alone.
+        store: folder whose files bundles share; None for a bundle of its own.
+        jobs: processes that trace networks; each takes a core, and memory for torch.
+
+    Raises:
+        UsageError: no jobs, profiles that do not fit the checkpoint, an unknown precision, or an output that is
+            something else.
+        ArtifactError: the checkpoint is damaged, incomplete or of no known family; a plan or statistics cannot be read.
+        HostError: the exporting half is not installed.
+    """
+    if jobs < 1:
+        raise UsageError(f"{jobs} jobs, expected 1 or more")
+    _require_libraries()
+    read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
+    asked = _asked(precisions, plan_files, statistics)
+    with tempfile.TemporaryDirectory(prefix="l2p-demo-") as scratch:
+        is_demo = checkpoint is None
+        if checkpoint is None:
+            demo = demo_model(read[0].patch_px, Path(scratch))
+            checkpoint = demo.checkpoint
+            source, text_encoder = source or demo.source, text_encoder or demo.text_encoder
+        loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
+        for profile in read:
+            profile.check_model(loaded.model.spec)
+        stem = "demo" if is_demo else loaded.checkpoint.path.stem
+        name = f"{stem}-{'-'.join(profile.name for profile in read)}.bundle"
+        sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
+        require_bundle_or_nothing(out or Path(name))
+        text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
+        wishes = engines or EngineWishes()
+        plan = BuildPlan(loaded, read, asked, sampling, out or Path(name), text, store, wishes, jobs)
+        for file in asked.files:
+            check_layers(file, [loaded.model.layout(spec.name) for spec in loaded.model.networks])
+        require_engines_possible(wishes, loaded.model.spec, read, plan.plans)
+        yield plan
+
+
+def build(plan: BuildPlan, reporter: Reporter) -> Built:
+    """Carry out a build, or what is left of it to do.
+
+    Raises:
+        HostError: no room on the disk, or the backend cannot run here.
+        ArtifactError: a weight is NaN, Inf or out of range.
+        ParityError: a graph is further from torch than its threshold; nothing is committed.
+    """
+    _require_memory(plan)
+    backend = open_backend(LEDGER_BACKEND)
+    if not plan.is_trained:
+        reporter.note(UNTRAINED)
+    touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.spec.trunk_layers)
+    if touched:
+        reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")
+    shared = nullcontext(None) if plan.store is None else open_store(plan.store)
+    with open_output(plan.out) as output, shared as store:
+        run = StageRunner(store or Home(output.root), reporter.note)
+        if not (run.home.root / STAGES).is_dir():
+            # Before the weights are hashed, which takes a minute for the published ones.
+            needed = sum(plan.weight_bytes(item) for item in plan.plans) + SPARE_DISK_BYTES
+            require_disk(run.home.root, needed)
+            free = shutil.disk_usage(run.home.root).free - needed
+            require_engine_resources(plan.engines, plan.network_bytes(), free, str(run.home.root))
+        manifest = _run_stages(plan, run, backend, reporter)
+        data, folder = manifest_to_bytes(manifest), store.root if store else None
+        if store is not None:
+            register_bundle(store, output.root, bundle_digest(data))
+        made = tuple(label for label in run.made if not label.startswith("digests "))
+        if data == output.committed():
+            output.tidy(run.keys)
+            return Built(Bundle(output.root, manifest, bundle_digest(data), folder), is_new=False, made=made)
+        return Built(output.commit(manifest, folder, run.keys), is_new=True, made=made)
+
+
+def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: Reporter) -> Manifest:
+    loaded = plan.loaded
+    digests = _weight_digests(loaded, run, reporter)
+    require_own_trunk(loaded, digests.trunk_sha256)
+    references = References(loaded, plan.profiles, reporter)
+    planned = make_plans(run, plan.asked, digests, references, reporter)
+    wanted = [] if plan.jobs == 1 else _to_trace(plan, planned, run, digests)
+    with tracing_ahead(run.home, wanted, plan.jobs):
+        graphs, files = _graphs(plan, planned, run, digests, reporter)
+    proof = prove(run, references, graphs, {record.path: record for record in files}, backend, reporter)
+    del references  # holds what every case made
+    files += [item.file for item in planned if item.file is not None]
+    text = None
+    if plan.text_encoder is not None:
+        text_plans = [item.for_text for item in planned]
+        text = add_text_encoder(run, plan.text_encoder, text_plans, backend, reporter)
+    files += [*proof.files, *(text.files if text else ())]
+    networks = {spec.name: spec for spec in (*loaded.model.networks, *((text.record.network,) if text else ()))}
+    to_compile = [(networks[graph.network], graph) for graph in (*graphs, *(text.record.graphs if text else ()))]
+    records = {record.path: record for record in files}
+    plans = [item.plan for item in planned]
+    engines = build_engines(run, plan.engines, loaded.model.spec, plan.profiles, plans, to_compile, records, reporter)
+    files += engines.files
+    return Manifest(
+        schema=SCHEMA,
+        producer=f"l2p-export {__version__}",
+        model=loaded.model.spec,
+        checkpoint=checkpoint_record(loaded, digests.trunk_sha256),
+        sampling=plan.sampling,
+        networks=loaded.model.networks,
+        profiles=plan.profiles,
+        plans=tuple(item.ref for item in planned),
+        graphs=tuple(graphs),
+        references=proof.references,
+        files=tuple(sorted(files, key=lambda record: record.path)),
+        ledger=(
+            *(entry for item in planned for entry in item.ledger),
+            *proof.ledger,
+            *(text.ledger if text else ()),
+            *engines.ledger,
+        ),
+        text=text.record if text else None,
+        engines=engines.records,
+    )
+
+
+def _weight_digests(loaded: LoadedModel, run: StageRunner, reporter: Reporter) -> WeightDigests:
+    names = {spec.name: tuple(loaded.model.network_shapes(spec.name)) for spec in loaded.model.networks}
+    recipe = {"loras": [f"{lora.path.name}:{lora.strength!r}" for lora in loaded.loras]}
+    return weight_digests(
+        run, loaded.checkpoint.path.name, loaded.checkpoint.tensors, names, loaded.files, recipe, reporter
+    )
+
+
+def _graphs(
+    plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, digests: WeightDigests, reporter: Reporter
+) -> tuple[list[GraphRecord], list[FileRecord]]:
+    graphs: list[GraphRecord] = []
+    files: list[FileRecord] = []
+    model, tensors = plan.loaded.model, plan.loaded.checkpoint.tensors
+    plans = [item.plan for item in planned]
+    left_bytes = sum(
+        weight_bytes(model, spec.name, precision)
+        for precision, spec in itertools.product(plans, model.networks)
+        if find_stage(run.home, graph_key(model, spec, precision, digests.of(spec.name))) is None
+    )
+    if left_bytes:
+        require_disk(run.home.root, left_bytes + SPARE_DISK_BYTES)
+    for precision, spec in itertools.product(plans, model.networks):
+        stage = graph_stage(run, model, tensors, spec, precision, digests.of(spec.name), reporter)
+        graph, weights = stage.files
+        files += stage.files
+        graphs.append(GraphRecord(spec.name, precision.name, precision.opset, graph.path, weights.path))
+    return graphs, files
+
+
+def _to_trace(plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, digests: WeightDigests) -> list[ToTrace]:
+    """What graphs are yet to be made of, in the order of `_graphs`."""
+    model = plan.loaded.model
+    return [
+        ToTrace(model, spec, item.plan)
+        for item, spec in itertools.product(planned, model.networks)
+        if find_stage(run.home, graph_key(model, spec, item.plan, digests.of(spec.name))) is None
+    ]
+
+
+def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> Asked:
+    unknown = [name for name in precisions if name not in PLANS]
+    if unknown:
+        raise UsageError(f"there is no precision `{unknown[0]}`", hint=f"precisions: {', '.join(PLANS)}")
+    names = list(dict.fromkeys(precisions or (() if plan_files else ("fp32",))))
+    files = tuple(read_plan(path) for path in plan_files)
+    for index, file in enumerate(files):
+        if file.name in (*names, *(other.name for other in files[:index])):
+            raise UsageError(f"two plans are called `{file.name}`", hint="change the `name` in the file of one of them")
+    measured = merge_statistics([read_statistics(path) for path in statistics]) if statistics else None
+    return Asked(tuple(PLANS[name] for name in names), files, measured)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _require_memory(plan: BuildPlan) -> None:
+    """Refuse at once what the memory that is free cannot hold.
+
+    Raises:
+        HostError: says how much is needed and how much is free.
+    """
+    sources = [plan.loaded.checkpoint.tensors, plan.text_encoder.tensors if plan.text_encoder else {}]
+    # A matrix is read whole as float32 to be stored transposed.
+    largest = max(4 * math.prod(tensor.shape) for tensors in sources for tensor in tensors.values())
+    needed, free = host_needs({}, largest).memory, available_host_bytes()
+    if needed > free:
+        raise HostError(
+            f"the build needs about {needed:,} bytes of memory, {free:,} are free",
+            hint="close other programs, or raise the limit that holds this process (ulimit -v, the container's memory)",
+        )
+
+
+def _require_libraries() -> None:
+    """Fail at once, by name, when the exporting half is not installed; a build with nothing to do loads none of it."""
+    for module in ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes"):
+        if importlib.util.find_spec(module) is None:
+            raise HostError(
+                f"`build` needs `{module}`, which is not installed", hint="pip install 'l2p-export[export,cpu]'"
+            )

@@ -1,0 +1,73 @@
+"""A loaded checkpoint written as one file: canonical, or in the spelling of node-based user interfaces."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from l2p_engines.store.stages import locked
+from l2p_export.checkpoint.loading import trunk_digest
+from l2p_export.tensors.metadata import TRUNK_SHA256
+from l2p_export.tensors.quantized import canonical_dtype
+from l2p_export.tensors.writing import write_weights
+from l2p_runtime.errors import HostError
+from l2p_runtime.tensorfile import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from l2p_export.checkpoint.loading import LoadedModel
+    from l2p_export.tensors.sources import TensorSource
+
+TargetSpelling = Literal["published", "node-ui"]
+
+_SPARE_BYTES = 1 << 20
+
+
+def write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, advance: Callable[[int], None]) -> str:
+    """Stream a checkpoint into one file, which appears whole or not at all.
+
+    Args:
+        loaded: completed from its source and merged, if asked for.
+        out: file to write; one that is there is replaced.
+        spelling: how tensors are called.
+        advance: told the bytes written since the last call.
+
+    Returns:
+        The trunk digest, which the file also carries as `l2p.trunk_sha256`.
+
+    Raises:
+        ArtifactError: a weight is NaN or Inf, or the checkpoint belongs to another trunk.
+        HostError: the disk has no room, or another import writes that file.
+    """
+    with locked(out.with_name(f".{out.name}.lock"), busy=f"another import is writing `{out}`"):
+        return _write_checkpoint(loaded, out, spelling, advance)
+
+
+def output_bytes(tensors: Mapping[str, TensorSource]) -> int:
+    """Bytes that tensors take when written again."""
+    return sum(math.prod(source.shape) * ITEM_BYTES[canonical_dtype(source)] for source in tensors.values())
+
+
+def _write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, advance: Callable[[int], None]) -> str:
+    digest = trunk_digest(loaded)
+    tensors = _spelled(loaded, spelling)
+    needed, free = output_bytes(tensors) + _SPARE_BYTES, shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise HostError(f"`{out.parent}` has {free:,} bytes free, the checkpoint needs {needed:,}")
+    metadata = {**loaded.checkpoint.metadata, TRUNK_SHA256: digest}
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        write_weights(partial, tensors, {n: canonical_dtype(s) for n, s in tensors.items()}, advance, metadata)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def _spelled(loaded: LoadedModel, spelling: TargetSpelling) -> dict[str, TensorSource]:
+    tensors = dict(sorted(loaded.checkpoint.tensors.items()))
+    return tensors if spelling == "published" else dict(sorted(loaded.family.node_ui(tensors).items()))

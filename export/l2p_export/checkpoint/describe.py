@@ -1,0 +1,129 @@
+"""What a weights file is, told from its header: for `inspect`, which must have an answer for any file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from l2p_export.checkpoint.loading import LoadedModel, load_model, missing_layers, trunk_digest
+from l2p_export.families import FAMILIES, Family
+from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
+from l2p_export.tensors.files import Weights, open_weights
+from l2p_export.tensors.metadata import is_trained, licence
+from l2p_export.tensors.quantized import with_scales
+from l2p_export.tensors.sources import TensorSource
+from l2p_runtime.contract.codec import to_json
+from l2p_runtime.errors import ArtifactError
+
+_LORA = re.compile(r"\.lora_(?:A|B|down|up)\b|\.(?:hada|lokr)_|\.dora_scale$")
+_LORA_DOWN = re.compile(r"\.lora_(?:A|down)\b")
+_WRITERS = {
+    ("", False): "the published training code",
+    ("diffusion_model.", False): "ai-toolkit",
+    ("model.diffusion_model.", True): "a node-based interface",
+}
+_TEXT_ENCODER = re.compile(r"(?:model\.)?layers\.\d+\.self_attn\.q_proj\.weight")
+
+
+def describe(path: Path, source: Path | None = None, *, digest: bool = False) -> dict[str, Any]:
+    """Facts about any weights file or folder.
+
+    Args:
+        path: what to look at.
+        source: latent checkpoint to complete it from and compare it with.
+        digest: also hash the trunk, which reads its values.
+
+    Raises:
+        ArtifactError: the file cannot be read as weights at all.
+    """
+    weights = open_weights(path)
+    facts: dict[str, Any] = {
+        "path": str(weights.path),
+        "kind": "unknown weights",
+        "tensors": len(weights.tensors),
+        "size_bytes": _size_bytes(weights),
+        "licence": licence(weights.metadata) or "not stated",
+    }
+    if any(_LORA.search(name) for name in weights.tensors):
+        return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values()), **_lora_facts(weights)}
+    family = next((family for family in FAMILIES if family.claims(weights.tensors)), None)
+    if family is None:
+        kind = "text encoder" if any(map(_TEXT_ENCODER.fullmatch, weights.tensors)) else facts["kind"]
+        shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+        facts |= {"kind": kind, "fingerprint": fingerprint(shapes), "known_as": _known_as(fingerprint(shapes))}
+        return facts | {"dtypes": _dtypes(weights.tensors.values())}
+    return facts | _family_facts(weights, family, path, source, digest=digest)
+
+
+def _family_facts(weights: Weights, family: Family, path: Path, source: Path | None, *, digest: bool) -> dict[str, Any]:
+    try:
+        checkpoint = family.read(with_scales(weights))
+    except ArtifactError as error:
+        return {"family": family.name, "kind": "checkpoint that cannot be used", "problem": str(error)}
+    mark = fingerprint(checkpoint.shapes)
+    facts: dict[str, Any] = {
+        "kind": "latent source" if any(not _is_pixel(name) for name in checkpoint.tensors) else "checkpoint",
+        "family": family.name,
+        "fingerprint": mark,
+        "known_as": _known_as(mark),
+        "parameters": checkpoint.parameters,
+        "dtypes": _dtypes_by_group(checkpoint),
+        "spelling": {
+            "prefix": checkpoint.spelling.prefix or "none",
+            "fused_qkv": checkpoint.spelling.fused,
+            "as_written_by": _WRITERS.get((checkpoint.spelling.prefix, checkpoint.spelling.fused), "another tool"),
+        },
+        "trained": is_trained(checkpoint.metadata),
+        "metadata": {key: value[:200] for key, value in checkpoint.metadata.items() if key.startswith("l2p.")},
+    }
+    if facts["kind"] == "latent source":
+        return facts
+    try:
+        loaded = load_model(path, source)
+    except ArtifactError as error:
+        has_layers = any(name.startswith("layers.") for name in checkpoint.tensors)
+        kind = "adapters" if missing_layers(checkpoint) or not has_layers else "incomplete checkpoint"
+        return facts | {"kind": kind, "problem": str(error)}
+    return facts | _model_facts(loaded, digest=digest)
+
+
+def _model_facts(loaded: LoadedModel, *, digest: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"variant": loaded.model.spec.variant, "model": to_json(loaded.model.spec)}
+    if loaded.source is not None:
+        facts["equal_layers"] = list(loaded.equal_layers)
+    if digest:
+        facts["trunk_sha256"] = trunk_digest(loaded)
+    return facts
+
+
+def _lora_facts(weights: Weights) -> dict[str, Any]:
+    ranks = Counter(
+        tensor.shape[0] for name, tensor in weights.tensors.items() if _LORA_DOWN.search(name) and tensor.shape
+    )
+    return {"layers": sum(ranks.values()), "ranks": {str(rank): count for rank, count in sorted(ranks.items())}}
+
+
+def _is_pixel(name: str) -> bool:
+    return not name.startswith(("all_final_layer.", "all_x_embedder.2-1."))
+
+
+def _known_as(mark: str) -> str:
+    return next((name for name in (family.known_as(mark) for family in FAMILIES) if name), "unknown")
+
+
+def _size_bytes(weights: Weights) -> int:
+    return sum(file.stat().st_size for file in {source.file.path for source in weights.tensors.values()})
+
+
+def _dtypes(sources: Iterable[TensorSource]) -> Mapping[str, int]:
+    return dict(Counter(source.dtype for source in sources))
+
+
+def _dtypes_by_group(checkpoint: Checkpoint) -> dict[str, Mapping[str, int]]:
+    groups: dict[str, list[TensorSource]] = {}
+    for name, source in sorted(checkpoint.tensors.items()):
+        groups.setdefault(name.partition(".")[0], []).append(source)
+    return {group: _dtypes(sources) for group, sources in groups.items()}

@@ -1,0 +1,148 @@
+"""A checkpoint made ready to build from: opened, completed from its source, merged, checked, and named by digest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from l2p_export.checkpoint.lora import Lora, LoraRequest, merge_loras, open_lora
+from l2p_export.checkpoint.overlay import overlay
+from l2p_export.families import Family, Model, family_of
+from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
+from l2p_export.tensors.files import open_weights
+from l2p_export.tensors.metadata import TRUNK_SHA256, is_trained, licence
+from l2p_export.tensors.quantized import with_scales
+from l2p_export.tensors.sources import weights_digest
+from l2p_runtime.contract import CheckpointRecord
+from l2p_runtime.errors import ArtifactError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint that is complete and well-shaped, with its family and dimensions; weights are still in their files.
+
+    Attributes:
+        source: the latent checkpoint that it was overlaid on and compared with, if any.
+        equal_layers: main layers that equal the source's.
+        loras: what was merged into it.
+        files: every file that its values are read from.
+    """
+
+    family: Family
+    checkpoint: Checkpoint
+    model: Model
+    source: Path | None = None
+    equal_layers: tuple[int, ...] = ()
+    loras: tuple[Lora, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraRequest] = ()) -> LoadedModel:
+    """Open a checkpoint, complete it from its source, merge LoRAs, and check every name and shape.
+
+    Reads headers alone, but for layers that are compared with a source's.
+
+    Args:
+        path: file or folder; may hold adapters alone when there is a source.
+        source: latent checkpoint, as file, model folder or diffusers pipeline folder.
+        loras: to merge, in FP32.
+
+    Raises:
+        ArtifactError: no file, a damaged one, no family claims it, tensors are missing, unknown or misshapen, the
+            source is another one, or a LoRA does not fit.
+    """
+    weights = open_weights(path)
+    family = family_of(weights)
+    checkpoint = family.read(with_scales(weights))
+    equal: tuple[int, ...] | None = None
+    files = {tensor.file.path for tensor in weights.tensors.values()} | {request.path for request in loras}
+    if source is not None:
+        latent = open_weights(source)
+        files |= {tensor.file.path for tensor in latent.tensors.values()}
+        completed = overlay(checkpoint, family.read(with_scales(latent)), family)
+        checkpoint, equal = completed.checkpoint, completed.equal_layers
+    model = family.model(checkpoint.shapes, equal)
+    faults = model.faults(checkpoint.shapes)
+    if faults:
+        missing, trunk = missing_layers(checkpoint), checkpoint.metadata.get(TRUNK_SHA256)
+        if source is None and missing and trunk:
+            raise ArtifactError(
+                f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
+                hint="give the source that the adapters were trained from: --source DIR",
+            )
+        lacks_layers = source is None and any(" `layers." in fault for fault in faults)
+        raise ArtifactError(
+            f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
+            + "; ".join(faults),
+            hint="if the file holds adapters alone, give what they were trained from: --source DIR"
+            if lacks_layers
+            else "download it again, or check which tool wrote it",
+        )
+    merged = _merge(checkpoint, loras)
+    loaded = LoadedModel(family, checkpoint, model, source, equal or (), merged, tuple(sorted(files)))
+    if not merged:
+        return loaded
+    return replace(loaded, checkpoint=replace(checkpoint, tensors=merge_loras(checkpoint.tensors, merged)))
+
+
+def checkpoint_record(loaded: LoadedModel, trunk_sha256: str | None = None) -> CheckpointRecord:
+    """Describe a checkpoint for the manifest; reads the trunk's values for their digest, unless it is given."""
+    checkpoint, mark = loaded.checkpoint, fingerprint(loaded.checkpoint.shapes)
+    return CheckpointRecord(
+        name=_text(checkpoint.path.name),
+        fingerprint=mark,
+        known_as=loaded.family.known_as(mark),
+        tensors=len(checkpoint.tensors),
+        parameters=checkpoint.parameters,
+        trunk_sha256=trunk_digest(loaded) if trunk_sha256 is None else trunk_sha256,
+        trained=is_trained(checkpoint.metadata),
+        licence=licence(checkpoint.metadata),
+        source=_text(loaded.source.name) if loaded.source else "",
+        loras=tuple(f"{_text(lora.path.name)}:{lora.strength:g}" for lora in loaded.loras),
+    )
+
+
+def trunk_digest(loaded: LoadedModel) -> str:
+    """The digest that names a trunk (design section 5); reads the trunk's values.
+
+    Raises:
+        ArtifactError: the checkpoint says that it was trained on another trunk.
+    """
+    trunk = tuple(f"layers.{index}." for index in range(*loaded.model.spec.trunk_layers))
+    tensors = loaded.checkpoint.tensors
+    digest = weights_digest(tensors, (name for name in tensors if name.startswith(trunk)))
+    require_own_trunk(loaded, digest)
+    return digest
+
+
+def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
+    """Refuse adapters that were trained on another trunk than the one they were given.
+
+    Raises:
+        ArtifactError: the checkpoint states another digest.
+    """
+    checkpoint = loaded.checkpoint
+    stated = checkpoint.metadata.get(TRUNK_SHA256, digest)
+    # A LoRA may change the trunk, and a source may shorten it; then the statement is about another one.
+    if stated != digest and not loaded.loras and loaded.model.spec == loaded.family.model(checkpoint.shapes).spec:
+        raise ArtifactError(
+            f"`{checkpoint.path}` belongs to trunk {stated[:16]}, the layers it was given make trunk {digest[:16]}",
+            hint="give the source that the adapters were trained from",
+        )
+
+
+def missing_layers(checkpoint: Checkpoint) -> list[int]:
+    """The main layers that a file lacks below its last one; none tells of a file without any layer."""
+    indices = {int(match[1]) for match in map(re.compile(r"layers\.(\d{1,4})\.").match, checkpoint.tensors) if match}
+    return sorted(set(range(max(indices, default=0))) - indices)
+
+
+def _text(name: str) -> str:
+    """A file name is bytes; what is no UTF-8 in it cannot be written into the manifest."""
+    return name.encode(errors="replace").decode()
+
+
+def _merge(checkpoint: Checkpoint, loras: Sequence[LoraRequest]) -> tuple[Lora, ...]:
+    return tuple(open_lora(request, checkpoint.shapes) for request in loras)

@@ -1,0 +1,67 @@
+"""Adapters on their source: the frozen layers come from the latent model, everything trained from the adapter file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from l2p_export.tensors.sources import TensorSource, read_tensor
+from l2p_runtime.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from l2p_export.families.base import Family
+    from l2p_export.tensors.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """A checkpoint completed from its source, and the layers in which the two are equal."""
+
+    checkpoint: Checkpoint
+    equal_layers: tuple[int, ...]
+
+
+def overlay(checkpoint: Checkpoint, source: Checkpoint, family: Family) -> Overlay:
+    """Take what the checkpoint lacks from the source, and prove which main layers they share.
+
+    Layers are compared by value, rounded to BF16, because published files keep the source's F32 in some layers only.
+
+    Raises:
+        ArtifactError: a tensor that both have differs in shape, or no main layer is equal: another source.
+    """
+    shared = {name: tensor for name, tensor in source.tensors.items() if family.is_shared(name)}
+    for name in sorted(shared.keys() & checkpoint.tensors.keys()):
+        if tuple(shared[name].shape) != tuple(checkpoint.tensors[name].shape):
+            raise ArtifactError(
+                f"`{name}` has shape {list(checkpoint.tensors[name].shape)} in `{checkpoint.path}` "
+                f"and {list(shared[name].shape)} in `{source.path}`",
+                hint="the checkpoint was made from another source",
+            )
+    tensors = {**shared, **checkpoint.tensors}
+    layers = sorted({int(name.split(".")[1]) for name in shared if name.startswith("layers.")})
+    equal = tuple(index for index in layers if _equal_layer(index, tensors, shared))
+    if not equal:
+        raise ArtifactError(
+            f"no main layer of `{checkpoint.path}` equals that of `{source.path}`",
+            hint="the checkpoint was made from another source; leave --source out if it is complete",
+        )
+    return Overlay(replace(checkpoint, tensors=tensors), equal)
+
+
+def _equal_layer(index: int, tensors: Mapping[str, TensorSource], source: Mapping[str, TensorSource]) -> bool:
+    prefix = f"layers.{index}."
+    names = [name for name in tensors if name.startswith(prefix)]
+    return all(name in source and _equal(tensors[name], source[name]) for name in names)
+
+
+def _equal(first: TensorSource, second: TensorSource) -> bool:
+    import ml_dtypes
+    import numpy as np
+
+    if first is second:
+        return True
+    # Chunks differ in length between dtypes; the largest tensor of a layer takes 157 MB as float32.
+    rounded = [read_tensor(tensor).astype(ml_dtypes.bfloat16).view(np.uint16) for tensor in (first, second)]
+    return np.array_equal(rounded[0], rounded[1])

@@ -1,0 +1,164 @@
+"""What precision plans do to pictures: those of each plan beside the float32 plan's, or the first's, and a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2p_calib.ledger import END_TO_END, psnr_db
+from l2p_export.evaluation.drawers import Drawer, DrawOptions, open_drawer
+from l2p_export.evaluation.scores import Prompt, world_prompts
+from l2p_export.world.judge import judge, require_judge
+from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.errors import UnsupportedError, UsageError
+from l2p_runtime.networks import open_for, runnable_plans
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.progress import Reporter
+
+FLOAT32 = "fp32"
+"""The plan that others are compared with where a bundle has it."""
+
+SCORE_KEPT = 0.98
+"""Of the pictures that are right under the first plan; one of few may fall to the other side of a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Pictures that are to be drawn and compared.
+
+    Attributes:
+        backend: the one that draws them all, by name.
+        first: the plan that others are compared with.
+        others: those.
+        count: pictures of each plan.
+        size_px: height and width; None for the model's preferred size.
+    """
+
+    backend: str
+    first: str
+    others: tuple[str, ...]
+    count: int
+    size_px: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What pictures under one plan came to.
+
+    Attributes:
+        right: pictures that show their prompts.
+        right_first: those of the first plan that do.
+        psnr_db: of each picture, to the first plan's.
+    """
+
+    right: int
+    right_first: int
+    psnr_db: tuple[float, ...]
+
+
+def plan_comparison(
+    bundle: Bundle, backend: str, plan: str | None, count: int, size_px: tuple[int, int] | None
+) -> Comparison:
+    """Check what can be compared; draws nothing.
+
+    Args:
+        bundle: the bundle.
+        backend: a backend by name, or `auto`.
+        plan: only this one, beside the plan it is compared with; None for all that the backend has files for.
+        count: captions, one picture of each under each plan.
+        size_px: height and width; None for the model's preferred size.
+
+    Raises:
+        UsageError: no text encoder, no such plan, no other plan, or a size that the model does not take.
+        HostError: scikit-image is not installed, or no backend runs here.
+    """
+    require_judge()
+    opened, _ = open_for(bundle, backend, 0, plan)
+    names = runnable_plans(bundle.manifest, opened)
+    opened.device.close()
+    first = FLOAT32 if FLOAT32 in names else names[0]
+    others = tuple(name for name in names if name != first and plan in (None, name))
+    if not others:
+        raise UsageError(
+            f"pictures are compared with those of plan `{first}`, and no other is asked for",
+            hint="leave --pictures out, or name another --plan that the bundle has",
+        )
+    found = Comparison(opened.name, first, others, count, size_px)
+    _drawer(bundle, found, first)
+    return found
+
+
+def compare_pictures(bundle: Bundle, asked: Comparison, reporter: Reporter) -> list[LedgerEntry]:
+    """Draw held-out captions of the small world under each plan, with the same seeds, and judge them.
+
+    The first plan's pictures are held in memory, each of another plan until it was compared. What the backend does not
+    run is listed as not run.
+
+    Args:
+        bundle: with a text encoder.
+        asked: of `plan_comparison`.
+        reporter: shows the pictures.
+    """
+    prompts = world_prompts(asked.count, 0, held_out=True)
+
+    def drawn(name: str) -> Iterator[NDArray[np.uint8]]:
+        drawer = _drawer(bundle, asked, name)
+        with reporter.stage(f"pictures under {name}", asked.count, "images") as advance:
+            for image in drawer.draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]):
+                yield image
+                advance(1)
+
+    drawer = _drawer(bundle, asked, asked.first)
+    case = f"{drawer.width_px}x{drawer.height_px}"
+    stages = {name: f"{asked.first} pictures -> {name} pictures" for name in asked.others}
+    try:
+        exact = tuple(drawn(asked.first))
+    except UnsupportedError as error:
+        return [LedgerEntry(stage, END_TO_END, case, "not run", str(error)) for stage in stages.values()]
+    right_first = sum(_is_right(*pair) for pair in zip(exact, prompts, strict=True))
+    entries = []
+    for name, stage in stages.items():
+        try:
+            found = [
+                (_is_right(image, prompt), _psnr_db(image, wanted))
+                for image, prompt, wanted in zip(drawn(name), prompts, exact, strict=True)
+            ]
+        except UnsupportedError as error:
+            entries.append(LedgerEntry(stage, END_TO_END, case, "not run", str(error)))
+            continue
+        right, decibels = zip(*found, strict=True)
+        entries.append(entry_of(stage, case, Shown(sum(right), right_first, decibels)))
+    return entries
+
+
+def entry_of(stage: str, case: str, shown: Shown) -> LedgerEntry:
+    """The entry of one plan: passed where nearly as many pictures are right as under the first."""
+    decibels = sorted(shown.psnr_db)
+    lost = shown.right_first - shown.right
+    return LedgerEntry(
+        stage=stage,
+        network=END_TO_END,
+        case=case,
+        status="passed" if lost <= max(1.0, (1 - SCORE_KEPT) * shown.right_first) else "failed",
+        reason=f"{shown.right} of {len(decibels)} right by the judge, where {shown.right_first} were; at least "
+        f"{decibels[0]:.1f} dB, half of them {decibels[len(decibels) // 2]:.1f} dB or more",
+        psnr_db=decibels[0],
+    )
+
+
+def _drawer(bundle: Bundle, asked: Comparison, plan: str) -> Drawer:
+    return open_drawer(bundle.root, DrawOptions(asked.size_px, backend=asked.backend, plan=plan, store=bundle.store))
+
+
+def _is_right(image: NDArray[np.uint8], prompt: Prompt) -> bool:
+    return judge(image, prompt.description).passed
+
+
+def _psnr_db(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:
+    return psnr_db(found.astype("float64") - wanted, 255.0)

@@ -1,0 +1,1 @@
+"""What a model takes before it runs (forecast) and what it took when it ran (bench)."""

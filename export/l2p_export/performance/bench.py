@@ -1,0 +1,239 @@
+"""Seconds and memory of a bundle's networks on this machine, beside the least that its card could take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_engines.forecast.calls import CallSize, border_bytes, forward_flops
+from l2p_engines.forecast.cards import Card, find_card
+from l2p_engines.forecast.fitting import Bound, step_bounds
+from l2p_export.graphs.names import SUFFIX, published_names
+from l2p_runtime import Pipeline
+from l2p_runtime.backends import Backend, Engine
+from l2p_runtime.contract import NETWORKS
+from l2p_runtime.errors import UsageError
+from l2p_runtime.networks import open_for
+from l2p_runtime.noise import normal_noise
+from l2p_runtime.requests import check_size
+from l2p_runtime.tensorfile import open_tensorfile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping as Shapes
+
+    from l2p_runtime.backends import Array, Device
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.contract import NetworkSpec
+    from l2p_runtime.progress import Reporter
+
+STEP = "step"
+"""What the whole denoising call is called beside its networks; the caption network, which runs once a prompt, is in it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one network, all its stripes together, or of the whole call.
+
+    Attributes:
+        seconds: one for each run, in order.
+        bound: the least that the card could take; None where that is unknown.
+    """
+
+    network: str
+    seconds: tuple[float, ...]
+    bound: Bound | None = None
+
+    @property
+    def median(self) -> float:
+        """Half of the runs took longer."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        backend: name and version of what ran the networks.
+        device: the GPU's name, or the host's.
+        load_seconds: from opening the bundle to networks that are ready.
+        peak_bytes: most memory that was held: the device's on a GPU, resident memory of the process on the host.
+        networks_stay: whether all networks were in memory at once; otherwise loading them is in the times of a step.
+    """
+
+    backend: str
+    device: str
+    plan: str
+    call: CallSize
+    load_seconds: float
+    timings: tuple[Timing, ...]
+    peak_bytes: int
+    networks_stay: bool
+
+
+def bench(
+    bundle: Bundle,
+    backend: str,
+    plan: str | None,
+    size_px: tuple[int, int],
+    caption_tokens: int,
+    runs: int,
+    reporter: Reporter,
+    *,
+    memory_budget_bytes: int | None = None,
+    card: Card | None = None,
+) -> Bench:
+    """Run denoising calls on seeded noise and time them, after one that is not counted.
+
+    Args:
+        bundle: what to run.
+        backend: by name, or `auto`.
+        plan: precision plan; the first that runs when None.
+        size_px: height and width.
+        caption_tokens: before they are padded.
+        runs: calls to time.
+        reporter: shows the calls.
+        memory_budget_bytes: as `Pipeline.open` takes it.
+        card: whose peaks bound the times; found by the GPU's name when None.
+
+    Raises:
+        UsageError: a size or caption that the model or its engines do not take, or no run.
+        HostError: nothing runs here, or the call does not fit.
+    """
+    if runs < 1:
+        raise UsageError(f"runs is {runs}, expected 1 or more")
+    model = bundle.manifest.model
+    check_size(model, *size_px)
+    if not 1 <= caption_tokens <= model.caption_tokens_max:
+        raise UsageError(f"the caption has {caption_tokens} tokens, expected 1 to {model.caption_tokens_max}")
+    opened, name = open_for(bundle, backend, 0, plan)
+    clock = _Clock(opened.device)
+    image = normal_noise(0, rows=(0, size_px[0]), cols=(0, size_px[1]))[None]
+    embeds = normal_noise(1, channels=1, rows=(0, caption_tokens), cols=(0, model.caption_width))[0]
+    steps: list[float] = []
+    taken: list[dict[str, float]] = []
+    clock.start_memory()
+    started = time.perf_counter()
+    with Pipeline.on_backend(bundle, _timed(opened, clock), name, memory_budget_bytes) as pipe:
+        load_seconds = time.perf_counter() - started
+        with reporter.stage(f"{name} on {opened.name}", runs + 1, "calls") as advance:
+            for _ in range(runs + 1):
+                clock.seconds = dict.fromkeys(NETWORKS, 0.0)
+                begun = time.perf_counter()
+                pipe.denoise(image, 0.5, embeds)
+                steps.append(time.perf_counter() - begun)
+                taken.append(clock.seconds)
+                advance(1)
+        stays = pipe.keeps_networks
+    call = CallSize(*size_px, model.padded(caption_tokens))
+    bounds = _bounds(bundle, name, call, card or _card_of(opened.device))
+    networks = [Timing(n, tuple(run[n] for run in taken[1:]), bounds.get(n)) for n in NETWORKS]
+    whole = Timing(STEP, tuple(steps[1:]), _total(bounds))
+    device = getattr(opened.device, "gpu_name", opened.device.name)
+    return Bench(opened.identity, device, name, call, load_seconds, (*networks, whole), clock.peak_bytes(), stays)
+
+
+class _Clock:
+    """Seconds of each network in one call, and the most memory that was held."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._free_bytes = self._least_free_bytes = 0
+        self._on_host = device.name == "cpu"
+
+    def start_memory(self) -> None:
+        self._free_bytes = self._least_free_bytes = self.device.available_bytes()
+        if self._on_host:
+            # The kernel forgets the peak so far.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def note(self, network: str, seconds: float) -> None:
+        self.seconds[network] = self.seconds.get(network, 0.0) + seconds
+        if not self._on_host:
+            self._least_free_bytes = min(self._least_free_bytes, self.device.available_bytes())
+
+    def peak_bytes(self) -> int:
+        if not self._on_host:
+            return self._free_bytes - self._least_free_bytes
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+class _TimedEngine:
+    """An engine whose runs are timed to their end on the device; implements `Engine`."""
+
+    def __init__(self, engine: Engine, clock: _Clock) -> None:
+        self._engine, self._clock = engine, clock
+        self.spec = engine.spec
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        self._clock.device.synchronize()
+        begun = time.perf_counter()
+        self._engine.run(inputs, outputs)
+        self._clock.device.synchronize()
+        self._clock.note(self.spec.name, time.perf_counter() - begun)
+
+    def memory_bytes(self) -> int:
+        return self._engine.memory_bytes()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _timed(backend: Backend, clock: _Clock) -> Backend:
+    def timed(load: Callable[..., Engine]) -> Callable[..., Engine]:
+        def loaded(first: Path, second: Any, spec: NetworkSpec) -> Engine:
+            return _TimedEngine(load(first, second, spec), clock)
+
+        return loaded
+
+    engines = timed(backend.load_engine) if backend.load_engine is not None else None
+    return replace(backend, load=timed(backend.load), load_engine=engines)
+
+
+def _card_of(device: Device) -> Card | None:
+    try:
+        return find_card(getattr(device, "gpu_name", ""))
+    except UsageError:
+        return None
+
+
+def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dict[str, Bound]:
+    """The least time of each network; none without a card, or without graphs, whose weights say what is computed."""
+    manifest = bundle.manifest
+    if card is None or not card.runs(plan) or not all(manifest.has_graph(network, plan) for network in NETWORKS):
+        return {}
+    shapes: dict[str, Shapes[str, tuple[int, ...]]] = {}
+    sizes: dict[str, int] = {}
+    for network in NETWORKS:
+        file = bundle.path(manifest.graph(network, plan).weights)
+        sizes[network] = file.stat().st_size
+        shapes[network] = {
+            part: shape
+            for name, info in open_tensorfile(file).tensors.items()
+            for part, shape in _published(name, info.shape)
+        }
+    flops = forward_flops(manifest.model, shapes, call)
+    return step_bounds(card, plan, flops, sizes, border_bytes(manifest.model, call))
+
+
+def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Published names and shapes of what a graph stores as one weight."""
+    if not name.endswith(SUFFIX):
+        return [(name, shape)]
+    names = published_names(name)
+    return [(part, (shape[1] // len(names), shape[0])) for part in names]
+
+
+def _total(bounds: Mapping[str, Bound]) -> Bound | None:
+    if not bounds:
+        return None
+    computes = [bound.compute_seconds for bound in bounds.values()]
+    compute = sum(value for value in computes if value is not None) if None not in computes else None
+    return Bound(sum(b.seconds for b in bounds.values()), compute, sum(b.memory_seconds for b in bounds.values()))

@@ -1,0 +1,1 @@
+"""Which dtype each layer gets: precision plans, calibration, sensitivity sweep, explanations."""

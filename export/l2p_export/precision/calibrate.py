@@ -1,0 +1,405 @@
+"""Activation statistics of a bundle: its float32 graphs run on noisy pictures of prompts, network by network.
+
+A sample is one denoising call: a picture that the bundle draws of a prompt, with noise of a timestep on it. What a
+network makes of a sample lies in the work folder until the next one has read it, so that the memory holds one network
+and one sample, and a calibration that was stopped goes on behind the last network that was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_calib.prompts import read_prompts
+from l2p_calib.statistics.onnx_values import count_graph, graph_groups, point_values
+from l2p_calib.statistics.ranges import (
+    SCHEMA,
+    NetworkStatistics,
+    Statistics,
+    network_statistics,
+    read_statistics,
+    require_finite,
+    statistics_to_bytes,
+)
+from l2p_engines.store.stages import locked
+from l2p_export.families import FAMILIES
+from l2p_export.graphs.names import published_names
+from l2p_export.proof.compare import network_inputs
+from l2p_export.tensors.digests import toolchain
+from l2p_export.tensors.sources import CHUNK_BYTES
+from l2p_runtime import Pipeline, __version__
+from l2p_runtime.contract import NETWORKS
+from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.noise import normal_noise
+from l2p_runtime.positions import rope_tables
+from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from l2p_calib.layout import NetworkLayout
+    from l2p_export.families import Model
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.progress import Reporter
+
+    Tensors = Mapping[str, NDArray[Any]]
+
+PLAN = "fp32"
+"""The plan whose graphs are run."""
+
+TIMES_A_PICTURE = 4
+"""Samples of one picture, at different timesteps."""
+
+STEPS_MAX = 8
+"""Steps that a picture is drawn in, at most: it is drawn to be covered with noise again."""
+
+_GOLDEN = 0.6180339887498949
+_SETTINGS = "settings.json"
+_CAPTION_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One denoising call.
+
+    Attributes:
+        prompt: index of its prompt.
+        height_px: of the picture.
+        width_px: likewise.
+        seed: of picture and noise.
+        time: t = 1 - sigma.
+    """
+
+    prompt: int
+    height_px: int
+    width_px: int
+    seed: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A calibration that was checked and not yet begun.
+
+    Attributes:
+        samples: one denoising call each.
+        prompts: what is drawn; without a text encoder, embeddings are noise and the prompts number them.
+        has_text: whether the bundle has a text encoder.
+    """
+
+    bundle: Bundle
+    samples: tuple[Sample, ...]
+    prompts: tuple[str, ...]
+    has_text: bool
+    out: Path
+
+    @property
+    def source(self) -> str:
+        """What is run, for people."""
+        sizes = ", ".join(dict.fromkeys(f"{sample.width_px}x{sample.height_px}" for sample in self.samples))
+        captions = "prompts" if self.has_text else "captions of noise"
+        count = len({sample.prompt for sample in self.samples})
+        return f"{len(self.samples)} calls, {count} {captions}, {sizes}"
+
+    @property
+    def settings(self) -> str:
+        """All that decides what is measured, as JSON."""
+        samples = [[s.prompt, s.height_px, s.width_px, s.seed, s.time] for s in self.samples]
+        said = {"bundle": self.bundle.digest, "version": __version__, "prompts": self.prompts, "samples": samples}
+        # What is measured, and where, is the code's affair.
+        return json.dumps({**said, "tools": toolchain()}, sort_keys=True)
+
+
+def plan_calibration(
+    bundle: Bundle,
+    out: Path,
+    *,
+    prompts: Path | None = None,
+    samples: int = 16,
+    sizes: Sequence[tuple[int, int]] = (),
+    seed: int = 0,
+) -> Calibration:
+    """Check everything before any work.
+
+    Args:
+        bundle: with an fp32 plan.
+        out: file to write.
+        prompts: file of prompts; None for those of the package.
+        samples: denoising calls.
+        sizes: heights and widths in pixels; the first profile's least and one twice as wide when empty.
+        seed: of the first picture.
+
+    Raises:
+        UsageError: a size that does not divide, no samples, prompts for a bundle without a text encoder.
+        ArtifactError: the bundle has no fp32 graphs.
+    """
+    model, manifest = bundle.manifest.model, bundle.manifest
+    if samples < 1:
+        raise UsageError(f"--samples is {samples}, expected 1 or more")
+    if PLAN not in {plan.name for plan in manifest.plans} or not manifest.has_graph("trunk", PLAN):
+        raise ArtifactError(
+            f"`{bundle.root}` has no {PLAN} graphs to measure", hint="build it with --precision fp32 in addition"
+        )
+    if prompts is not None and manifest.text is None:
+        raise UsageError("prompts were given, and the bundle has no text encoder", hint="build it with --text-encoder")
+    least = manifest.profiles[0]
+    height, width = least.height_px.min, least.width_px.min
+    chosen = list(sizes) or [(height, width), (height, min(2 * width, least.width_px.max))]
+    unit = model.patch_px * model.head.row_multiple
+    wrong = next((size for size in chosen if size[0] % unit or size[1] % unit or min(size) < unit), None)
+    if wrong is not None:
+        raise UsageError(f"the size {wrong[1]}x{wrong[0]} is no multiple of {unit} pixels")
+    texts = tuple(dict.fromkeys(read_prompts(prompts)))
+    drawn = [
+        Sample(
+            prompt=(index // TIMES_A_PICTURE) % len(texts),
+            height_px=chosen[(index // TIMES_A_PICTURE) % len(chosen)][0],
+            width_px=chosen[(index // TIMES_A_PICTURE) % len(chosen)][1],
+            seed=seed + index // TIMES_A_PICTURE,
+            time=(0.5 + index * _GOLDEN) % 1.0,
+        )
+        for index in range(samples)
+    ]
+    return Calibration(bundle, tuple(drawn), texts, manifest.text is not None, out)
+
+
+def calibrate(
+    plan: Calibration, reporter: Reporter, more: Callable[[Path, Statistics], object] | None = None
+) -> Statistics:
+    """Measure every network and write the file, or go on with what was stopped.
+
+    Args:
+        plan: what to run.
+        reporter: shows the runs.
+        more: what else to do with the samples, given their folder and what was measured.
+
+    Raises:
+        ArtifactError: a graph is not this version's, or made NaN or Inf.
+        HostError: another calibration writes there, or ONNX Runtime is not installed.
+    """
+    work = plan.out.with_name(f"{plan.out.name}.work")
+    plan.out.parent.mkdir(parents=True, exist_ok=True)
+    with _work_folder(work, plan) as folder:
+        digests, model = bundle_digests(plan.bundle, reporter), bundle_model(plan.bundle)
+        if not plan.has_text:
+            reporter.note("the bundle has no text encoder: captions are noise")
+        _draw(plan, folder, reporter)
+        parts = [_measure(plan, name, digests[name], model.layout(name), folder, reporter) for name in NETWORKS]
+        found = Statistics(SCHEMA, plan.source, tuple(sorted(parts, key=lambda item: (item.network, item.sha256))))
+        _write(plan.out, statistics_to_bytes(found))
+        if more is not None:
+            more(folder, found)
+    shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def bundle_model(bundle: Bundle) -> Model:
+    """The architecture that a bundle was built from, by the shapes of its float32 weights.
+
+    Raises:
+        ArtifactError: no known family, or weights of no model.
+    """
+    spec = bundle.manifest.model
+    family = next((family for family in FAMILIES if family.name == spec.family), None)
+    if family is None:
+        raise ArtifactError(f"`{bundle.root}` is of family `{spec.family}`, which this version does not know")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for network in NETWORKS:
+        file = open_tensorfile(bundle.path(bundle.manifest.graph(network, PLAN).weights))
+        for stored, info in file.tensors.items():
+            names = published_names(stored)
+            for name in names:
+                is_turned = name != stored
+                shapes[name] = (info.shape[1] // len(names), info.shape[0]) if is_turned else info.shape
+    return family.model(shapes, tuple(range(*spec.trunk_layers)))
+
+
+def bundle_digests(bundle: Bundle, reporter: Reporter) -> dict[str, str]:
+    """Network to the digest of its weights, as builds know it, from the bundle's float32 graphs."""
+    records = {name: bundle.manifest.graph(name, PLAN) for name in NETWORKS}
+    found = {"trunk": bundle.manifest.checkpoint.trunk_sha256}
+    with reporter.stage("hashing weights") as advance:
+        for name, record in records.items():
+            if name != "trunk":
+                found[name] = _weights_digest(bundle.path(record.weights), advance)
+    return found
+
+
+def _weights_digest(path: Path, advance: Callable[[int], None]) -> str:
+    """As `digests.weight_digests` makes it: names in sorted order, each with its values as published."""
+    import numpy as np
+
+    file = open_tensorfile(path)
+    places = {
+        part: (stored, index, len(published_names(stored)))
+        for stored in file.tensors
+        for index, part in enumerate(published_names(stored))
+    }
+    digest = hashlib.sha256()
+    for name in sorted(places):
+        stored, index, parts = places[name]
+        values = file.read(stored)
+        digest.update(name.encode() + b"\0")
+        if stored != name:
+            values = np.split(values, parts, axis=1)[index].T
+        flat = np.ascontiguousarray(values).reshape(-1)
+        step = CHUNK_BYTES // 4
+        for start in range(0, flat.size, step):
+            digest.update(flat[start : start + step].data)
+        advance(flat.nbytes)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _work_folder(work: Path, plan: Calibration) -> Iterator[Path]:
+    """The folder with what is done of this very calibration; emptied when it is of another one."""
+    if work.exists() and not (work / _SETTINGS).is_file():
+        raise UsageError(f"`{work}` is in the way: no calibration made it", hint="remove it, or choose another --out")
+    work.mkdir(exist_ok=True)
+    with locked(work.with_name(f"{work.name}.lock"), busy=f"another calibration is writing `{plan.out}`"):
+        path = work / _SETTINGS
+        if path.is_file() and path.read_text(encoding="utf-8") != plan.settings:
+            shutil.rmtree(work)
+            work.mkdir()
+        _write(path, plan.settings.encode())
+        yield work
+
+
+def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
+    """Write the inputs of every sample; a picture serves several."""
+    import numpy as np
+
+    left = [index for index in range(len(plan.samples)) if not _case_path(folder, index).is_file()]
+    if not left:
+        return
+    spec = plan.bundle.manifest.model
+    steps = min(plan.bundle.manifest.sampling.steps, STEPS_MAX)
+    with (
+        Pipeline.open(plan.bundle.root, "onnx", plan=PLAN, store=plan.bundle.store) as pipe,
+        reporter.stage("drawing", len(left), "samples") as advance,
+    ):
+        used = sorted({plan.samples[index].prompt for index in left})
+        embeds = dict(zip(used, _embeddings(plan, pipe, used), strict=True))
+        drawn: tuple[int, Any] = (-1, None)
+        for index in left:
+            sample = plan.samples[index]
+            size = (sample.height_px, sample.width_px)
+            if drawn[0] != sample.seed:
+                pixels = pipe.generate(
+                    prompt_embeds=embeds[sample.prompt],
+                    height=size[0],
+                    width=size[1],
+                    seed=sample.seed,
+                    steps=steps,
+                    guidance=1.0,
+                    dtype="float16",
+                )
+                drawn = sample.seed, pixels.astype(np.float32).transpose(2, 0, 1) * 2 - 1
+            noise = normal_noise(sample.seed, image_index=index + 1, rows=(0, size[0]), cols=(0, size[1]))
+            tokens = len(embeds[sample.prompt])
+            padded = np.zeros((1, spec.padded(tokens), spec.caption_width), np.float32)
+            padded[:, :tokens] = embeds[sample.prompt]
+            rows, columns = size[0] // spec.patch_px, size[1] // spec.patch_px
+            cosine, sine = rope_tables(spec, rows, columns, padded.shape[1])
+            case = {
+                "image": (sample.time * drawn[1] + (1 - sample.time) * noise)[np.newaxis].astype(np.float32),
+                "time": np.asarray([sample.time], np.float32),
+                "prompt_embeds": padded,
+                "caption_mask": np.arange(padded.shape[1])[np.newaxis] < tokens,
+                "rope_cos": cosine,
+                "rope_sin": sine,
+                "grid": np.asarray([rows, columns], np.int64),
+            }
+            _write_tensors(_case_path(folder, index), case)
+            advance(1)
+
+
+def _embeddings(plan: Calibration, pipe: Pipeline, prompts: Sequence[int]) -> list[NDArray[Any]]:
+    if plan.has_text:
+        return list(pipe.encode([plan.prompts[index] for index in prompts], truncate_prompt=True))
+    width = plan.bundle.manifest.model.caption_width
+    # Each of another length, as prompts are.
+    return [
+        normal_noise(index, image_index=1, channels=1, rows=(0, 3 + index % _CAPTION_TOKENS), cols=(0, width))[0]
+        for index in prompts
+    ]
+
+
+def _measure(
+    plan: Calibration, network: str, sha256: str, layout: NetworkLayout, folder: Path, reporter: Reporter
+) -> NetworkStatistics:
+    """The statistics of one network; what it makes of each sample is written beside them first."""
+    import onnx
+
+    done = folder / f"{network}.json"
+    if done.is_file():
+        return read_statistics(done).networks[0]
+    path = plan.bundle.path(plan.bundle.manifest.graph(network, PLAN).graph)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    names = [point.name for point in layout.points]
+    values_bytes = _values_bytes(plan, network, layout)
+    runs = len(graph_groups(names, values_bytes)) * len(plan.samples)
+
+    def inputs(index: int) -> Callable[[], Tensors]:
+        return lambda: _inputs(folder, network, index)
+
+    def keep(index: int, made: Tensors) -> None:
+        _write_tensors(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
+
+    with reporter.stage(f"measuring `{network}`", runs, "calls") as advance:
+        points = point_values(graph, names, published_names)
+        samples = [inputs(index) for index in range(len(plan.samples))]
+        counters = count_graph(path, points, samples, values_bytes, keep, advance)
+    found = network_statistics(network, sha256, counters)
+    require_finite(found)
+    _write(done, statistics_to_bytes(Statistics(SCHEMA, plan.source, (found,))))
+    return found
+
+
+def _inputs(folder: Path, network: str, index: int) -> dict[str, NDArray[Any]]:
+    """The inputs of one network, from the sample and what the networks before it made of it."""
+    known = sample_values(folder, index)
+    return network_inputs(network, known, known)
+
+
+def sample_values(folder: Path, index: int) -> dict[str, NDArray[Any]]:
+    """A sample's inputs and, as `network.output`, what each network that was measured made of it."""
+    known: dict[str, NDArray[Any]] = {}
+    paths = [_case_path(folder, index), *(folder / f"{index}.{name}.safetensors" for name in NETWORKS)]
+    for path in paths:
+        if path.is_file():
+            file = open_tensorfile(path)
+            known |= {name: file.read(name) for name in file.tensors}
+    return known
+
+
+def _values_bytes(plan: Calibration, network: str, layout: NetworkLayout) -> int:
+    """What the values of all points take in the largest sample, about: as if each were as wide as the feed-forward."""
+    model = plan.bundle.manifest.model
+    pixels = max(sample.height_px * sample.width_px for sample in plan.samples)
+    if network == "head":
+        return int(4 * pixels * model.head.peak_values_per_px * 4)
+    tokens = pixels // model.patch_px**2 + model.caption_tokens_max
+    return 4 * tokens * model.width * len(layout.points)
+
+
+def _case_path(folder: Path, index: int) -> Path:
+    return folder / f"{index}.safetensors"
+
+
+def _write_tensors(path: Path, values: Tensors) -> None:
+    partial = path.with_suffix(".partial")
+    write_tensorfile(partial, dict(values))
+    partial.replace(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,118 @@
+"""What the plans of a bundle, or of a file, say of one layer, and why."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2p_calib.layout import ATTENTION_INPUTS
+from l2p_calib.plans.file import Evidence, Float8, LayerPlan, PlanFile, read_plan
+from l2p_calib.plans.plan import base_plan
+from l2p_export.precision.calibrate import PLAN, bundle_model
+from l2p_runtime.bundle import Bundle, open_bundle
+from l2p_runtime.contract import NETWORKS
+from l2p_runtime.errors import UsageError
+
+_NEAR = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One layer in one plan.
+
+    Attributes:
+        plan: name of the plan.
+        exponent: its weights are stored times two to this power.
+    """
+
+    plan: str
+    layer: str
+    dtype: str
+    exponent: int
+    reason: str
+    evidence: tuple[Evidence, ...] = ()
+    float8: Float8 | None = None
+
+
+def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanation, ...]:
+    """What each plan says of a layer; of attention, what it says of each input where it lists them.
+
+    Args:
+        path: a bundle, or a plan's file.
+        layer: published name, as `layers.3.feed_forward.w2`, or `layers.3.attention`.
+        store: where the bundle's files lie, if not in it.
+
+    Raises:
+        UsageError: no plan speaks of such a layer; the nearest names are told.
+        ArtifactError: the bundle or plan is damaged.
+    """
+    if path.is_file():
+        file = read_plan(path)
+        return _told(file, layer, path)
+    bundle = open_bundle(path, store)
+    whole = {plan.name: read_plan(bundle.path(plan.file)) for plan in bundle.manifest.plans if plan.file is not None}
+    known = {entry.layer for file in whole.values() for entry in file.layers} or set(_layers(bundle))
+    if layer not in known and not _is_attention(layer, known):
+        raise _unknown(layer, known, path)
+    found: list[Explanation] = []
+    for plan in bundle.manifest.plans:
+        if plan.name in whole:
+            found += _told(whole[plan.name], layer, path)
+        elif (base := base_plan(plan.name)) is not None:
+            reason = next((rule.reason for rule in base.rules if rule.names(layer)), "all layers of this plan are so")
+            found.append(Explanation(plan.name, layer, base.dtype(layer), base.exponent(layer), reason))
+    return tuple(found)
+
+
+def explained_lines(found: Explanation) -> Iterator[str]:
+    """An explanation for people."""
+    scaled = f", weights times 2^{found.exponent}" if found.exponent else ""
+    yield f"{found.plan}: {found.layer} in {found.dtype}{scaled}"
+    if found.reason:
+        yield f"  why: {found.reason}"
+    if found.float8 is not None:
+        yield f"  inputs are divided by {found.float8.input_scale:.6g}, by {found.float8.method}"
+        for choice in found.float8.choices:
+            yield f"  choice {choice.method}: scale {choice.scale:.6g}, error {choice.error:.2%}"
+    for item in found.evidence:
+        yield f"  {item.point}: largest {item.peak:.4g}, 99.9 % within {item.p999:.4g}, {item.calls} calls"
+
+
+def _told(file: PlanFile, layer: str, path: Path) -> tuple[Explanation, ...]:
+    by_name = {entry.layer: entry for entry in file.layers}
+    inputs = (f"{layer}.{part}" for part in ATTENTION_INPUTS)
+    entries = [by_name[name] for name in (layer, *inputs) if name in by_name]
+    if not entries and not _is_attention(layer, by_name):
+        raise _unknown(layer, by_name, path)
+    unlisted = LayerPlan(layer, file.default, reason="what attention multiplies is not rounded unless a plan lists it")
+    return tuple(_explained(file.name, entry) for entry in entries or [unlisted])
+
+
+def _is_attention(layer: str, known: Iterable[str]) -> bool:
+    """Whether this is the attention of a block, or an input of it, which a plan need not list."""
+    attention, _, part = layer.rpartition(".")
+    whole = attention if part in ATTENTION_INPUTS else layer
+    return whole.endswith(".attention") and any(name.startswith(f"{whole}.") for name in known)
+
+
+def _explained(plan: str, entry: LayerPlan) -> Explanation:
+    return Explanation(plan, entry.layer, entry.dtype, entry.exponent, entry.reason, entry.evidence, entry.float8)
+
+
+def _layers(bundle: Bundle) -> Iterator[str]:
+    if bundle.manifest.has_graph("trunk", PLAN):
+        model = bundle_model(bundle)
+        for network in NETWORKS:
+            yield from model.layout(network).layers
+
+
+def _unknown(layer: str, known: Iterable[str], path: Path) -> UsageError:
+    near = difflib.get_close_matches(layer, list(known), _NEAR)
+    return UsageError(
+        f"`{path}` knows no layer `{layer[:80]}`",
+        hint=f"did you mean {', '.join(f'`{name}`' for name in near)}?"
+        if near
+        else "layers go by their published names, as `layers.3.feed_forward.w2`",
+    )

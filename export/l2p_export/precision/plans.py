@@ -1,0 +1,286 @@
+"""The precision plans of a build: measured, read from a file, or as their name says; each judged by what was measured.
+
+ONNX Runtime on the CPU computes float16 graphs in float32 between casts, so that no ledger filled there shows an
+overflow. What float16 has to hold is therefore measured in torch float32, and compared with what it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_calib.layout import layer_of_point
+from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
+from l2p_calib.plans.float8 import float8_plan
+from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
+from l2p_calib.plans.plan import FLOAT8, MEASURED, PrecisionPlan, base_plan
+from l2p_calib.statistics.ranges import (
+    NetworkStatistics,
+    Statistics,
+    merge_networks,
+    network_statistics,
+    require_usable,
+    statistics_to_bytes,
+)
+from l2p_calib.statistics.torch_hooks import counting
+from l2p_engines.store.stages import Made, StageRunner, named_by_content
+from l2p_export.proof.compare import Case, case_inputs, small_cases
+from l2p_export.tensors.digests import WeightDigests, toolchain
+from l2p_runtime.bundle import file_digest
+from l2p_runtime.contract import FileRecord, LedgerEntry, PlanRef
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.errors import ArtifactError, InternalError, ParityError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from l2p_export.checkpoint.loading import LoadedModel
+    from l2p_export.families import Model
+    from l2p_export.proof.prove import References
+    from l2p_export.tensors.sources import TensorSource
+    from l2p_runtime.progress import Reporter
+
+TIMES = (0.02, 0.35, 0.65, 0.98)
+"""Timesteps of the call that is measured beside the proof's cases: one batch, since a call takes the time to read all
+weights, however small its image."""
+
+CASE = "ranges"
+"""What the ledger calls the comparison of what was measured with what float16 holds."""
+
+_TIMES_CASE = "timesteps"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan that graphs can be made by.
+
+    Attributes:
+        file: the whole plan in the bundle; None for one that its name says all of.
+        ledger: how far the values that were measured are from the most that its dtypes hold.
+    """
+
+    plan: PrecisionPlan
+    file: FileRecord | None = None
+    ledger: tuple[LedgerEntry, ...] = ()
+
+    @property
+    def ref(self) -> PlanRef:
+        """What the manifest says of it."""
+        return replace(self.plan.ref, file=self.file.path if self.file else None)
+
+    @property
+    def for_text(self) -> PrecisionPlan:
+        """The same for a text encoder, whose layers no plan speaks of."""
+        base = base_plan(self.plan.name)
+        if base is None:
+            raise InternalError(f"plan `{self.plan.name}` has no base")
+        return replace(base, name=self.plan.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a build was asked for.
+
+    Attributes:
+        plans: by name, as they are before anything is measured.
+        files: whole plans, read from files.
+        statistics: measured before, in addition to what the build measures; None without.
+    """
+
+    plans: tuple[PrecisionPlan, ...]
+    files: tuple[PlanFile, ...] = ()
+    statistics: Statistics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    ledger: tuple[LedgerEntry, ...]
+    plan: PrecisionPlan
+
+
+def make_plans(
+    run: StageRunner, asked: Asked, digests: WeightDigests, references: References, reporter: Reporter
+) -> tuple[Planned, ...]:
+    """The finished plans of a build, in the order they were asked for.
+
+    Raises:
+        ArtifactError: a plan or statistics are of other weights, or a network makes NaN or Inf in float32.
+        ParityError: values that were measured are more than a plan's dtypes hold.
+    """
+    by_network = network_digests(digests)
+    for file in asked.files:
+        check_digests(file, by_network)
+    measuring = _Measuring(asked, by_network, references, reporter)
+    named = [_make_plan(run, plan, None, measuring) for plan in asked.plans]
+    return (*named, *(_make_plan(run, file.plan, file, measuring) for file in asked.files))
+
+
+def network_digests(digests: WeightDigests) -> dict[str, str]:
+    """Network to the digest that plans and statistics know it by: the trunk's is the one that adapters share."""
+    return {name: digests.trunk_sha256 if name == "trunk" else digest for name, digest in digests.groups}
+
+
+def weight_peaks(tensors: Mapping[str, TensorSource], names: Sequence[str]) -> dict[str, float]:
+    """The largest magnitude of each tensor."""
+    import numpy as np
+
+    return {name: max((float(np.abs(chunk).max()) for chunk in tensors[name].chunks()), default=0.0) for name in names}
+
+
+def ranges_stage_name(plan: str) -> str:
+    """What a ledger calls the comparison of what was measured with what a plan's graphs hold."""
+    return f"float32 ranges -> {plan} graph"
+
+
+def network_points(model: Model, network: str) -> tuple[str, ...]:
+    """Names of what is measured in a network."""
+    return tuple(point.name for point in model.layout(network).points)
+
+
+def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, measuring: _Measuring) -> Planned:
+    if plan.default != "float16" and file is None:
+        return Planned(plan)
+    inputs = {
+        "plan": plan,
+        "file": file,
+        "is_measured": file is None and plan.name in MEASURED,
+        "networks": measuring.digests,
+        "cases": measuring.references.cases,
+        "times": TIMES,
+        "headroom": HEADROOM,
+        "statistics": statistics_to_bytes(measuring.asked.statistics).decode() if measuring.asked.statistics else "",
+        "tools": toolchain(),
+    }
+
+    def make(work: Path) -> Made:
+        measurements = measuring.measurements() if plan.default == "float16" else ()
+        complete = float8_plan if FLOAT8 in plan.dtypes else measured_plan
+        whole = complete(plan, measurements) if inputs["is_measured"] else file
+        chosen = whole.plan if whole is not None else plan
+        facts = _Facts(_judge(chosen, measurements), chosen)
+        if whole is None:
+            return Made(facts=facts)
+        partial = work / "plan"
+        partial.write_bytes(plan_to_bytes(whole))
+        digest = file_digest(partial)
+        return Made("plans", ((named_by_content(partial, f"{plan.name}.json", digest), digest),), facts)
+
+    stage = run("plan", plan.name, inputs, make)
+    facts = from_json(_Facts, stage.facts)
+    return Planned(facts.plan, stage.files[0] if stage.files else None, facts.ledger)
+
+
+class _Measuring:
+    """Measures all networks once, when the first plan asks."""
+
+    def __init__(self, asked: Asked, digests: Mapping[str, str], references: References, reporter: Reporter) -> None:
+        self.asked, self.digests, self.references = asked, digests, references
+        self._reporter = reporter
+        self._found: tuple[Measurement, ...] | None = None
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        if self._found is None:
+            self._found = self._measure()
+        return self._found
+
+    def _measure(self) -> tuple[Measurement, ...]:
+        loaded = self.references.loaded
+        given = _given(self.asked, loaded.model, self.digests)
+        own = self._run(loaded) if self.references.cases else {}
+        if not own and not given:
+            self._reporter.note(
+                "this machine has too little memory to measure what float16 has to hold; branches are scaled as usual, "
+                "and nothing else is known: give --statistics"
+            )
+        found = []
+        for spec in loaded.model.networks:
+            parts = [part[spec.name] for part in (own, given) if spec.name in part]
+            names = tuple(loaded.model.network_shapes(spec.name))
+            peaks = weight_peaks(loaded.checkpoint.tensors, names)
+            statistics = merge_networks(parts) if parts else None
+            found.append(Measurement(loaded.model.layout(spec.name), self.digests[spec.name], peaks, statistics))
+        return tuple(found)
+
+    def _run(self, loaded: LoadedModel) -> dict[str, NetworkStatistics]:
+        own: dict[str, NetworkStatistics] = {}
+
+        @contextmanager
+        def observe(network: str, module: nn.Module) -> Iterator[None]:
+            with counting(module, network_points(loaded.model, network)) as counters:
+                yield
+                own[network] = network_statistics(network, self.digests[network], counters)
+
+        inputs = timestep_inputs(loaded.model, small_cases(loaded.model.spec)[0])
+        self.references.observed({_TIMES_CASE: inputs}, observe)
+        return own
+
+
+def timestep_inputs(model: Model, case: Case) -> dict[str, NDArray[Any]]:
+    """The inputs of one case at several timesteps, as a batch: noise at its start, nearly a picture at its end."""
+    import numpy as np
+
+    single = case_inputs(model.spec, case, seed=0)
+    picture = np.tanh(case_inputs(model.spec, case, seed=1)["image"])
+    times = np.asarray(TIMES, np.float32)
+    share = times[:, np.newaxis, np.newaxis, np.newaxis]
+    batched = {name: np.repeat(single[name], len(times), axis=0) for name in ("prompt_embeds", "caption_mask")}
+    image = share * picture + (1 - share) * single["image"]
+    return {**single, **batched, "image": image.astype(np.float32), "time": times}
+
+
+def _given(asked: Asked, model: Model, digests: Mapping[str, str]) -> dict[str, NetworkStatistics]:
+    """What statistics that were given say of this model's networks.
+
+    What attention multiplies must be in them where a plan needs scales for it: files of earlier versions lack it.
+
+    Raises:
+        ArtifactError: nothing, or nothing that can be used.
+    """
+    statistics = asked.statistics
+    if statistics is None:
+        return {}
+    found = {name: item for name, sha256 in digests.items() if (item := statistics.of(name, sha256)) is not None}
+    if not found:
+        have = ", ".join(f"{item.network} {item.sha256[:16]}" for item in statistics.networks[:6]) or "nothing"
+        raise ArtifactError(
+            f"the statistics are of other networks: they hold {have}; the checkpoint has trunk {digests['trunk'][:16]}",
+            hint="calibrate a bundle of this checkpoint",
+        )
+    for name, item in found.items():
+        layout = model.layout(name)
+        inputs = [part.layer for attention in layout.attentions for part in attention.inputs]
+        is_rounded = any(plan.dtype(layer) == FLOAT8 for plan in asked.plans for layer in inputs)
+        points = network_points(model, name)
+        optional = [] if is_rounded else [point for point in points if layer_of_point(point) in inputs]
+        require_usable(item, set(points).difference(optional), optional)
+    return found
+
+
+def _judge(plan: PrecisionPlan, measurements: Sequence[Measurement]) -> tuple[LedgerEntry, ...]:
+    """Entries that compare what was measured with what float16 holds.
+
+    Raises:
+        ParityError: it is more than that.
+    """
+    entries = []
+    beyond: list[str] = []
+    for item in measurements:
+        stage, network = ranges_stage_name(plan.name), item.layout.network
+        if item.statistics is None:
+            entries.append(LedgerEntry(stage, network, CASE, "not run", "nothing was measured of it"))
+            continue
+        beyond += [f"{point} ({peak:.3g})" for point, peak in overflows(plan, item)]
+        point, peak = largest(plan, item)
+        told = f"{peak:.3g} at {point} is the most of {item.statistics.calls} calls" if point else "nothing in float16"
+        entries.append(LedgerEntry(stage, network, CASE, "passed", f"{told}; float16 holds {FLOAT16_MAX:.0f}"))
+    if beyond:
+        shown = ", ".join(beyond[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
+        raise ParityError(
+            f"plan `{plan.name}` overflows: float16 holds {FLOAT16_MAX:.0f}, and in float32 {shown} are more",
+            hint="--precision fp16 scales and raises what needs it; bf16 and fp32 hold it as it is",
+        )
+    return tuple(entries)

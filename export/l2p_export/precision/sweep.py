@@ -1,0 +1,325 @@
+"""A sweep of a bundle's products: each group in FP8 alone, in torch, against float32 on what calibration has drawn.
+
+Every measurement is written to a file that is named by all that decides it: a sweep that was stopped goes on, and one
+that is run again with another gate measures only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_calib.fp8 import FP8_MAX, channel_scales, storable
+from l2p_calib.ledger import psnr_db
+from l2p_calib.plans.file import PlanFile, plan_to_bytes
+from l2p_calib.plans.float8 import float8_plan
+from l2p_calib.plans.float16 import Measurement
+from l2p_calib.plans.plan import PLANS
+from l2p_calib.sensitivity import (
+    Deviation,
+    Sensitivity,
+    relative_errors,
+    require_gate,
+    sensitivity_to_csv,
+    sensitivity_to_json,
+    sweep,
+)
+from l2p_export.precision.calibrate import PLAN, STEPS_MAX, Calibration, bundle_model, sample_values
+from l2p_export.precision.sweep_plot import has_matplotlib, write_plot
+from l2p_export.precision.torch_backend import TorchNetworks
+from l2p_export.proof.compare import network_inputs, run_engine
+from l2p_runtime import Pipeline
+from l2p_runtime.contract import NETWORKS
+from l2p_runtime.contract.codec import from_json, to_json
+from l2p_runtime.errors import UsageError
+from l2p_runtime.networks import load_network
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from l2p_calib.layout import NetworkLayout
+    from l2p_calib.statistics.ranges import Statistics
+    from l2p_export.world.scenes import Description
+    from l2p_runtime.progress import Reporter
+
+NAME = "fp8-swept"
+"""What the plan of a sweep is called."""
+
+PICTURES_MAX = 8
+"""Pictures that are drawn whole and judged each time, of as many prompts; without captions, one that is not judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep left: its figures, the plan that follows, and the files of both."""
+
+    found: Sensitivity
+    plan: PlanFile
+    files: tuple[Path, ...]
+
+
+def sweep_bundle(
+    plan: Calibration,
+    samples: Path,
+    statistics: Statistics,
+    out: Path,
+    gate: float,
+    reporter: Reporter,
+    precision: str = "fp8",
+) -> Swept:
+    """Sweep what a plan has in FP8 of a bundle and write table, plot and plan.
+
+    Args:
+        plan: the calibration that drew the samples.
+        samples: folder of them, with what each network made of each.
+        statistics: what was measured on them.
+        out: folder to write.
+        gate: relative error of the denoiser's output that is allowed.
+        reporter: shows the groups.
+        precision: one of `SWEPT`, which says what is swept.
+
+    Raises:
+        UsageError: a gate that nothing or everything passes.
+        HostError: the memory does not hold the networks in torch float32.
+    """
+    require_gate(gate)
+    cache = out / "measurements"
+    cache.mkdir(parents=True, exist_ok=True)
+    model = bundle_model(plan.bundle)
+    layouts = [model.layout(name) for name in NETWORKS]
+    networks = TorchNetworks(model)
+    sweeper = _Sweeper(plan, samples, networks, cache)
+    measurements = [_measurement(layout, statistics, sweeper.module(layout.network)) for layout in layouts]
+    base = replace(PLANS[precision], name=NAME)
+    sweeper.scales = {item.layer: item.scale for item in float8_plan(base, measurements).plan.inputs}
+    groups = _groups(layouts, sweeper.scales)
+    sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.roundable}
+    exact = sweeper.exact()
+    with reporter.stage("sweeping products in FP8", len(groups), "groups") as advance:
+        found = sweep(groups, gate, plan.source, sweeper.measure, advance, exact.right)
+    found = replace(found, pictures=len(exact.images))
+    chosen = float8_plan(base, measurements, kept=found.reasons)
+    return Swept(found, chosen, tuple(_write_all(out, found, chosen, reporter)))
+
+
+@contextmanager
+def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[None]:
+    """Compute some layers of a float32 network as FP8 graphs do: inputs and weights rounded, products not.
+
+    Args:
+        module: a network; its submodules carry published names.
+        input_scales: linear layer to the scale of its inputs, or input of attention to its own.
+    """
+    import numpy as np
+    import torch
+
+    handles = []
+    try:
+        for layer, scale in input_scales.items():
+            part = module.get_submodule(layer)
+            stored = torch.from_numpy(storable(np.asarray(scale, np.float32)))
+            hook: Callable[..., torch.Tensor] = partial(_input, stored)
+            if isinstance(part, torch.nn.Linear):
+                weight = part.weight.detach()
+                of_rows = torch.from_numpy(channel_scales(weight.abs().amax(dim=1).numpy()))
+                hook = partial(_product, stored, _rounded(weight, of_rows[:, None]))
+            handles.append(part.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """What was drawn of some samples.
+
+    Attributes:
+        images: [H,W,3] from 0 to 1, of more levels than a file holds, which would hide small errors.
+        right: how many show their prompts; None where these are no captions of the small world.
+    """
+
+    images: tuple[NDArray[Any], ...]
+    right: int | None
+
+
+class _Sweeper:
+    """Measures a denoiser with some products in FP8.
+
+    Attributes:
+        scales: product to the scale of its inputs.
+        network_of: product to its network.
+    """
+
+    def __init__(self, plan: Calibration, samples: Path, networks: TorchNetworks, cache: Path) -> None:
+        self._plan, self._samples, self._networks, self._cache = plan, samples, networks, cache
+        self._backend = networks.backend()
+        self._descriptions = _descriptions(plan)
+        self._exact: _Pictures | None = None
+        self.scales: Mapping[str, float] = {}
+        self.network_of: Mapping[str, str] = {}
+
+    def module(self, network: str) -> nn.Module:
+        """A network in torch; loaded when it is first asked for."""
+        load_network(self._plan.bundle, self._backend, network, PLAN)
+        return self._networks.engines[network].module
+
+    def exact(self) -> _Pictures:
+        """The pictures in float32; drawn when they are first asked for."""
+        if self._exact is None:
+            self._exact = self._draw()
+        return self._exact
+
+    def measure(self, layers: Sequence[str]) -> Deviation:
+        """How far the denoiser is from itself in float32 with these products in FP8; from a file where it is known."""
+        chosen = {layer: self.scales[layer] for layer in sorted(layers)}
+        judged = sorted(self._descriptions)
+        key = hashlib.sha256(json.dumps([self._plan.settings, STEPS_MAX, judged, chosen]).encode()).hexdigest()
+        path = self._cache / f"{key[:32]}.json"
+        if path.is_file():
+            return from_json(Deviation, json.loads(path.read_bytes()))
+        with self._rounded(chosen):
+            sums = [self._sample(index, chosen) for index in range(len(self._plan.samples))]
+            error, worst = relative_errors(sums)
+            drawn = self._draw()
+            found = Deviation(error, worst, min(map(_psnr_db, drawn.images, self.exact().images)), drawn.right)
+        written = path.with_suffix(".partial")
+        written.write_text(json.dumps(to_json(found), allow_nan=False), encoding="utf-8")
+        written.replace(path)
+        return found
+
+    @contextmanager
+    def _rounded(self, chosen: Mapping[str, float]) -> Iterator[None]:
+        self.exact()
+        with ExitStack() as stack:
+            for network in NETWORKS:
+                scales = {layer: scale for layer, scale in chosen.items() if self.network_of[layer] == network}
+                stack.enter_context(in_float8(self.module(network), scales))
+            yield
+
+    def _sample(self, index: int, chosen: Mapping[str, float]) -> tuple[float, float]:
+        """Squares of the difference and of the prediction in float32; networks before the first product are not run."""
+        import numpy as np
+
+        expected = sample_values(self._samples, index)
+        made = dict(expected)
+        first = min((NETWORKS.index(self.network_of[layer]) for layer in chosen), default=len(NETWORKS))
+        for network in NETWORKS[first:]:
+            engine = self._networks.engines[network]
+            out = run_engine(engine, self._backend.device, network_inputs(network, expected, made))
+            made |= {f"{network}.{name}": value for name, value in out.items()}
+        wanted = expected["head.prediction"].astype(np.float64)
+        difference = made["head.prediction"] - wanted
+        return float(np.square(difference).sum()), float(np.square(wanted).sum())
+
+    def _draw(self) -> _Pictures:
+        """The pictures of the samples that are judged, or of the first one."""
+        images = tuple(self._image(index) for index in self._descriptions or (0,))
+        if not self._descriptions:
+            return _Pictures(images, None)
+        from l2p_export.world.judge import judge
+
+        pixels = [(image * 255.0).round().astype("uint8") for image in images]
+        pairs = zip(pixels, self._descriptions.values(), strict=True)
+        return _Pictures(images, sum(judge(image, description).passed for image, description in pairs))
+
+    def _image(self, index: int) -> NDArray[Any]:
+        import numpy as np
+
+        sample, case = self._plan.samples[index], sample_values(self._samples, index)
+        embeds = np.asarray(case["prompt_embeds"][0][case["caption_mask"][0]])
+        pipe = Pipeline.on_backend(self._plan.bundle, self._backend, PLAN)
+        pixels = pipe.generate(
+            prompt_embeds=embeds,
+            height=sample.height_px,
+            width=sample.width_px,
+            seed=sample.seed,
+            steps=min(self._plan.bundle.manifest.sampling.steps, STEPS_MAX),
+            guidance=1.0,
+            dtype="float16",
+        )
+        return pixels.astype(np.float64)
+
+
+def _descriptions(plan: Calibration) -> dict[int, Description]:
+    """The first sample of each prompt that is a caption of the small world, to what the judge has to find in it."""
+    if not plan.has_text or importlib.util.find_spec("skimage") is None:
+        return {}
+    from l2p_export.world.captions import describe
+
+    found: dict[int, Description] = {}
+    seen: set[int] = set()
+    for index, sample in enumerate(plan.samples):
+        if sample.prompt in seen or len(found) == PICTURES_MAX:
+            continue
+        seen.add(sample.prompt)
+        with suppress(UsageError):
+            found[index] = describe(plan.prompts[sample.prompt])
+    return found
+
+
+def _psnr_db(image: NDArray[Any], wanted: NDArray[Any]) -> float:
+    return psnr_db(image - wanted, 1.0)
+
+
+def _measurement(layout: NetworkLayout, statistics: Statistics, module: nn.Module) -> Measurement:
+    found = next(item for item in statistics.networks if item.network == layout.network)
+    peaks = {name: float(value.abs().max()) for name, value in module.state_dict().items()}
+    return Measurement(layout, found.sha256, peaks, found)
+
+
+def _groups(layouts: Sequence[NetworkLayout], scales: Mapping[str, float]) -> dict[str, list[str]]:
+    """Group to its products, or inputs of attention, that can be in FP8."""
+    found: dict[str, list[str]] = {}
+    for layout in layouts:
+        for product in layout.roundable:
+            if product.layer in scales:
+                found.setdefault(product.group, []).append(product.layer)
+    return found
+
+
+def _write_all(out: Path, found: Sensitivity, plan: PlanFile, reporter: Reporter) -> Iterator[Path]:
+    files = {
+        "sensitivity.json": sensitivity_to_json(found).encode(),
+        "sensitivity.csv": sensitivity_to_csv(found).encode(),
+        f"{NAME}.json": plan_to_bytes(plan),
+    }
+    for name, data in files.items():
+        written = out / f"{name}.partial"
+        written.write_bytes(data)
+        written.replace(out / name)
+        yield out / name
+    if has_matplotlib():
+        write_plot(out / "sensitivity.png", found)
+        yield out / "sensitivity.png"
+    else:
+        reporter.note("matplotlib is not installed, so there is no plot: pip install 'l2p-export[train]'")
+
+
+def _product(scale: torch.Tensor, weight: torch.Tensor, layer: Any, inputs: tuple[Any, ...], output: object) -> Any:
+    from torch.nn import functional as F
+
+    del output
+    return F.linear(_rounded(inputs[0], scale), weight, layer.bias)
+
+
+def _input(scale: torch.Tensor, layer: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    del layer, inputs
+    return _rounded(output, scale)
+
+
+def _rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """As `fp8.rounded`, bit for bit."""
+    import torch
+
+    codes = (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return codes.to(torch.float32) * scale

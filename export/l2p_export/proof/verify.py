@@ -1,0 +1,170 @@
+"""A finished bundle run again on this machine: what its build stored against what its graphs make of it here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_calib.ledger import END_TO_END
+from l2p_export.build.text import verify_text
+from l2p_export.proof.compare import compare_networks, engine_stage_name, graph_stage_name, not_run
+from l2p_export.proof.engine_layers import build_stage_name, judge_layers, layers_not_read
+from l2p_export.proof.stored import read_case
+from l2p_runtime.backends import Backend, Engine
+from l2p_runtime.backends.trt_engine import TrtEngine
+from l2p_runtime.contract import (
+    NETWORKS,
+    TEXT_ENCODER,
+    EngineRecord,
+    LedgerEntry,
+    Manifest,
+    NetworkSpec,
+    ReferenceCase,
+)
+from l2p_runtime.errors import HostError, UnsupportedError, UsageError
+from l2p_runtime.networks import engine_record, head_rows_max, load_network, open_for, require_sizes, runnable_plans
+from l2p_runtime.stripes import Stripe, plan_stripes
+
+if TYPE_CHECKING:
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.progress import Reporter
+
+BUILT_OUTPUTS = "outputs"
+"""The case under which a build lists engines that it could not run."""
+
+
+def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Reporter) -> list[LedgerEntry]:
+    """Run a bundle's stored cases on this machine; what it does not run is listed as not run.
+
+    On an engine backend, the layers of every engine that is opened are read, too.
+
+    Args:
+        bundle: the bundle.
+        backend: a backend by name, or `auto`; engine backends run engines, others graphs.
+        plan: only this precision plan; None for all that the backend has files for.
+        reporter: shows where it stands.
+
+    Raises:
+        ArtifactError: nothing for the backend, or a damaged reference file.
+        UsageError: no such plan.
+        HostError: the backend cannot run here.
+    """
+    opened, first = open_for(bundle, backend, 0, plan)
+    plans = [first] if plan else runnable_plans(bundle.manifest, opened)
+    ledger = [entry for name in plans for entry in _verify_plan(bundle, opened, name, reporter)]
+    return [*ledger, *_left(bundle.manifest, opened, plan, ledger)]
+
+
+def _verify_plan(bundle: Bundle, backend: Backend, plan: str, reporter: Reporter) -> list[LedgerEntry]:
+    """The ledger of one plan's graphs, or of its engines where the backend runs these."""
+    manifest, target = bundle.manifest, backend.target
+    stage = graph_stage_name(plan) if target is None else engine_stage_name(plan, target.spelling)
+    networks = {spec.name: spec for spec in manifest.networks}
+    references, stripes, refused = {}, {}, []
+    for case in manifest.references:
+        try:
+            stripes[case.name] = _stripes(manifest, backend, plan, case)
+        except UsageError as error:
+            refused += not_run(stage, [case.name], str(error))
+        else:
+            references[case.name] = read_case(bundle, case)
+    layers: list[LedgerEntry] = []
+    reading = _reading_layers(backend, plan, layers)
+
+    def load(network: str) -> Engine:
+        return load_network(bundle, reading, network, plan)
+
+    with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
+        try:
+            found = compare_networks(stage, plan, networks, references, load, backend.device, advance, stripes)
+            found += verify_text(bundle, reading, stage, plan)
+        except UnsupportedError as error:
+            found = not_run(stage, list(references), str(error))
+    return [*found, *refused, *layers, *_layers_not_read(manifest, backend, plan, layers)]
+
+
+def _stripes(manifest: Manifest, backend: Backend, plan: str, case: ReferenceCase) -> tuple[Stripe, ...]:
+    """How the pixel head is cut in a case: into what its engine takes at once; a graph takes it whole.
+
+    Raises:
+        UsageError: the engines do not take this size.
+    """
+    model = manifest.model
+    rows, columns = case.height_px // model.patch_px, case.width_px // model.patch_px
+    stripes: tuple[Stripe, ...] = (Stripe(0, rows, 0, rows),)
+    if backend.target is not None:
+        rows_max = head_rows_max(engine_record(manifest, backend, "head", plan), 1, columns)
+        try:
+            stripes = plan_stripes(model.head, rows, 1, rows_max)
+        except HostError as error:
+            raise UsageError(
+                f"the engine of `head` takes {rows_max} token rows at once, too few to cut {rows}"
+            ) from error
+    require_sizes(manifest, backend, plan, 1, (rows, columns), model.padded(case.caption_tokens), stripes)
+    return stripes
+
+
+def _reading_layers(backend: Backend, plan: str, entries: list[LedgerEntry]) -> Backend:
+    """The backend, adding to `entries` what every engine that it opens computes in."""
+    open_engine = backend.load_engine
+    if open_engine is None:
+        return backend
+
+    def opened(path: Path, record: EngineRecord, spec: NetworkSpec) -> Engine:
+        engine = open_engine(path, record, spec)
+        if isinstance(engine, TrtEngine):
+            entries.append(judge_layers(spec.name, plan, record.target, engine.layers()))
+        return engine
+
+    return replace(backend, load_engine=opened)
+
+
+def _layers_not_read(manifest: Manifest, backend: Backend, plan: str, read: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """Entries for the engines of a plan that nothing was run on."""
+    if backend.target is None:
+        return []
+    done = {entry.network for entry in read}
+    networks = (*NETWORKS, *((TEXT_ENCODER,) if manifest.text is not None else ()))
+    return [
+        layers_not_read(network, plan, engine_record(manifest, backend, network, plan).target)
+        for network in networks
+        if network not in done
+    ]
+
+
+def _left(manifest: Manifest, backend: Backend, plan: str | None, ledger: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """What the bundle's own ledger holds of the plan, or of all, and this machine did not run."""
+    run = {entry.stage for entry in ledger}
+    cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
+    chosen = {graph_stage_name(ref.name) for ref in manifest.plans if plan in (None, ref.name)}
+    replaced = _outputs_compared(manifest, backend, ledger)
+    left = [
+        entry
+        for entry in manifest.ledger
+        if (entry.stage in chosen and (entry.stage not in run or entry.case not in cases))
+        or (
+            entry.stage.endswith(" engine")
+            and (plan is None or entry.stage.startswith(f"{plan} "))
+            and (entry.stage, entry.network, entry.case) not in replaced
+        )
+    ]
+    once = dict.fromkeys((e.stage, END_TO_END if e.stage in chosen else e.network, e.case, e.status) for e in left)
+    return [
+        LedgerEntry(stage, network, case, "not run", f"not run here; `{status}` when the bundle was built")
+        for stage, network, case, status in once
+    ]
+
+
+def _outputs_compared(manifest: Manifest, backend: Backend, ledger: Sequence[LedgerEntry]) -> set[tuple[str, str, str]]:
+    """Stage, network and case of what the build left to the GPU, and was compared here."""
+    if backend.target is None:
+        return set()
+    compared = {(entry.stage, entry.network) for entry in ledger if entry.status != "not run"}
+    return {
+        (build_stage_name(record.plan, record.target), record.network, BUILT_OUTPUTS)
+        for record in manifest.engines
+        if (engine_stage_name(record.plan, backend.target.spelling), record.network) in compared
+        and record == manifest.engine(record.network, record.plan, backend.target)
+    }

@@ -1,0 +1,1 @@
+"""Tensors in files: headers, chunked reading, quantized layouts, streamed writing, digests."""

@@ -1,0 +1,137 @@
+"""What decides a stage's result, as digests: the weights of each network, and the tools and code that work on them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2p_engines.store.stages import Made, StageRunner
+from l2p_runtime import __version__
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.errors import HostError
+
+if TYPE_CHECKING:
+    from l2p_export.tensors.sources import TensorSource
+    from l2p_runtime.progress import Reporter
+
+# Code that no graph or digest depends on: a change in it makes nothing again.
+_APART = ("cli", "training")
+
+_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "ml_dtypes")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDigests:
+    """SHA-256 of the weights of each group, by name.
+
+    Attributes:
+        groups: name of a group, and the digest over its tensors in sorted order: name in UTF-8, a zero byte, values as
+            little-endian float32. Files that store equal values in other dtypes or spellings agree.
+        trunk_sha256: the trunk digest, over values rounded to BF16 (design section 5); empty without a trunk.
+    """
+
+    groups: tuple[tuple[str, str], ...]
+    trunk_sha256: str = ""
+
+    def of(self, group: str) -> str:
+        """The digest of one group."""
+        return dict(self.groups)[group]
+
+
+def weight_digests(
+    run: StageRunner,
+    label: str,
+    tensors: Mapping[str, TensorSource],
+    groups: Mapping[str, Sequence[str]],
+    files: Sequence[Path],
+    recipe: Mapping[str, object],
+    reporter: Reporter,
+) -> WeightDigests:
+    """Digests of weights; files that were hashed before and have not changed since are not read again.
+
+    Args:
+        run: keeps stages.
+        label: what people call the weights.
+        tensors: published name to tensor.
+        groups: name of a group to its tensors; the group `trunk` also gets the trunk digest.
+        files: what the tensors are read from.
+        recipe: what else decides the values, as LoRAs and their strengths.
+        reporter: shows the bytes hashed.
+
+    Raises:
+        HostError: a file changed while it was read.
+    """
+    inputs = {
+        "files": [_identity(path) for path in files],
+        "groups": {name: sorted(members) for name, members in groups.items()},
+        "recipe": dict(recipe),
+        "tools": toolchain(),
+    }
+
+    def make(work: Path) -> Made:
+        del work
+        total = sum(4 * math.prod(tensors[name].shape) for members in groups.values() for name in members)
+        with reporter.stage(f"hashing {label}", total) as advance:
+            found = [(name, _digests(tensors, members, name == "trunk", advance)) for name, members in groups.items()]
+        if [_identity(path) for path in files] != inputs["files"]:
+            raise HostError(f"{label}: a file changed while it was read", hint="wait until it is written, then again")
+        trunk = next((both[1] for name, both in found if name == "trunk"), "")
+        return Made(facts=WeightDigests(tuple((name, both[0]) for name, both in found), trunk))
+
+    return from_json(WeightDigests, run("digests", label, inputs, make).facts)
+
+
+def toolchain() -> dict[str, str]:
+    """Versions of what makes graphs, and the digest of this package's own code: other tools, other stages."""
+    versions = {name: _version(name) for name in _TOOLS}
+    return {"l2p-export": f"{__version__}+{_code_digest()}", **versions}
+
+
+@functools.cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for package in ("l2p_export", "l2p_calib"):
+        root = Path(str(resources.files(package)))
+        for path in sorted(root.rglob("*.py")):
+            if path.relative_to(root).parts[0] in _APART:
+                continue
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _identity(path: Path) -> list[object]:
+    """What tells an unchanged file at a glance. The change time is the kernel's: no program sets it back."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _digests(
+    tensors: Mapping[str, TensorSource], names: Sequence[str], is_trunk: bool, advance: Callable[[int], None]
+) -> tuple[str, str]:
+    """The digest over float32 values, and for the trunk the one over BF16 values, in one pass."""
+    import ml_dtypes
+
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(names):
+        exact.update(name.encode() + b"\0")
+        rounded.update(name.encode() + b"\0")
+        for chunk in tensors[name].chunks():
+            exact.update(chunk.data)
+            if is_trunk:
+                rounded.update(chunk.astype(ml_dtypes.bfloat16).tobytes())
+            advance(chunk.nbytes)
+    return exact.hexdigest(), rounded.hexdigest()

@@ -1,9 +1,0 @@
-"""The text encoder: a Qwen3 folder becomes the network `text_encoder`, its tokenizer and its chat template.
-
-A build calls `open_text_encoder` while it plans and `add_text_encoder` while it works.
-"""
-
-from l2p_export.text_encoder.build import add_text_encoder
-from l2p_export.text_encoder.folder import TextEncoder, open_text_encoder
-
-__all__ = ["TextEncoder", "add_text_encoder", "open_text_encoder"]

@@ -1,0 +1,1 @@
+"""Training images with captions: drawn by a source, rendered, or a user's own."""

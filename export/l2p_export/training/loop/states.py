@@ -1,0 +1,206 @@
+"""Saved states of a training run: weights, averages and optimizer moments as safetensors, numbers as JSON.
+
+A state is a folder `step-00001200`; it is written beside its place and renamed, so it is complete or absent. Its
+tensors are whole and float32 however many processes wrote it, so any number of them can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2p_engines.store.stages import sync_folder
+from l2p_export.training.loop.distributed import ALONE, Team, part_for
+from l2p_export.training.loop.masters import Weights, whole_tensors, write_back
+from l2p_export.training.loop.settings import differing_settings
+from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.tensorfile import header_bytes, open_tensorfile
+
+if TYPE_CHECKING:
+    from l2p_runtime.tensorfile import TensorFile
+
+KEPT_STATES = 2
+KINDS = ("weights", "averaged", "first_moment", "second_moment")
+_STATE_NAME = re.compile(r"step-(\d{8})")
+_GO_BACK = "remove `{}`; the run goes on from the state before it"
+_TENSORS, _NUMBERS = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A state on disk; tensors are read when it is loaded.
+
+    Attributes:
+        step: optimizer steps taken.
+        seconds: time they took.
+        settings: what the run is made with.
+    """
+
+    folder: Path
+    step: int
+    seconds: float
+    settings: dict[str, Any]
+
+    def require(self, settings: Mapping[str, Any], steps: int) -> None:
+        """Refuse to go on with other settings; the number of steps may be another one, and the cooldown with it.
+
+        Raises:
+            UsageError: says which differ, or that the run is past its steps.
+        """
+        differing = differing_settings(_comparable(self.settings), _comparable(settings))
+        if differing:
+            raise UsageError(
+                f"`{self.folder.parent}` holds a run of other settings: {'; '.join(differing)}",
+                hint="give the settings it began with, or another folder",
+            )
+        if steps < self.step:
+            raise UsageError(
+                f"`{self.folder.parent}` is at step {self.step}, past the {steps} that are asked for",
+                hint="ask for more steps, or give another folder",
+            )
+
+    def load(self, weights: Weights) -> None:
+        """Fill weights, averages and moments; each process takes its part of each tensor.
+
+        Raises:
+            ArtifactError: the state is damaged or another model's.
+        """
+        try:
+            file = open_tensorfile(self.folder / _TENSORS)
+        except ArtifactError as error:
+            raise ArtifactError(str(error), hint=_GO_BACK.format(self.folder)) from error
+        unknown = sorted(file.tensors.keys() - {f"{kind}.{name}" for kind in KINDS for name in weights.masters})
+        if unknown:
+            raise _foreign(self.folder, f"has a tensor `{unknown[0]}` that this model has not")
+        optimizer = weights.optimizer
+        names = {id(master): name for name, master in weights.masters.items()}
+        order = [names[id(master)] for group in optimizer.param_groups for master in group["params"]]
+        moments = optimizer.state_dict()
+        with torch.no_grad():
+            for index, name in enumerate(order):
+                like = weights.parameters[name]
+                current, averaged, first, second = (self._read(file, f"{kind}.{name}", like) for kind in KINDS)
+                weights.masters[name].copy_(current)
+                weights.averaged[name].copy_(averaged)
+                step = torch.tensor(float(self.step))
+                # In the order of the master's numbers: fused steps refuse moments of another.
+                first, second = (torch.empty_like(weights.masters[name]).copy_(part) for part in (first, second))
+                moments["state"][index] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        optimizer.load_state_dict(moments)
+        write_back(weights)
+
+    def _read(self, file: TensorFile, name: str, like: Tensor) -> Tensor:
+        info = file.tensors.get(name)
+        if info is None:
+            raise _foreign(self.folder, f"has no tensor `{name}`")
+        if info.shape != tuple(like.shape) or info.dtype != "F32":
+            found = f"{info.dtype} {list(info.shape)}"
+            raise _foreign(self.folder, f"has `{name}` as {found}, expected F32 {list(like.shape)}")
+        return part_for(torch.from_numpy(np.array(file.read(name))), like)
+
+
+def save_state(
+    folder: Path, step: int, seconds: float, settings: Mapping[str, Any], weights: Weights, team: Team = ALONE
+) -> None:
+    """Write a state and drop all but the last two; every process calls this, the first one writes.
+
+    Raises:
+        HostError: the disk is full or refuses; earlier states are kept.
+    """
+    if not team.leads:
+        if team.is_sharded:
+            for _ in whole_tensors(weights):
+                pass
+        return
+    final, partial = folder / f"step-{step:08}", folder / f".step-{step:08}.partial"
+    try:
+        # What a killed process left behind; no two processes write here at once.
+        for left in folder.glob(".step-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_tensors(partial / _TENSORS, weights)
+        numbers = {"step": step, "seconds": seconds, "settings": dict(settings)}
+        _write(partial / _NUMBERS, json.dumps(numbers, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise HostError(
+            f"cannot save the training state in `{folder}`: {error.strerror or error}",
+            hint="make room and run the same command again; the states before it are kept",
+        ) from error
+    for old in _states(folder)[:-KEPT_STATES]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_state(folder: Path) -> SavedState | None:
+    """The last complete state of a folder, or None.
+
+    Raises:
+        ArtifactError: its numbers are damaged.
+    """
+    states = _states(folder)
+    if not states:
+        return None
+    path = states[-1] / _NUMBERS
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        return SavedState(states[-1], int(numbers["step"]), float(numbers["seconds"]), dict(numbers["settings"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"`{path}` is no training state: {error}",
+            hint=_GO_BACK.format(states[-1]),
+        ) from error
+
+
+def _write_tensors(path: Path, weights: Weights) -> None:
+    """One tensor after the other, so that no second copy of the state is in memory."""
+    # In the order of `whole_tensors`.
+    shapes = {name: tuple(parameter.shape) for name, parameter in weights.parameters.items()}
+    entries = [(f"{kind}.{name}", "F32", shape) for name, shape in shapes.items() for kind in KINDS]
+    header, _ = header_bytes(entries, {"format": "pt"})
+    with path.open("wb") as file:
+        file.write(header)
+        for _, tensor in whole_tensors(weights):
+            file.write(tensor.numpy().reshape(-1).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _states(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _STATE_NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them, without how long the run is."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    schedule = plain.get("schedule")
+    if isinstance(schedule, dict):
+        plain["schedule"] = {key: value for key, value in schedule.items() if key not in ("steps", "cooldown_steps")}
+    return plain
+
+
+def _foreign(folder: Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"`{folder}` {what}", hint=f"it is another model's run, or damaged; remove `{folder}` or give another folder"
+    )

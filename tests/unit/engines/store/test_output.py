@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from l2p_engines.store.output import open_output, require_disk
+from l2p_runtime.errors import HostError, UsageError
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "bundle"
+
+    def fail() -> None:
+        with open_output(root) as output:
+            (output.root / "graphs").mkdir()
+            (output.root / "graphs" / "x.onnx").write_bytes(b"x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not root.exists()
+
+
+def test_a_failed_build_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), open_output(tmp_path):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / "head.fp32.partial").write_bytes(b"x")
+    (tmp_path / ".bundle.json.partial").write_bytes(b"{")
+    (tmp_path / ".build.lock").touch()
+    with open_output(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "models", ".git"])
+def test_folders_with_other_things_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=name), open_output(tmp_path):
+        pass
+    assert (tmp_path / name).is_dir()
+
+
+def test_files_and_links_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("file", "link"):
+        with pytest.raises(UsageError, match="not a folder"), open_output(tmp_path / name):
+            pass
+
+
+def test_a_second_build_of_one_folder_is_told_so(tmp_path: Path) -> None:
+    with open_output(tmp_path / "x"), pytest.raises(HostError, match="another build"), open_output(tmp_path / "x"):
+        pass
+
+
+def test_a_dead_builds_lock_does_not_hold(tmp_path: Path) -> None:
+    handle = os.open(tmp_path / ".build.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    os.close(handle)
+    with open_output(tmp_path):
+        pass
+
+
+def test_an_unreadable_manifest_is_no_licence_to_delete(tmp_path: Path) -> None:
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / "x.onnx").write_bytes(b"x")
+    (tmp_path / "bundle.json").write_text("{")
+    with open_output(tmp_path):
+        pass
+    assert (tmp_path / "graphs" / "x.onnx").exists()
+
+
+def test_too_little_disk_is_said_before_any_work(tmp_path: Path) -> None:
+    require_disk(tmp_path, 1)
+    with pytest.raises(HostError, match="bytes free"):
+        require_disk(tmp_path, 1 << 60)
