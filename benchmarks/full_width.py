@@ -23,7 +23,7 @@ from measure import anonymous_bytes, run_measured
 
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes, published_dimensions
-from l2p_export.proof.compare import Case, case_inputs
+from l2p_export.proof.cases import Case, case_inputs
 from l2p_export.proof.reference import run_reference
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from l2p_calib.fp8 import FP8_MAX
 from l2p_export.evaluation.scores import world_prompts
-from l2p_export.precision.calibrate import PLAN, bundle_model
+from l2p_export.graphs.stored import PLAN, bundle_model
 from l2p_export.precision.torch_backend import TorchNetworks
-from l2p_export.proof.compare import network_inputs, run_engine
+from l2p_export.proof.cases import network_inputs
+from l2p_export.proof.compare import run_engine
 from l2p_export.world.render import render
 from l2p_export.world.scenes import place
 from l2p_runtime import Pipeline

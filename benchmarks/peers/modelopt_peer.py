@@ -17,7 +17,7 @@ from calls import CALIBRATION, GRAPHS, MODELOPT, Call, read_calls
 from modelopt.onnx.quantization import quantize
 from onnxruntime.quantization import CalibrationDataReader
 
-from l2p_export.proof.compare import network_inputs
+from l2p_export.proof.cases import network_inputs
 from l2p_runtime.contract import NETWORKS
 
 SETTINGS = {"entropy": "its default", "max": "the largest value"}

@@ -19,7 +19,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 
-from l2p_export.precision.calibrate import bundle_model
+from l2p_export.graphs.stored import bundle_model
 from l2p_export.precision.torch_backend import TorchEngine, torch_module
 from l2p_runtime.bundle import open_bundle
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.contract import (
+    LedgerEntry,
+)
 from l2p_runtime.errors import ArtifactError, ParityError
 
 if TYPE_CHECKING:
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+    Tensors = Mapping[str, NDArray[Any]]
+    from numpy.typing import NDArray
+
 
 EQUAL_PSNR_DB = 999.0
 
@@ -156,3 +163,28 @@ def psnr_db(difference: NDArray[np.float64], peak: float) -> float:
     if mean_square == 0.0 or peak == 0.0:
         return EQUAL_PSNR_DB
     return 10.0 * math.log10(peak * peak / mean_square)
+
+
+def graph_stage_name(plan: str) -> str:
+    """What the ledger calls the comparison of a plan's graphs."""
+    return f"torch float32 -> {plan} graph"
+
+
+def engine_stage_name(plan: str, target: str) -> str:
+    """What the ledger calls the comparison of a plan's engines."""
+    return f"torch float32 -> {plan} {target} engine"
+
+
+def not_run(stage: str, cases: Sequence[str], reason: str) -> list[LedgerEntry]:
+    """Ledger entries for cases, by name, that this machine did not run; never counted as passed."""
+    return [LedgerEntry(stage, END_TO_END, case, "not run", reason) for case in cases]
+
+
+def build_stage_name(plan: str, target: str) -> str:
+    """What the ledger calls the comparison of a plan's engines with their graphs, without running either."""
+    return f"{plan} graph -> {target} engine"
+
+
+def ranges_stage_name(plan: str) -> str:
+    """What a ledger calls the comparison of what was measured with what a plan's graphs hold."""
+    return f"float32 ranges -> {plan} graph"

@@ -22,10 +22,10 @@ from l2p_engines.builders.wanted import EngineWishes
 from l2p_export.build.bundle import Built, build, plan_build
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.names import published_names
+from l2p_export.graphs.stored import bundle_digests, bundle_model
 from l2p_export.precision import calibrate as calibration
-from l2p_export.precision.calibrate import bundle_digests, bundle_model
 from l2p_export.precision.plans import network_points
-from l2p_export.proof.compare import network_inputs
+from l2p_export.proof.cases import network_inputs
 from l2p_export.proof.reference import run_reference
 from l2p_export.proof.stored import read_case
 from l2p_runtime import Pipeline

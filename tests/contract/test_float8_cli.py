@@ -23,8 +23,9 @@ from l2p_engines.builders.trt import library_version
 from l2p_engines.builders.wanted import EngineWishes
 from l2p_export.build.bundle import Built, build, plan_build
 from l2p_export.checkpoint.loading import load_model
+from l2p_export.graphs.stored import bundle_digests
 from l2p_export.precision import sweep as sensitivity
-from l2p_export.precision.calibrate import bundle_digests, calibrate, plan_calibration
+from l2p_export.precision.calibrate import calibrate, plan_calibration
 from l2p_export.precision.explain import explain
 from l2p_export.precision.plans import Asked, _given
 from l2p_export.precision.sweep import NAME

@@ -11,7 +11,7 @@ import torch
 
 from golden import tiny_checkpoint
 from l2p_export.checkpoint.loading import load_model
-from l2p_export.proof.compare import Case, case_inputs
+from l2p_export.proof.cases import Case, case_inputs
 from l2p_export.proof.reference import run_reference
 from l2p_runtime import Pipeline
 

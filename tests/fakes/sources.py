@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from diffusers import AutoencoderKL
 
+from l2p_export.families.qwen3.dimensions import TextEncoderDimensions, text_encoder_shapes
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
-from l2p_export.families.z_image_l2p.latent_shapes import TextEncoderDimensions, latent_shapes, text_encoder_shapes
+from l2p_export.families.z_image_l2p.latent_shapes import latent_shapes
 from l2p_export.training.corpus.corpus import Corpus, append_rows, open_corpus, write_image
 from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.source.autoencoder import CONFIG
 from l2p_export.training.source.folder import Source, open_source, write_source
 from l2p_export.training.source.model import initial_source, source_dimensions
 from l2p_export.training.source.tokens import world_tokenizer
-from l2p_export.training.transfer.train import TransferSpec
+from l2p_export.training.transfer.spec import TransferSpec
 from l2p_runtime.tensorfile import header_bytes
 
 TEXTS = ("a red circle", "a blue square", "two green triangles on a black background")

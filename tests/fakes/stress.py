@@ -16,7 +16,7 @@ import torch
 from l2p_calib.layout import layer_of
 from l2p_calib.plans.plan import PrecisionPlan
 from l2p_export.families.z_image_l2p.dimensions import dimensions_from_shapes, network_blocks
-from l2p_export.proof.compare import network_inputs
+from l2p_export.proof.cases import network_inputs
 from l2p_export.tensors.sources import read_tensor
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from l2p_export.training.loop.distributed import Team, averaging_gradients, cut_
 from l2p_export.training.loop.loop import Schedule, generator, train_weights
 from l2p_export.training.loop.masters import trained_weights
 from l2p_export.training.source.folder import open_source
-from l2p_export.training.transfer.train import PLAIN, Means, transfer
+from l2p_export.training.transfer.spec import PLAIN, Means
+from l2p_export.training.transfer.train import transfer
 from l2p_runtime.errors import L2PError
 from l2p_runtime.progress import Silent
 

@@ -26,7 +26,7 @@ from l2p_export.evaluation.scores import Prompt, world_prompts
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes, published_dimensions
 from l2p_export.precision.plans import timestep_inputs
 from l2p_export.precision.sweep import in_float8
-from l2p_export.proof.compare import Case
+from l2p_export.proof.cases import Case
 from l2p_export.proof.reference import run_reference
 from l2p_export.world.judge import judge
 from parity.models import relative_error

@@ -22,7 +22,7 @@ from l2p_calib.statistics.torch_hooks import counting
 from l2p_export.checkpoint.demo import write_demo_checkpoint
 from l2p_export.checkpoint.loading import LoadedModel, load_model
 from l2p_export.precision.plans import network_points, weight_peaks
-from l2p_export.proof.compare import Case, case_inputs
+from l2p_export.proof.cases import Case, case_inputs
 from l2p_export.proof.reference import run_reference
 from parity.models import relative_error
 

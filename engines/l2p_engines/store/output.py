@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2p_engines.store.stages import FOLDERS, STAGES, WORK, locked, stages, sweep_work, sync_folder
+from l2p_engines.store.files import locked, sync_folder
+from l2p_engines.store.stages import FOLDERS, STAGES, WORK, stages, sweep_work
 from l2p_runtime.bundle import BUILD_LOCK, STORE_POINTER, Bundle
 from l2p_runtime.contract import MANIFEST_NAME, Manifest, bundle_digest, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, ParityError, UsageError

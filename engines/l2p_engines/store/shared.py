@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2p_engines.store.stages import FOLDERS, STAGES, WORK, Home, Stage, locked, stages, sweep_work, write_json
+from l2p_engines.store.files import locked, write_json
+from l2p_engines.store.stages import FOLDERS, STAGES, WORK, Home, Stage, stages, sweep_work
 from l2p_runtime.bundle import (
     STORE_BUNDLES,
     STORE_MARKER,

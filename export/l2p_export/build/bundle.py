@@ -36,7 +36,8 @@ from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_e
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
 from l2p_export.precision.plans import Asked, Planned, make_plans
-from l2p_export.proof.prove import References, prove
+from l2p_export.proof.prove import prove
+from l2p_export.proof.reference import References
 from l2p_export.tensors.digests import WeightDigests, weight_digests
 from l2p_export.tensors.metadata import is_trained, sampling_defaults
 from l2p_runtime import __version__

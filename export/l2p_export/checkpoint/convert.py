@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from l2p_engines.store.stages import locked
+from l2p_engines.store.files import locked
 from l2p_export.checkpoint.loading import trunk_digest
 from l2p_export.tensors.metadata import TRUNK_SHA256
 from l2p_export.tensors.quantized import canonical_dtype

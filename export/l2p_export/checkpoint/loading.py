@@ -11,10 +11,10 @@ from l2p_export.checkpoint.lora import Lora, LoraRequest, merge_loras, open_lora
 from l2p_export.checkpoint.overlay import overlay
 from l2p_export.families import Family, Model, family_of
 from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
+from l2p_export.tensors.digests import weights_digest
 from l2p_export.tensors.files import open_weights
 from l2p_export.tensors.metadata import TRUNK_SHA256, is_trained, licence
 from l2p_export.tensors.quantized import with_scales
-from l2p_export.tensors.sources import weights_digest
 from l2p_runtime.contract import CheckpointRecord
 from l2p_runtime.errors import ArtifactError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from l2p_runtime import CancelledError, UsageError
 if TYPE_CHECKING:
     from l2p_export.training.loop.distributed import Team
     from l2p_export.training.transfer.forecast import TrainingForecast
-    from l2p_export.training.transfer.train import TransferSpec
+    from l2p_export.training.transfer.spec import TransferSpec
 
 _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
 """Side of the square images that the published adapters were trained on (l2p.md 5.2, 5.3)."""
@@ -272,67 +271,28 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 
 
 def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
-    from l2p_export.training.corpus.corpus import open_corpus
-    from l2p_export.training.corpus.rendered import world_scenes
-    from l2p_export.training.sheet import SampleSpec, pixel_samples
-    from l2p_export.training.source.folder import open_headers, open_source
-    from l2p_export.training.transfer.batches import padded_lengths, require_seeds
-    from l2p_export.training.transfer.forecast import require_memory, transfer_forecast
-    from l2p_export.training.transfer.train import (
-        Means,
-        pixel_dimensions,
-        require_compiler,
-        require_split,
-        transfer,
-    )
+    from l2p_export.training.transfer.run import check_transfer, run_transfer
+    from l2p_export.training.transfer.spec import Means
     from l2p_runtime.progress import Silent
-    from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 
-    spec = _transfer_spec(options)
+    spec, metadata = _transfer_spec(options), _sampling_metadata(options)
     autocast = options["autocast"] or ("bf16" if team.device.type == "cuda" else "none")
     means = Means(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
-    metadata = _sampling_metadata(options)
-    require_split(spec.schedule, team)
-    require_compiler(means, team)
-    samples = None
-    if options["samples"]:
-        samples = SampleSpec(options["samples"], min(spec.sizes_px), shift=spec.shift)
-    transformer, encoder = open_headers(source)
-    images = open_corpus(corpus) if corpus else world_scenes(options["count"], options["seed"])
-    if spec.noise == "stored":
-        require_seeds(images)
-    d = pixel_dimensions(transformer, spec)
-    lengths = padded_lengths(load_tokenizer(encoder.tokenizer, CHAT_TEMPLATE), images)
-    forecast = transfer_forecast(
-        d,
-        spec,
-        means,
-        team,
-        caption_tokens=max(lengths.values()),
-        text_parameters=sum(math.prod(shape) for shape in encoder.shapes.values()),
-        caption_values=sum(lengths.values()) * d.caption_width,
-        files=len(images) if corpus else 0,
-    )
-    layers = [d.trunk.start, d.trunk.stop]
-    facts = {"out": str(out), "work": str(work), "images": len(images), "trunk_layers": layers, **asdict(spec)}
-    facts |= {**asdict(means), "forecast": forecast.as_dict()}
+    job = check_transfer(source, corpus, spec, means, team, scenes=options["count"], samples=options["samples"])
+    facts = {"out": str(out), "work": str(work), **job.facts, "forecast": job.forecast.as_dict()}
     dry_run, as_json = options["dry_run"], options["as_json"]
     if not dry_run:
         console = Console(quiet=options["quiet"] or not team.leads)
-        for line in forecast_lines(forecast):
+        for line in forecast_lines(job.forecast):
             console.done(line)
-        require_memory(forecast, spec, means, team)
-        report = console if team.leads else Silent()
-        opened = open_source(source)
-        on_save = None if samples is None else pixel_samples(work, d, opened, samples)
-        init = options["init"]
-        transfer(opened, images, spec, out, work, report, on_save, init=init, means=means, team=team, metadata=metadata)
+        job.require_memory()
+        run_transfer(job, out, work, options["init"], metadata, console if team.leads else Silent())
     if team.leads and dry_run and not as_json:
-        facts["forecast"] = "\n  ".join(["", *forecast_lines(forecast)])
+        facts["forecast"] = "\n  ".join(["", *forecast_lines(job.forecast)])
     if team.leads:
         _tell(facts, out, as_json=as_json, dry_run=dry_run)
     if dry_run:
-        require_memory(forecast, spec, means, team)
+        job.require_memory()
 
 
 def _sampling_metadata(options: dict[str, Any]) -> dict[str, str]:
@@ -351,7 +311,7 @@ def _sampling_metadata(options: dict[str, Any]) -> dict[str, str]:
 
 def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
     from l2p_export.training.loop.loop import Schedule
-    from l2p_export.training.transfer.train import TransferSpec
+    from l2p_export.training.transfer.spec import TransferSpec
 
     names = (
         "variant",

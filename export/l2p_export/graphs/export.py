@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from l2p_calib.layout import layer_of
 from l2p_calib.plans.plan import FLOAT8
 from l2p_engines.store.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
-from l2p_export.tensors.digests import toolchain
 from l2p_export.tensors.sources import JoinedTensor, ScaledTensor, TransposedTensor
 from l2p_export.tensors.writing import write_weights
+from l2p_export.toolchain import toolchain
 from l2p_runtime.errors import ArtifactError, InternalError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.forecast.calls import CallSize, border_bytes, forward_flops
 from l2p_engines.forecast.cards import Card, find_card
 from l2p_engines.forecast.fitting import Bound, step_bounds
-from l2p_export.graphs.names import SUFFIX, published_names
+from l2p_export.graphs.stored import _published
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import NETWORKS
@@ -221,14 +221,6 @@ def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dic
         }
     flops = forward_flops(manifest.model, shapes, call)
     return step_bounds(card, plan, flops, sizes, border_bytes(manifest.model, call))
-
-
-def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Published names and shapes of what a graph stores as one weight."""
-    if not name.endswith(SUFFIX):
-        return [(name, shape)]
-    names = published_names(name)
-    return [(part, (shape[1] // len(names), shape[0])) for part in names]
 
 
 def _total(bounds: Mapping[str, Bound]) -> Bound | None:

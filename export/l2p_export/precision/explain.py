@@ -10,7 +10,7 @@ from pathlib import Path
 from l2p_calib.layout import ATTENTION_INPUTS
 from l2p_calib.plans.file import Evidence, Float8, LayerPlan, PlanFile, read_plan
 from l2p_calib.plans.plan import base_plan
-from l2p_export.precision.calibrate import PLAN, bundle_model
+from l2p_export.graphs.stored import PLAN, bundle_model
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import UsageError

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_calib.layout import layer_of_point
+from l2p_calib.ledger import ranges_stage_name
 from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
@@ -27,8 +28,9 @@ from l2p_calib.statistics.ranges import (
 )
 from l2p_calib.statistics.torch_hooks import counting
 from l2p_engines.store.stages import Made, StageRunner, named_by_content
-from l2p_export.proof.compare import Case, case_inputs, small_cases
-from l2p_export.tensors.digests import WeightDigests, toolchain
+from l2p_export.proof.cases import Case, case_inputs, small_cases
+from l2p_export.tensors.digests import WeightDigests
+from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import FileRecord, LedgerEntry, PlanRef
 from l2p_runtime.contract.codec import from_json
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     from l2p_export.checkpoint.loading import LoadedModel
     from l2p_export.families import Model
-    from l2p_export.proof.prove import References
+    from l2p_export.proof.reference import References
     from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.progress import Reporter
 
@@ -129,11 +131,6 @@ def weight_peaks(tensors: Mapping[str, TensorSource], names: Sequence[str]) -> d
     import numpy as np
 
     return {name: max((float(np.abs(chunk).max()) for chunk in tensors[name].chunks()), default=0.0) for name in names}
-
-
-def ranges_stage_name(plan: str) -> str:
-    """What a ledger calls the comparison of what was measured with what a plan's graphs hold."""
-    return f"float32 ranges -> {plan} graph"
 
 
 def network_points(model: Model, network: str) -> tuple[str, ...]:

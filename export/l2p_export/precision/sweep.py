@@ -31,10 +31,12 @@ from l2p_calib.sensitivity import (
     sensitivity_to_json,
     sweep,
 )
-from l2p_export.precision.calibrate import PLAN, STEPS_MAX, Calibration, bundle_model, sample_values
+from l2p_export.graphs.stored import PLAN, bundle_model
+from l2p_export.precision.calibrate import STEPS_MAX, Calibration, sample_values
 from l2p_export.precision.sweep_plot import has_matplotlib, write_plot
 from l2p_export.precision.torch_backend import TorchNetworks
-from l2p_export.proof.compare import network_inputs, run_engine
+from l2p_export.proof.cases import network_inputs
+from l2p_export.proof.compare import run_engine
 from l2p_runtime import Pipeline
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.contract.codec import from_json, to_json

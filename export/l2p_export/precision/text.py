@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from l2p_calib.ledger import ranges_stage_name
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM
 from l2p_calib.plans.plan import LayerRule
 from l2p_calib.prompts import read_prompts
 from l2p_engines.store.stages import Made
 from l2p_export.families.qwen3.dimensions import PRODUCT_SCALE
-from l2p_export.precision.plans import CASE, ranges_stage_name
-from l2p_export.tensors.digests import toolchain
+from l2p_export.precision.plans import CASE
 from l2p_export.tensors.sources import read_tensor
+from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry
 from l2p_runtime.contract.codec import from_json

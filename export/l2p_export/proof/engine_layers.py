@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+from l2p_calib.ledger import build_stage_name
 from l2p_calib.plans.plan import base_plan
 from l2p_runtime.backends.trt_layers import LayerPrecision
 from l2p_runtime.contract import LedgerEntry, target_from_spelling
@@ -47,11 +48,6 @@ def layers_not_read(network: str, plan: str, target: str) -> LedgerEntry:
     """The entry of an engine that no stored case was run on, and that was not opened for its layers alone."""
     reason = "no stored case was run on this engine, and it was not opened"
     return LedgerEntry(build_stage_name(plan, target), network, CASE, "not run", reason)
-
-
-def build_stage_name(plan: str, target: str) -> str:
-    """What the ledger calls the comparison of a plan's engines with their graphs, without running either."""
-    return f"{plan} graph -> {target} engine"
 
 
 def _judge(

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import END_TO_END
-from l2p_export.build.text import verify_text
-from l2p_export.proof.compare import compare_networks, engine_stage_name, graph_stage_name, not_run
-from l2p_export.proof.engine_layers import build_stage_name, judge_layers, layers_not_read
+from l2p_calib.ledger import END_TO_END, build_stage_name, engine_stage_name, graph_stage_name, not_run
+from l2p_export.proof.compare import compare_networks
+from l2p_export.proof.engine_layers import judge_layers, layers_not_read
 from l2p_export.proof.stored import read_case
+from l2p_export.proof.text import verify_text
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.backends.trt_engine import TrtEngine
 from l2p_runtime.contract import (

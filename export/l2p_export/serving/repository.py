@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_engines.store.stages import locked
+from l2p_engines.store.files import locked
 from l2p_export.build.pack import pack, pack_manifest
 from l2p_export.serving.configs import (
     DIGEST,

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_engines.store.stages import Made, StageRunner
-from l2p_runtime import __version__
+from l2p_export.tensors.sources import TensorSource
+from l2p_export.toolchain import toolchain
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import HostError
 
 if TYPE_CHECKING:
     from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.progress import Reporter
-
-# Code that no graph or digest depends on: a change in it makes nothing again.
-_APART = ("cli", "training")
-
-_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "ml_dtypes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +81,6 @@ def weight_digests(
     return from_json(WeightDigests, run("digests", label, inputs, make).facts)
 
 
-def toolchain() -> dict[str, str]:
-    """Versions of what makes graphs, and the digest of this package's own code: other tools, other stages."""
-    versions = {name: _version(name) for name in _TOOLS}
-    return {"l2p-export": f"{__version__}+{_code_digest()}", **versions}
-
-
-@functools.cache
-def _code_digest() -> str:
-    digest = hashlib.sha256()
-    for package in ("l2p_export", "l2p_calib"):
-        root = Path(str(resources.files(package)))
-        for path in sorted(root.rglob("*.py")):
-            if path.relative_to(root).parts[0] in _APART:
-                continue
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
 def _identity(path: Path) -> list[object]:
     """What tells an unchanged file at a glance. The change time is the kernel's: no program sets it back."""
     status = path.stat()
@@ -135,3 +103,18 @@ def _digests(
                 rounded.update(chunk.astype(ml_dtypes.bfloat16).tobytes())
             advance(chunk.nbytes)
     return exact.hexdigest(), rounded.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) -> str:
+    """SHA-256 over tensors in sorted order, values rounded to BF16, so that F32 and BF16 copies agree.
+
+    Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16 (design section 5).
+    """
+    import ml_dtypes
+
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + b"\0")
+        for chunk in tensors[name].chunks():
+            digest.update(chunk.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()

@@ -6,9 +6,8 @@ sees the same thing: float32 values in order, chunk by chunk.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -227,21 +226,6 @@ def read_tensor(source: TensorSource) -> NDArray[np.float32]:
         flat[start : start + chunk.size] = chunk
         start += chunk.size
     return values
-
-
-def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) -> str:
-    """SHA-256 over tensors in sorted order, values rounded to BF16, so that F32 and BF16 copies agree.
-
-    Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16 (design section 5).
-    """
-    import ml_dtypes
-
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(name.encode() + b"\0")
-        for chunk in tensors[name].chunks():
-            digest.update(chunk.astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()
 
 
 def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,28 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.families.z_image_l2p.pixel import PixelModel
-from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.flow import sample
 from l2p_export.training.loop.loop import PROGRESS_NAME
-from l2p_export.training.source.draw import decode
-from l2p_export.training.source.folder import encode_texts
-from l2p_export.training.source.tokens import CAPTION_TOKENS, caption_ids
-from l2p_export.world.captions import caption
 from l2p_export.world.judge import judge
 from l2p_export.world.scenes import Description, draw_description
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.noise import normal_noise
-from l2p_runtime.positions import rope_tables
 
 if TYPE_CHECKING:
-    import tokenizers
-    from diffusers import AutoencoderKL
     from numpy.typing import NDArray
 
-    from l2p_export.families.z_image_l2p.dimensions import Dimensions
-    from l2p_export.training.source.folder import Source
-    from l2p_export.training.source.model import SourceModel
 
 SCORES_NAME, PLOT_NAME = "scores.csv", "progress.png"
 SHEET_COLUMNS = 8
@@ -66,59 +53,6 @@ class SampleSpec:
                 )
 
 
-def source_samples(
-    folder: Path, d: Dimensions, autoencoder: AutoencoderKL, tokenizer: tokenizers.Tokenizer, spec: SampleSpec
-) -> Callable[[int, SourceModel], None]:
-    """A function for `train_transformer` that draws, judges and plots at each saved state."""
-    descriptions = _descriptions(spec.count)
-    ids = caption_ids(tokenizer, [caption(description) for description in descriptions])
-    empty = caption_ids(tokenizer, [""]).expand(spec.count, -1)
-    side = spec.size_px // 8
-    noise = _noise(spec.count, 16, side)
-    tables = [torch.from_numpy(table) for table in rope_tables(model_spec(d), side // 2, side // 2, CAPTION_TOKENS)]
-
-    def show(step: int, model: SourceModel) -> None:
-        device = next(model.parameters()).device
-        positions = [table.to(device) for table in tables]
-
-        def predict(mixed: Tensor, time: Tensor, has_caption: bool) -> Tensor:
-            made: Tensor = model(mixed, time, (ids if has_caption else empty).to(device), *positions)
-            return made
-
-        latents = sample(predict, noise.to(device), spec.steps, spec.guidance, spec.shift)
-        with torch.no_grad():
-            images = decode(autoencoder, latents)
-        _show(folder, step, images, descriptions)
-
-    return show
-
-
-def pixel_samples(folder: Path, d: Dimensions, source: Source, spec: SampleSpec) -> Callable[[int, PixelModel], None]:
-    """A function for `transfer` that draws, judges and plots at each saved state."""
-    descriptions = _descriptions(spec.count)
-    embeds = encode_texts(source, [caption(description) for description in descriptions], CAPTION_TOKENS)
-    empty = encode_texts(source, [""], CAPTION_TOKENS)
-    side = spec.size_px // d.patch_px
-    tables = [torch.from_numpy(table) for table in rope_tables(model_spec(d), side, side, CAPTION_TOKENS)]
-    noise = _noise(spec.count, 3, spec.size_px)
-
-    def show(step: int, model: PixelModel) -> None:
-        device = next(model.parameters()).device
-        positions = [table.to(device) for table in tables]
-
-        def predict(mixed: Tensor, time: Tensor, has_caption: bool) -> Tensor:
-            used = embeds if has_caption else empty
-            values, mask = (part.to(device).expand(len(mixed), *part.shape[1:]) for part in (used.values, used.mask))
-            made: Tensor = model(mixed, time, values, mask, *positions)
-            return made
-
-        made = sample(predict, noise.to(device), spec.steps, spec.guidance, spec.shift).cpu()
-        pixels = ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        _show(folder, step, np.ascontiguousarray(pixels.numpy()), descriptions)
-
-    return show
-
-
 def write_plot(folder: Path) -> None:
     """Draw `progress.png` from the run's loss and scores."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -145,7 +79,7 @@ def write_plot(folder: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(folder / PLOT_NAME))
 
 
-def _show(folder: Path, step: int, images: NDArray[np.uint8], descriptions: Sequence[Description]) -> None:
+def show_samples(folder: Path, step: int, images: NDArray[np.uint8], descriptions: Sequence[Description]) -> None:
     """Write the sheet, add the score, draw the plot."""
     from PIL import Image
 
@@ -165,7 +99,8 @@ def _show(folder: Path, step: int, images: NDArray[np.uint8], descriptions: Sequ
     write_plot(folder)
 
 
-def _descriptions(count: int) -> list[Description]:
+def sample_descriptions(count: int) -> list[Description]:
+    """As many training captions as held-out ones, the same at every call."""
     random = np.random.default_rng(5)
     half = count // 2
     return [draw_description(random) for _ in range(half)] + [
@@ -173,7 +108,8 @@ def _descriptions(count: int) -> list[Description]:
     ]
 
 
-def _noise(count: int, channels: int, side: int) -> Tensor:
+def sample_noise(count: int, channels: int, side: int) -> Tensor:
+    """Fixed noise [N,C,S,S] float32, one seed per sample."""
     planes = [normal_noise(seed, channels=channels, rows=(0, side), cols=(0, side)) for seed in range(count)]
     return torch.from_numpy(np.stack(planes))
 

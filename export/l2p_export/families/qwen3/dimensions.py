@@ -12,18 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2p_export.families.z_image_l2p.latent_shapes import TextEncoderDimensions, text_encoder_shapes
 from l2p_runtime.errors import ArtifactError
-
-__all__ = [
-    "PRODUCT_SCALE",
-    "TextEncoderConfig",
-    "TextEncoderDimensions",
-    "network_shapes",
-    "parse_config",
-    "read_config",
-    "require_inside",
-]
 
 PRODUCT_SCALE = 2.0**-6
 """What float16 of a feed-forward's product is scaled by; a power of two, so exact but for what becomes subnormal."""
@@ -189,3 +178,40 @@ def _number(config: Mapping[str, Any], field: str, least: float, most: float, wh
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderDimensions:
+    """Sizes of a Qwen3 text encoder; the defaults are those of Qwen3-4B."""
+
+    vocabulary: int = 151_936
+    width: int = 2560
+    layers: int = 36
+    heads: int = 32
+    kv_heads: int = 8
+    head_width: int = 128
+    ffn_width: int = 9728
+
+
+def text_encoder_shapes(t: TextEncoderDimensions) -> dict[str, tuple[int, ...]]:
+    """Published name to shape of a Qwen3 text encoder; no tensor has a bias, and there is no output head."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (t.vocabulary, t.width),
+        "model.norm.weight": (t.width,),
+    }
+    for index in range(t.layers):
+        layer = f"model.layers.{index}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (t.heads * t.head_width, t.width),
+            f"{layer}.self_attn.k_proj.weight": (t.kv_heads * t.head_width, t.width),
+            f"{layer}.self_attn.v_proj.weight": (t.kv_heads * t.head_width, t.width),
+            f"{layer}.self_attn.o_proj.weight": (t.width, t.heads * t.head_width),
+            f"{layer}.self_attn.q_norm.weight": (t.head_width,),
+            f"{layer}.self_attn.k_norm.weight": (t.head_width,),
+            f"{layer}.mlp.gate_proj.weight": (t.ffn_width, t.width),
+            f"{layer}.mlp.up_proj.weight": (t.ffn_width, t.width),
+            f"{layer}.mlp.down_proj.weight": (t.width, t.ffn_width),
+            f"{layer}.input_layernorm.weight": (t.width,),
+            f"{layer}.post_attention_layernorm.weight": (t.width,),
+        }
+    return shapes

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from l2p_calib.layout import NetworkLayout
 from l2p_export.families.qwen3.dimensions import TextEncoderConfig, network_shapes, read_config, require_inside
 from l2p_export.tensors.files import open_folder_tensors
-from l2p_runtime.contract import NetworkSpec, TensorSpec
-from l2p_runtime.contract.manifest import TEXT_ENCODER
+from l2p_export.tensors.sources import read_tensor
+from l2p_runtime.contract import TEXT_ENCODER, NetworkSpec, TensorSpec
 from l2p_runtime.errors import ArtifactError, UsageError
 from l2p_runtime.text import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from l2p_export.tensors.sources import FileTensor
+
+    Tensors = Mapping[str, NDArray[Any]]
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 TOKENIZER_NAME = "tokenizer.json"
@@ -158,3 +161,14 @@ def _check_vocabulary(tokenizer: Tokenizer, path: Path, config: TextEncoderConfi
             f"{config.sizes.vocabulary} embedding rows",
             hint="the tokenizer is another model's",
         )
+
+
+def torch_text_encoder(encoder: TextEncoder) -> nn.Module:
+    """The network in torch float32 with the folder's weights."""
+    import torch
+
+    with torch.device("meta"):
+        module = encoder.module(TEXT_ENCODER, lambda layer: torch.float32)
+    state = {name: torch.from_numpy(read_tensor(encoder.tensors[name])) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    return module

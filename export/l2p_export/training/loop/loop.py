@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from l2p_engines.store.stages import locked
+from l2p_engines.store.files import locked
 from l2p_export.training.loop.distributed import ALONE, Team, gathered, without_exchange
 from l2p_export.training.loop.masters import (
     Weights,

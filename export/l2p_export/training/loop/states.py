@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_engines.store.stages import sync_folder
+from l2p_engines.store.files import sync_folder
 from l2p_export.training.loop.distributed import ALONE, Team, part_for
 from l2p_export.training.loop.masters import Weights, whole_tensors, write_back
 from l2p_export.training.loop.settings import differing_settings

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2p_export.training.corpus.reader import as_values
 from l2p_export.training.loop.loop import CPU, Schedule, generator, train
 from l2p_export.world.batched import render_batch
 from l2p_export.world.scenes import draw_description, place
@@ -83,11 +84,6 @@ def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter, device
 def encode(model: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
     """Means of the latents [N,16,H/8,W/8] of uint8 pixels [N,3,H,W], neither shifted nor scaled."""
     return torch.cat([model.encode(as_values(part)).latent_dist.mean for part in torch.split(images, batch)])
-
-
-def as_values(images: Tensor) -> Tensor:
-    """uint8 pixels [N,3,H,W] to float32 from -1 to 1, in the same order in memory."""
-    return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def _images(random: np.random.Generator, count: int, device: torch.device) -> Tensor:

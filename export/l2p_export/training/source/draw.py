@@ -16,7 +16,8 @@ from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dim
 from l2p_export.families.z_image_l2p.latent import LATENT_CHANNELS, LATENT_PATCH, LatentModel
 from l2p_export.families.z_image_l2p.pixel import load_published
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.tensors.sources import read_tensor, weights_digest
+from l2p_export.tensors.digests import weights_digest
+from l2p_export.tensors.sources import read_tensor
 from l2p_export.training.corpus.corpus import append_rows, corpus_images, next_image, write_image
 from l2p_export.training.flow import sample
 from l2p_export.training.loop.loop import CPU

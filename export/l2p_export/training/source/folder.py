@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from l2p_export.build.text import torch_text_encoder
 from l2p_export.families import family_of
 from l2p_export.families.qwen3 import open_text_encoder
+from l2p_export.families.qwen3.folder import torch_text_encoder
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.families.z_image_l2p.pixel import published_state
 from l2p_export.tensors.checkpoint import Checkpoint

@@ -19,11 +19,12 @@ from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors.sources import read_tensor
 from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop.loop import CPU, Schedule, generator, train
-from l2p_export.training.sheet import SampleSpec, source_samples
+from l2p_export.training.sheet import SampleSpec
 from l2p_export.training.source.autoencoder import IMAGE_PX, train_autoencoder
 from l2p_export.training.source.folder import load_autoencoder, open_source, write_source
 from l2p_export.training.source.latents import LatentData, SceneSet, scene_latents
 from l2p_export.training.source.model import SourceModel, initial_source, source_dimensions
+from l2p_export.training.source.samples import source_samples
 from l2p_export.training.source.tokens import CAPTION_TOKENS, world_tokenizer
 from l2p_runtime.errors import ArtifactError, UsageError
 from l2p_runtime.positions import rope_tables

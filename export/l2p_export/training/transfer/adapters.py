@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_shapes
+from l2p_export.tensors.digests import weights_digest
 from l2p_export.tensors.files import Weights, open_weights
 from l2p_export.tensors.metadata import TRUNK_SHA256
-from l2p_export.tensors.sources import read_tensor, weights_digest
+from l2p_export.tensors.sources import read_tensor
 from l2p_runtime.errors import ArtifactError, HostError
 
 if TYPE_CHECKING:

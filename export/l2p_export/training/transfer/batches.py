@@ -6,25 +6,20 @@ batches changes nothing in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2p_export.families.z_image_l2p.pixel import Window
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.corpus.corpus import KEPT_BYTES, Corpus, Row, read_image
-from l2p_export.training.corpus.rendered import RenderedScenes
+from l2p_export.training.corpus.corpus import Row
+from l2p_export.training.corpus.reader import Images, image_reader
 from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop.loop import generator
-from l2p_export.training.source.autoencoder import as_values
 from l2p_export.training.source.folder import TOKENS_MULTIPLE, Embeds, Source, encode_texts
-from l2p_export.world.batched import render_batch
-from l2p_export.world.render import render
 from l2p_runtime.errors import UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
@@ -32,13 +27,8 @@ from l2p_runtime.positions import rope_tables
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
     from l2p_export.training.loop.distributed import Team
-    from l2p_export.training.transfer.train import TransferSpec
-    from l2p_export.world.scenes import Scene
+    from l2p_export.training.transfer.spec import TransferSpec
     from l2p_runtime.text import Tokenizer
-
-
-Images = Corpus | RenderedScenes
-"""What a transfer learns from: files, or scenes that are rendered at every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,48 +179,6 @@ def stored_noise(row: Row, size_px: int) -> Tensor:
     if row.seed is None:
         raise UsageError(f"`{row.file_name}` has no seed, which --noise stored needs", hint="train with --noise fresh")
     return torch.from_numpy(normal_noise(row.seed, channels=3, rows=(0, size_px), cols=(0, size_px)))
-
-
-def image_reader(images: Images, device: torch.device) -> Callable[[Sequence[int], int], Tensor]:
-    """A function from places of images and the side of a square to their values [N,3,S,S] from -1 to 1, on a device.
-
-    Files are read once, as long as `KEPT_BYTES` hold what was read.
-    """
-    if isinstance(images, RenderedScenes):
-        return partial(_rendered_values, images.scenes, device)
-    corpus, kept = images, dict[int, Tensor]()
-
-    def pixels(place: int) -> Tensor:
-        found = kept.get(place)
-        if found is None:
-            found = torch.from_numpy(np.array(read_image(corpus, corpus.rows[place]))).permute(2, 0, 1).contiguous()
-            # All images of a corpus are about as large.
-            if (len(kept) + 1) * found.numel() <= KEPT_BYTES:
-                kept[place] = found
-        return found
-
-    return lambda places, size_px: torch.stack([square_values(pixels(place).to(device), size_px) for place in places])
-
-
-def _rendered_values(scenes: Sequence[Scene], device: torch.device, places: Sequence[int], size_px: int) -> Tensor:
-    chosen = [scenes[place] for place in places]
-    if device.type == "cpu":
-        # One by one only the objects' own boxes are computed: 42 ms against 209 ms an image of 1024 px on one core.
-        drawn = np.stack([render(scene, size_px, size_px) for scene in chosen])
-        return as_values(torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous())
-    return as_values(render_batch(chosen, size_px, size_px, device))
-
-
-def square_values(pixels: Tensor, size_px: int) -> Tensor:
-    """uint8 pixels [3,H,W] to values [3,S,S] from -1 to 1: resized until they cover the square, cut in the middle."""
-    image = as_values(pixels)
-    height, width = image.shape[1:]
-    scale = size_px / min(height, width)
-    if scale != 1:
-        size = [max(size_px, round(height * scale)), max(size_px, round(width * scale))]
-        image = nn.functional.interpolate(image[None], size, mode="bilinear", antialias=scale < 1)[0]
-    top, left = (image.shape[1] - size_px) // 2, (image.shape[2] - size_px) // 2
-    return image[:, top : top + size_px, left : left + size_px]
 
 
 def _with_dropout(captions: Captions, length: int, rows: list[int], dropped: Tensor) -> Embeds:

@@ -21,7 +21,7 @@ from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
     from l2p_export.training.loop.distributed import Team
-    from l2p_export.training.transfer.train import Means, TransferSpec
+    from l2p_export.training.transfer.spec import Means, TransferSpec
 
 # Bytes that a block keeps for the backward pass, for each token: of its width, and of the feed-forward's inner width;
 # in float32 and under BF16 autocast; of a trained and of a frozen block. Counted with saved-tensor hooks on the blocks

@@ -29,7 +29,8 @@ from l2p_export.checkpoint.lora import (
 )
 from l2p_export.checkpoint.lora.names import LayerNames
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, expected_shapes, published_dimensions
-from l2p_export.tensors.sources import TensorSource, read_tensor, weights_digest
+from l2p_export.tensors.digests import weights_digest
+from l2p_export.tensors.sources import TensorSource, read_tensor
 from l2p_runtime.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:

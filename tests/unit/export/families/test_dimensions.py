@@ -6,6 +6,7 @@ import pytest
 
 from golden import tiny_checkpoint
 from l2p_export.checkpoint.demo import demo_dimensions
+from l2p_export.families.qwen3.dimensions import TextEncoderDimensions, text_encoder_shapes
 from l2p_export.families.z_image_l2p import PUBLISHED
 from l2p_export.families.z_image_l2p.dimensions import (
     VARIANTS,
@@ -15,7 +16,7 @@ from l2p_export.families.z_image_l2p.dimensions import (
     published_dimensions,
     shape_faults,
 )
-from l2p_export.families.z_image_l2p.latent_shapes import TextEncoderDimensions, latent_shapes, text_encoder_shapes
+from l2p_export.families.z_image_l2p.latent_shapes import latent_shapes
 from l2p_export.families.z_image_l2p.specs import model_spec, network_specs
 from l2p_export.tensors.checkpoint import fingerprint
 from l2p_runtime.errors import ArtifactError

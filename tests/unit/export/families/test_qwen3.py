@@ -17,9 +17,14 @@ from safetensors.numpy import load_file, save_file
 
 from l2p_calib.plans.plan import PLANS
 from l2p_export.families.qwen3 import open_text_encoder
-from l2p_export.families.qwen3.dimensions import TextEncoderDimensions, network_shapes, parse_config, read_config
+from l2p_export.families.qwen3.dimensions import (
+    TextEncoderDimensions,
+    network_shapes,
+    parse_config,
+    read_config,
+    text_encoder_shapes,
+)
 from l2p_export.families.z_image_l2p import PUBLISHED
-from l2p_export.families.z_image_l2p.latent_shapes import text_encoder_shapes
 from l2p_export.graphs.export import weight_bytes
 from l2p_export.tensors.checkpoint import fingerprint
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError

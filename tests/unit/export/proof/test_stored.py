@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
-from l2p_export.proof.compare import Case, case_inputs
+from l2p_export.proof.cases import Case, case_inputs
 from l2p_export.proof.stored import PIXEL_STEP, WHOLE_PIXELS_MAX, pixel_step, read_case, write_case
 from l2p_runtime.bundle import Bundle
 from l2p_runtime.contract import ReferenceCase

@@ -13,7 +13,8 @@ from safetensors.torch import save_file as save_torch
 
 from golden import tiny_checkpoint
 from l2p_export.checkpoint.loading import checkpoint_record, load_model
-from l2p_export.tensors.sources import FileTensor, read_tensor, weights_digest
+from l2p_export.tensors.digests import weights_digest
+from l2p_export.tensors.sources import FileTensor, read_tensor
 from l2p_runtime.tensorfile import open_tensorfile
 
 STATE = tiny_checkpoint.checkpoint(16)

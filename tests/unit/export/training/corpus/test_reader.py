@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fakes.sources import tiny_spec, write_tiny_corpus, write_tiny_source
-from l2p_export.training.corpus.corpus import Corpus, open_corpus, read_image
+from l2p_export.training.corpus import reader
+from l2p_export.training.corpus.corpus import Corpus, Row, open_corpus, read_image
+from l2p_export.training.corpus.reader import image_reader
 from l2p_export.training.corpus.rendered import render_corpus, world_captions, world_scenes
 from l2p_export.training.loop.loop import CPU
-from l2p_export.training.transfer import batches
-from l2p_export.training.transfer.batches import image_reader
 from l2p_export.training.transfer.train import transfer
 from l2p_runtime.errors import UsageError
 from l2p_runtime.progress import Silent
@@ -26,11 +26,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are read, in order."""
     names: list[str] = []
 
-    def counted(corpus: Corpus, row: batches.Row) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def counted(corpus: Corpus, row: Row) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         names.append(row.file_name)
         return read_image(corpus, row)
 
-    monkeypatch.setattr(batches, "read_image", counted)
+    monkeypatch.setattr(reader, "read_image", counted)
     return names
 
 
@@ -57,7 +57,7 @@ def test_files_are_read_once(tmp_path: Path, reads: list[str]) -> None:
 def test_what_does_not_fit_is_read_again(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_tiny_corpus(tmp_path)
     height, width, _ = read_image(corpus, corpus.rows[0]).shape
-    monkeypatch.setattr(batches, "KEPT_BYTES", 3 * height * width)
+    monkeypatch.setattr(reader, "KEPT_BYTES", 3 * height * width)
     read = image_reader(corpus, CPU)
     first, again = read([0, 2, 4], 32), read([0, 2, 4], 32)
     assert again.equal(first)

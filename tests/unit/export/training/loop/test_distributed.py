@@ -24,7 +24,8 @@ from fakes.training_team import STEPS, TRANSFERS
 from l2p_export.training.corpus.corpus import open_corpus
 from l2p_export.training.loop.distributed import ALONE, Team, gathered, joined, made_whole, own_part, part_for
 from l2p_export.training.source.folder import open_source
-from l2p_export.training.transfer.train import PLAIN, Means, transfer
+from l2p_export.training.transfer.spec import PLAIN, Means
+from l2p_export.training.transfer.train import transfer
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.progress import Silent
 

@@ -22,7 +22,7 @@ from l2p_export.training.loop.distributed import ALONE, Team
 from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.transfer import forecast as forecasting
 from l2p_export.training.transfer.forecast import TrainingForecast, kept_bytes, require_memory, transfer_forecast
-from l2p_export.training.transfer.train import PLAIN, Means, TransferSpec
+from l2p_export.training.transfer.spec import PLAIN, Means, TransferSpec
 from l2p_runtime.errors import HostError
 from l2p_runtime.positions import rope_tables
 

@@ -23,24 +23,25 @@ from l2p_export.families.z_image_l2p.pixel import PixelModel, Window, checkpoint
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors.sources import read_tensor
 from l2p_export.training.corpus.corpus import Corpus, append_rows, open_corpus, write_image
+from l2p_export.training.corpus.reader import image_reader
 from l2p_export.training.flow import sample
 from l2p_export.training.loop.distributed import ALONE, Team
 from l2p_export.training.loop.loop import CPU, Schedule
 from l2p_export.training.source.folder import Source, encode_texts
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
-from l2p_export.training.transfer.batches import Batch, batches, embed_captions, image_reader
-from l2p_export.training.transfer.storage import StoredLinear
-from l2p_export.training.transfer.train import (
+from l2p_export.training.transfer.batches import Batch, batches, embed_captions
+from l2p_export.training.transfer.model import initial_model
+from l2p_export.training.transfer.spec import (
     PLAIN,
     Means,
     TransferSpec,
-    initial_model,
     pixel_dimensions,
     require_compiler,
     require_split,
-    transfer,
     transfer_dimensions,
 )
+from l2p_export.training.transfer.storage import StoredLinear
+from l2p_export.training.transfer.train import transfer
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables

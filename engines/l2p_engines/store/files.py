@@ -1,0 +1,87 @@
+"""Lock files, and files that are written through a temporary name, an fsync and a rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from l2p_runtime.contract.codec import to_json
+from l2p_runtime.errors import HostError
+
+
+@contextmanager
+def locked(
+    path: Path,
+    waiting: Callable[[], None] | None = None,
+    *,
+    is_shared: bool = False,
+    busy: str = "another process holds a lock",
+) -> Iterator[None]:
+    """Hold a lock file; the kernel drops it with the process, however that ends, and the file goes with the lock.
+
+    Args:
+        path: the lock file.
+        waiting: told that somebody else holds it, before waiting for it; without it, that is an error.
+        is_shared: others may hold it too.
+        busy: what the error says.
+
+    Raises:
+        HostError: somebody else holds it.
+    """
+    handle = _acquire(path, waiting, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX, busy)
+    try:
+        yield
+    finally:
+        if not is_shared:
+            path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(path: Path, waiting: Callable[[], None] | None, mode: int, busy: str) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, mode | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or waiting is None:
+                    raise HostError(busy, hint="wait for it, then try again") from error
+                waiting()
+                fcntl.flock(handle, mode)
+            # Whoever held it has unlinked the file that was opened here; then the lock locks nothing.
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def write_json(path: Path, data: Any, work: Path) -> None:
+    """Write a spec as JSON: in the folder `work` first, then into place by one rename."""
+    # Two processes may write the same record at once.
+    partial = work / f"{path.name}.{secrets.token_hex(8)}"
+    with partial.open("w", encoding="ascii") as file:
+        json.dump(to_json(data), file)
+        file.flush()
+        os.fsync(file.fileno())
+    path.parent.mkdir(exist_ok=True)
+    partial.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

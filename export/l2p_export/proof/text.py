@@ -1,0 +1,171 @@
+"""Compares a text encoder's graphs and engines with torch float32 on one stored case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_calib.ledger import compare, graph_stage_name, require_passed, threshold_of
+from l2p_engines.store.stages import Made, StageRunner, named_by_content
+from l2p_export.families.qwen3.folder import torch_text_encoder
+from l2p_export.proof.compare import run_engine
+from l2p_export.toolchain import toolchain
+from l2p_runtime.bundle import file_digest
+from l2p_runtime.contract import TEXT_ENCODER, FileRecord, GraphRecord, LedgerEntry, TextRecord
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.errors import ArtifactError, UnsupportedError
+from l2p_runtime.memory import available_host_bytes
+from l2p_runtime.networks import load_network
+from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from l2p_export.families.qwen3.folder import TextEncoder
+    from l2p_runtime.backends import Backend
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.progress import Reporter
+
+    Tensors = Mapping[str, NDArray[Any]]
+
+
+CASE = "text"
+"""Name of the one case that the ledger holds: two token rows of which one is padded."""
+
+
+_CASE_LENGTHS = (24, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    ledger: tuple[LedgerEntry, ...]
+
+
+def verify_text(bundle: Bundle, backend: Backend, stage: str, plan: str) -> list[LedgerEntry]:
+    """Run the stored case of a bundle's text encoder under one plan; nothing without an encoder.
+
+    Args:
+        bundle: the bundle.
+        backend: what runs its graph or its engine.
+        stage: what the ledger calls the comparison.
+        plan: name of the plan.
+
+    Raises:
+        ArtifactError: the reference file is damaged.
+    """
+    text = bundle.manifest.text
+    if text is None:
+        return []
+    if text.reference is None:
+        reason = "no stored reference; the encoder did not fit the memory of the machine that built the bundle"
+        return [_not_run(stage, reason)]
+    case = _read_case(bundle, text)
+    engine = load_network(bundle, backend, TEXT_ENCODER, plan)
+    try:
+        return [_compare(case, run_engine(engine, backend.device, _inputs(case)), stage, plan)]
+    finally:
+        engine.close()
+
+
+def _prove(
+    run: StageRunner,
+    encoder: TextEncoder,
+    graphs: Sequence[GraphRecord],
+    files: Mapping[str, FileRecord],
+    backend: Backend,
+    reporter: Reporter,
+) -> tuple[tuple[FileRecord, ...], tuple[LedgerEntry, ...]]:
+    """The stored case, if this machine can make one, and the ledger."""
+    needed = 2 * 4 * sum(math.prod(shape) for shape in encoder.shapes.values())
+    fits = needed <= available_host_bytes()
+    inputs = {
+        "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
+        "fits": fits,
+        "thresholds": {record.plan: threshold_of(record.plan, TEXT_ENCODER) for record in graphs},
+        "backend": backend.identity,
+        "tools": toolchain(),
+    }
+
+    def make(work: Path) -> Made:
+        if not fits:
+            reason = f"the text encoder in float32 takes about {needed:,} bytes here, more than are free"
+            return Made(facts=_Facts(tuple(_not_run(graph_stage_name(record.plan), reason) for record in graphs)))
+        with reporter.stage("text reference in torch float32", 1, "calls") as advance:
+            case = _reference(encoder)
+            advance(1)
+        ledger = []
+        for record in graphs:
+            with reporter.stage(f"text ledger {record.plan}", 1, "calls") as advance:
+                stage = graph_stage_name(record.plan)
+                paths = run.path(files[record.graph]), run.path(files[record.weights])
+                try:
+                    engine = backend.load(*paths, encoder.network)
+                except UnsupportedError as error:
+                    ledger.append(_not_run(stage, str(error)))
+                    continue
+                try:
+                    made = run_engine(engine, backend.device, _inputs(case))
+                    ledger.append(_compare(case, made, stage, record.plan))
+                finally:
+                    engine.close()
+                advance(1)
+        require_passed(ledger)
+        write_tensorfile(work / CASE, case)
+        digest = file_digest(work / CASE)
+        path = named_by_content(work / CASE, f"{CASE}.safetensors", digest)
+        return Made("reference", ((path, digest),), _Facts(tuple(ledger)))
+
+    stage = run("proof", TEXT_ENCODER, inputs, make)
+    return stage.files, from_json(_Facts, stage.facts).ledger
+
+
+def _not_run(stage: str, reason: str) -> LedgerEntry:
+    return LedgerEntry(stage, TEXT_ENCODER, CASE, "not run", reason)
+
+
+def _reference(encoder: TextEncoder) -> dict[str, NDArray[Any]]:
+    """Token numbers spread over the whole vocabulary, the mask, and what torch makes of them."""
+    import numpy as np
+    import torch
+
+    shape = (len(_CASE_LENGTHS), max(_CASE_LENGTHS))
+    ids = np.linspace(0, encoder.config.sizes.vocabulary - 1, math.prod(shape)).astype(np.int64)
+    mask = np.arange(shape[1]) < np.asarray(_CASE_LENGTHS)[:, np.newaxis]
+    case = {"input_ids": ids.reshape(shape), "attention_mask": mask.astype(np.int64)}
+    module = torch_text_encoder(encoder)
+    with torch.no_grad():
+        made = module(**{name: torch.from_numpy(value) for name, value in case.items()})
+    return {**case, "prompt_embeds": made.numpy()}
+
+
+def _inputs(case: Tensors) -> dict[str, NDArray[Any]]:
+    return {"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]}
+
+
+def _compare(case: Tensors, made: Tensors, stage: str, plan: str) -> LedgerEntry:
+    """Rows of padding are thrown away by the runtime, and are not compared."""
+    real = case["attention_mask"] != 0
+    expected, found = case["prompt_embeds"][real], made["prompt_embeds"][real]
+    return compare(expected, found, stage=stage, network=TEXT_ENCODER, case=CASE, plan=plan)
+
+
+def _read_case(bundle: Bundle, text: TextRecord) -> dict[str, NDArray[Any]]:
+    file = open_tensorfile(bundle.path(text.reference or ""))
+    shape = (len(_CASE_LENGTHS), max(_CASE_LENGTHS))
+    sizes = {"B": shape[0], "L": shape[1]}
+    specs = (*text.network.inputs, *text.network.outputs)
+    wanted = {spec.name: (_STORED[spec.dtype], spec.resolve(sizes)) for spec in specs}
+    if {name: (info.dtype, info.shape) for name, info in file.tensors.items()} != wanted:
+        raise ArtifactError(
+            f"reference `{text.reference}` does not hold the case `{CASE}`", hint="build the bundle again"
+        )
+    case = {name: file.read(name) for name in file.tensors}
+    if not ((case["input_ids"] >= 0) & (case["input_ids"] < text.vocabulary)).all():
+        raise ArtifactError(f"reference `{text.reference}` has token numbers outside the vocabulary")
+    return case
+
+
+_STORED = {"int64": "I64", "float32": "F32"}

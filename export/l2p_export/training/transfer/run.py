@@ -1,0 +1,135 @@
+"""A transfer from start to end: checked with its forecast of memory first, then trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2p_export.training.corpus.corpus import open_corpus
+from l2p_export.training.corpus.rendered import world_scenes
+from l2p_export.training.sheet import SampleSpec
+from l2p_export.training.source.folder import open_headers, open_source
+from l2p_export.training.transfer.batches import padded_lengths, require_seeds
+from l2p_export.training.transfer.forecast import TrainingForecast, require_memory, transfer_forecast
+from l2p_export.training.transfer.samples import pixel_samples
+from l2p_export.training.transfer.spec import pixel_dimensions, require_compiler, require_split
+from l2p_export.training.transfer.train import transfer
+from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
+
+if TYPE_CHECKING:
+    from l2p_export.families.z_image_l2p.dimensions import Dimensions
+    from l2p_export.training.corpus.reader import Images
+    from l2p_export.training.loop.distributed import Team
+    from l2p_export.training.transfer.spec import Means, TransferSpec
+    from l2p_runtime.progress import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class TransferJob:
+    """A transfer that was checked and not yet begun.
+
+    Attributes:
+        source: pipeline folder.
+        images: what is trained on.
+        samples: what is drawn and judged at each saved state; None for nothing.
+        dimensions: of the pixel model.
+    """
+
+    source: Path
+    images: Images
+    spec: TransferSpec
+    means: Means
+    team: Team
+    samples: SampleSpec | None
+    dimensions: Dimensions
+    forecast: TrainingForecast
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The settings, for people."""
+        layers = [self.dimensions.trunk.start, self.dimensions.trunk.stop]
+        return {"images": len(self.images), "trunk_layers": layers, **asdict(self.spec), **asdict(self.means)}
+
+    def require_memory(self) -> None:
+        """Check the forecast against this machine.
+
+        Raises:
+            HostError: the transfer does not fit.
+        """
+        require_memory(self.forecast, self.spec, self.means, self.team)
+
+
+def check_transfer(
+    source: Path,
+    corpus: Path | None,
+    spec: TransferSpec,
+    means: Means,
+    team: Team,
+    *,
+    scenes: int,
+    samples: int,
+) -> TransferJob:
+    """Check everything that headers tell, and forecast memory.
+
+    Args:
+        source: pipeline folder.
+        corpus: folder of images; None for scenes of the small world.
+        spec: what is trained.
+        means: how memory and precision are spent.
+        team: the processes that take part.
+        scenes: number of scenes where there is no corpus.
+        samples: number of captions drawn and judged at each saved state; 0 for none.
+
+    Raises:
+        UsageError: options that do not fit each other, or images without seeds for stored noise.
+        ArtifactError: the source or the corpus cannot be read.
+    """
+    require_split(spec.schedule, team)
+    require_compiler(means, team)
+    drawn = SampleSpec(samples, min(spec.sizes_px), shift=spec.shift) if samples else None
+    transformer, encoder = open_headers(source)
+    images = open_corpus(corpus) if corpus else world_scenes(scenes, spec.schedule.seed)
+    if spec.noise == "stored":
+        require_seeds(images)
+    d = pixel_dimensions(transformer, spec)
+    lengths = padded_lengths(load_tokenizer(encoder.tokenizer, CHAT_TEMPLATE), images)
+    forecast = transfer_forecast(
+        d,
+        spec,
+        means,
+        team,
+        caption_tokens=max(lengths.values()),
+        text_parameters=sum(math.prod(shape) for shape in encoder.shapes.values()),
+        caption_values=sum(lengths.values()) * d.caption_width,
+        files=len(images) if corpus else 0,
+    )
+    return TransferJob(source, images, spec, means, team, drawn, d, forecast)
+
+
+def run_transfer(
+    job: TransferJob, out: Path, work: Path, init: Path | None, metadata: Mapping[str, str], report: Reporter
+) -> None:
+    """Train, or resume from the last saved state in `work`, and write adapters to `out`.
+
+    Raises:
+        UsageError: the states in `work` are of another run.
+        ArtifactError: the source or `init` does not fit the model.
+    """
+    opened = open_source(job.source)
+    on_save = None if job.samples is None else pixel_samples(work, job.dimensions, opened, job.samples)
+    transfer(
+        opened,
+        job.images,
+        job.spec,
+        out,
+        work,
+        report,
+        on_save,
+        init=init,
+        means=job.means,
+        team=job.team,
+        metadata=metadata,
+    )
