@@ -168,7 +168,7 @@ def test_queries_and_keys_are_measured_behind_the_rotation(attentive: Trunk) -> 
 
 
 def test_attention_in_float8_is_refused_where_it_is_decomposed() -> None:
-    plan = PrecisionPlan("fp32", "float32", PLANS["fp8-attention"].rules[-3:])
+    plan = PrecisionPlan("fp32", "fp32", "float32", PLANS["fp8-attention"].rules[-3:])
     with pytest.raises(InternalError, match=rf"no Attention that reads what `{ATTENTION}\.to_v\.weight` makes"):
         trace_plan(ZImageModel(D), network_spec(D, "trunk"), plan)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from l2p_calib.plans.plan import PLANS, LayerRule, PrecisionPlan
 from l2p_engines.store.stages import Home, StageRunner
-from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.build.text import add_text_encoder
+from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.precision import text as ranges
 from l2p_export.precision.text import plans_by_ranges
 from l2p_export.tensors.sources import read_tensor
@@ -105,7 +106,7 @@ def test_the_cast_alone_is_refused(folder: Path, tmp_path: Path, name: str, plan
 def test_a_usual_encoder_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     plans, entries = by_ranges(open_text_encoder(folder, WIDTH), tmp_path / "out", "fp16", "fp16-plain", "bf16", "fp8")
     assert plans == [PLANS[name] for name in ("fp16", "fp16-plain", "bf16", "fp8")]
-    assert [entry.stage for entry in entries] == [
+    assert [str(entry.comparison) for entry in entries] == [
         f"float32 ranges -> {name} graph" for name in ("fp16", "fp16-plain", "fp8")
     ]
     assert {entry.case for entry in entries} == {"ranges"}

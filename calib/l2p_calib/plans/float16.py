@@ -66,7 +66,7 @@ def measured_plan(base: PrecisionPlan, measurements: Sequence[Measurement], head
     """
     layers = [entry for item in measurements for entry in measured_layers(base, item, headroom)]
     digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
-    return PlanFile(base.name, base.default, headroom, digests, tuple(layers))
+    return PlanFile(base.name, base.base, base.default, headroom, digests, tuple(layers))
 
 
 def overflows(plan: PrecisionPlan, measurement: Measurement, limit: float = FLOAT16_MAX) -> list[tuple[str, float]]:

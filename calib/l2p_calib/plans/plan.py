@@ -1,7 +1,6 @@
 """Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why (design section 10).
 
-A plan's name is that of its base, `fp32`, `fp16`, `fp8` or `bf16`, alone or followed by a dash and something of its
-own; the base says what a bundle is judged by.
+A plan's name is free; its base says what a bundle is judged by.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from l2p_calib.layout import ATTENTION_INPUTS
-from l2p_runtime.contract import PlanRef
+from l2p_runtime.contract import BasePrecision, PlanRef
 from l2p_runtime.contract.codec import to_json
 
 ComputeDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
@@ -71,9 +70,16 @@ class InputScale:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """Which dtype each layer's weights are stored in, and so computes in; scales of weights, and of inputs of FP8."""
+    """Which dtype each layer's weights are stored in, and so computes in; scales of weights, and of inputs of FP8.
+
+    Attributes:
+        name: free; files and manifests know the plan by it.
+        base: the plan of `PLANS` that it was made from; decides thresholds and what a GPU must have.
+        default: dtype of layers that no rule names.
+    """
 
     name: str
+    base: BasePrecision
     default: ComputeDType
     rules: tuple[LayerRule, ...] = ()
     scales: tuple[LayerScale, ...] = ()
@@ -134,7 +140,7 @@ class PrecisionPlan:
     def ref(self) -> PlanRef:
         """The plan's name and the digest of its content."""
         text = json.dumps(to_json(self), sort_keys=True)
-        return PlanRef(self.name, hashlib.sha256(text.encode()).hexdigest()[:16])
+        return PlanRef(self.name, digest=hashlib.sha256(text.encode()).hexdigest()[:16], base=self.base)
 
 
 _FP16_RULES = (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),)
@@ -154,14 +160,15 @@ _ATTENTION_RULES = tuple(
     LayerRule(f"*.attention.{name}", FLOAT8, "an input of attention itself") for name in ATTENTION_INPUTS
 )
 
-PLANS: dict[str, PrecisionPlan] = {
-    "fp32": PrecisionPlan("fp32", "float32"),
-    "fp16": PrecisionPlan("fp16", "float16", _FP16_RULES),
-    "fp16-plain": PrecisionPlan("fp16-plain", "float16", _FP16_RULES),
-    "fp8": PrecisionPlan("fp8", "float16", _FP8_RULES),
-    "fp8-attention": PrecisionPlan("fp8-attention", "float16", (*_FP8_RULES, *_ATTENTION_RULES)),
-    "fp8-plain": PrecisionPlan("fp8-plain", "float16", _FP8_RULES),
+PLANS: dict[BasePrecision, PrecisionPlan] = {
+    "fp32": PrecisionPlan("fp32", "fp32", "float32"),
+    "fp16": PrecisionPlan("fp16", "fp16", "float16", _FP16_RULES),
+    "fp16-plain": PrecisionPlan("fp16-plain", "fp16-plain", "float16", _FP16_RULES),
+    "fp8": PrecisionPlan("fp8", "fp8", "float16", _FP8_RULES),
+    "fp8-attention": PrecisionPlan("fp8-attention", "fp8-attention", "float16", (*_FP8_RULES, *_ATTENTION_RULES)),
+    "fp8-plain": PrecisionPlan("fp8-plain", "fp8-plain", "float16", _FP8_RULES),
     "bf16": PrecisionPlan(
+        "bf16",
         "bf16",
         "bfloat16",
         (LayerRule("t_embedder", "float32", "angles reach 1000 rad; bfloat16 spaces numbers there by 4"),),
@@ -169,13 +176,8 @@ PLANS: dict[str, PrecisionPlan] = {
 }
 """The plans by name, as they are before anything is measured."""
 
-SWEPT = ("fp8", "fp8-attention")
+SWEPT: tuple[BasePrecision, ...] = ("fp8", "fp8-attention")
 """Plans that a sweep can start from."""
 
-MEASURED = ("fp16", *SWEPT, "fp8-plain")
+MEASURED: tuple[BasePrecision, ...] = ("fp16", *SWEPT, "fp8-plain")
 """Plans that a build completes from what it measures; the others are taken as they stand."""
-
-
-def base_plan(name: str) -> PrecisionPlan | None:
-    """The plan that one of this name is made from; None for a name that says nothing."""
-    return PLANS.get(name) or PLANS.get(name.partition("-")[0])

@@ -29,10 +29,11 @@ from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
 from l2p_engines.store.shared import open_store, register_bundle
 from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
+from l2p_export.build.text import add_text_encoder
 from l2p_export.checkpoint.demo import UNTRAINED, demo_model
 from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
 from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
-from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
 from l2p_export.precision.plans import Asked, Planned, make_plans
@@ -44,6 +45,7 @@ from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
 from l2p_runtime.bundle import Bundle
 from l2p_runtime.contract import (
+    BASE_PRECISIONS,
     SCHEMA,
     TEXT_ENCODER,
     FileRecord,
@@ -241,7 +243,8 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
     wanted = [] if plan.jobs == 1 else _to_trace(plan, planned, run, digests)
     with tracing_ahead(run.home, wanted, plan.jobs):
         graphs, files = _graphs(plan, planned, run, digests, reporter)
-    proof = prove(run, references, graphs, {record.path: record for record in files}, backend, reporter)
+    bases = {item.plan.name: item.plan.base for item in planned}
+    proof = prove(run, references, graphs, bases, {record.path: record for record in files}, backend, reporter)
     del references  # holds what every case made
     files += [item.file for item in planned if item.file is not None]
     text = None
@@ -319,10 +322,12 @@ def _to_trace(plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, d
 
 
 def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> Asked:
-    unknown = [name for name in precisions if name not in PLANS]
+    unknown = [name for name in precisions if name not in BASE_PRECISIONS]
     if unknown:
         raise UsageError(f"there is no precision `{unknown[0]}`", hint=f"precisions: {', '.join(PLANS)}")
-    names = list(dict.fromkeys(precisions or (() if plan_files else ("fp32",))))
+    asked = precisions or (() if plan_files else ("fp32",))
+    names = [base for base in BASE_PRECISIONS if base in asked]
+    names.sort(key=asked.index)
     files = tuple(read_plan(path) for path in plan_files)
     for index, file in enumerate(files):
         if file.name in (*names, *(other.name for other in files[:index])):

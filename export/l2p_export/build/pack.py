@@ -9,10 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.plans.plan import base_plan
 from l2p_engines.store.output import open_output, require_disk
 from l2p_engines.store.stages import WORK
-from l2p_runtime.contract import PORTABLE, EngineRecord, GraphRecord, Manifest, target_from_spelling
+from l2p_runtime.contract import (
+    PORTABLE,
+    Comparison,
+    EngineRecord,
+    GraphRecord,
+    Manifest,
+    PlanRef,
+    target_from_spelling,
+)
 from l2p_runtime.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -22,9 +29,9 @@ if TYPE_CHECKING:
 _COPY_BYTES = 8 << 20
 _SPARE_BYTES = 1 << 20
 
-TARGETS: dict[str, Callable[[str], bool]] = {
+TARGETS: dict[str, Callable[[PlanRef], bool]] = {
     # ONNX Runtime has no bfloat16 kernels on the CPU (tensorrt.md 4).
-    "onnx-cpu": lambda plan: (base := base_plan(plan)) is None or base.default != "bfloat16",
+    "onnx-cpu": lambda plan: plan.base != "bf16",
 }
 """What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""
 
@@ -46,7 +53,7 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
     if target is None:
         kept = chosen
     elif target in TARGETS:
-        kept = [name for name in chosen if TARGETS[target](name)]
+        kept = [name for name in chosen if TARGETS[target](manifest.plan(name))]
     else:
         kept = list(dict.fromkeys(record.plan for record in engines))
     if not kept:
@@ -72,17 +79,23 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
                     f"the bundle has no graph of `{record.network}`: it was packed for engines",
                     hint="pack the bundle that it was packed from",
                 )
-    stages = tuple(f" {name} graph" for name in kept)
-    built = {f"{record.plan} graph -> {record.target} engine" for record in engines}
+    built = {(record.plan, record.target) for record in engines}
     return replace(
         manifest,
         plans=tuple(plan for plan in manifest.plans if plan.name in kept),
         graphs=graphs,
         text=text,
         files=tuple(replace(record, in_store=False) for record in manifest.files if record.path in used),
-        ledger=tuple(e for e in manifest.ledger if e.stage.endswith(stages) or e.stage in built),
+        ledger=tuple(entry for entry in manifest.ledger if _is_kept(entry.comparison, kept, built)),
         engines=engines,
     )
+
+
+def _is_kept(comparison: Comparison, plans: Sequence[str], engines: set[tuple[str, str]]) -> bool:
+    """Whether a copy with these plans, and engines by plan and target, holds what was compared."""
+    if comparison.target is not None:
+        return (comparison.plan, comparison.target) in engines
+    return comparison.plan in plans
 
 
 def _engines(manifest: Manifest, target: str | None, plans: Sequence[str]) -> tuple[EngineRecord, ...]:

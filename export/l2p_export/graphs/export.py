@@ -242,8 +242,8 @@ def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings
 
 
 def _traced(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:
-    """All that decides a trace: it knows the scales of inputs as little as it knows weights, and no plan's name."""
-    nameless = replace(plan.of_layers(_layers(model, network.name)), name="", inputs=())
+    """All that decides a trace: not the values of weights and input scales, and neither name nor base of the plan."""
+    nameless = replace(plan.of_layers(_layers(model, network.name)), name="", base="fp32", inputs=())
     return _structure(model, network, plan, settings) | {"plan": nameless}
 
 

@@ -28,14 +28,13 @@ from l2p_calib.statistics.ranges import (
 )
 from l2p_engines.store.files import locked
 from l2p_export.graphs.names import published_names
-from l2p_export.graphs.stored import PLAN, bundle_digests, bundle_model
-from l2p_export.proof.cases import network_inputs
+from l2p_export.graphs.stored import bundle_digests, bundle_model, float32_plan
+from l2p_export.proof.cases import call_inputs, network_inputs
 from l2p_export.toolchain import toolchain
 from l2p_runtime import Pipeline, __version__
 from l2p_runtime.contract import NETWORKS
-from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.errors import UsageError
 from l2p_runtime.noise import normal_noise
-from l2p_runtime.positions import rope_tables
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 
 if TYPE_CHECKING:
@@ -137,10 +136,7 @@ def plan_calibration(
     model, manifest = bundle.manifest.model, bundle.manifest
     if samples < 1:
         raise UsageError(f"--samples is {samples}, expected 1 or more")
-    if PLAN not in {plan.name for plan in manifest.plans} or not manifest.has_graph("trunk", PLAN):
-        raise ArtifactError(
-            f"`{bundle.root}` has no {PLAN} graphs to measure", hint="build it with --precision fp32 in addition"
-        )
+    float32_plan(bundle)
     if prompts is not None and manifest.text is None:
         raise UsageError("prompts were given, and the bundle has no text encoder", hint="build it with --text-encoder")
     least = manifest.profiles[0]
@@ -219,7 +215,7 @@ def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
     spec = plan.bundle.manifest.model
     steps = min(plan.bundle.manifest.sampling.steps, STEPS_MAX)
     with (
-        Pipeline.open(plan.bundle.root, "onnx", plan=PLAN, store=plan.bundle.store) as pipe,
+        Pipeline.open(plan.bundle.root, "onnx", plan=float32_plan(plan.bundle), store=plan.bundle.store) as pipe,
         reporter.stage("drawing", len(left), "samples") as advance,
     ):
         used = sorted({plan.samples[index].prompt for index in left})
@@ -240,20 +236,8 @@ def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
                 )
                 drawn = sample.seed, pixels.astype(np.float32).transpose(2, 0, 1) * 2 - 1
             noise = normal_noise(sample.seed, image_index=index + 1, rows=(0, size[0]), cols=(0, size[1]))
-            tokens = len(embeds[sample.prompt])
-            padded = np.zeros((1, spec.padded(tokens), spec.caption_width), np.float32)
-            padded[:, :tokens] = embeds[sample.prompt]
-            rows, columns = size[0] // spec.patch_px, size[1] // spec.patch_px
-            cosine, sine = rope_tables(spec, rows, columns, padded.shape[1])
-            case = {
-                "image": (sample.time * drawn[1] + (1 - sample.time) * noise)[np.newaxis].astype(np.float32),
-                "time": np.asarray([sample.time], np.float32),
-                "prompt_embeds": padded,
-                "caption_mask": np.arange(padded.shape[1])[np.newaxis] < tokens,
-                "rope_cos": cosine,
-                "rope_sin": sine,
-                "grid": np.asarray([rows, columns], np.int64),
-            }
+            image = (sample.time * drawn[1] + (1 - sample.time) * noise)[np.newaxis].astype(np.float32)
+            case = call_inputs(spec, image, sample.time, embeds[sample.prompt])
             _write_tensors(_case_path(folder, index), case)
             advance(1)
 
@@ -278,7 +262,7 @@ def _measure(
     done = folder / f"{network}.json"
     if done.is_file():
         return read_statistics(done).networks[0]
-    path = plan.bundle.path(plan.bundle.manifest.graph(network, PLAN).graph)
+    path = plan.bundle.path(plan.bundle.manifest.graph(network, float32_plan(plan.bundle)).graph)
     graph = onnx.load(str(path), load_external_data=False).graph
     names = [point.name for point in layout.points]
     values_bytes = _values_bytes(plan, network, layout)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from l2p_calib.layout import ATTENTION_INPUTS
 from l2p_calib.plans.file import Evidence, Float8, LayerPlan, PlanFile, read_plan
-from l2p_calib.plans.plan import base_plan
-from l2p_export.graphs.stored import PLAN, bundle_model
+from l2p_calib.plans.plan import PLANS
+from l2p_export.graphs.stored import bundle_model, find_float32_plan
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import UsageError
@@ -60,7 +60,8 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
     for plan in bundle.manifest.plans:
         if plan.name in whole:
             found += _told(whole[plan.name], layer, path)
-        elif (base := base_plan(plan.name)) is not None:
+        else:
+            base = PLANS[plan.base]
             reason = next((rule.reason for rule in base.rules if rule.names(layer)), "all layers of this plan are so")
             found.append(Explanation(plan.name, layer, base.dtype(layer), base.exponent(layer), reason))
     return tuple(found)
@@ -102,7 +103,7 @@ def _explained(plan: str, entry: LayerPlan) -> Explanation:
 
 
 def _layers(bundle: Bundle) -> Iterator[str]:
-    if bundle.manifest.has_graph("trunk", PLAN):
+    if find_float32_plan(bundle.manifest) is not None:
         model = bundle_model(bundle)
         for network in NETWORKS:
             yield from model.layout(network).layers

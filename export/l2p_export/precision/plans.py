@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_calib.layout import layer_of_point
-from l2p_calib.ledger import ranges_stage_name
 from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
-from l2p_calib.plans.plan import FLOAT8, MEASURED, PrecisionPlan, base_plan
+from l2p_calib.plans.plan import FLOAT8, MEASURED, PLANS, PrecisionPlan
 from l2p_calib.statistics.ranges import (
     NetworkStatistics,
     Statistics,
@@ -32,9 +31,9 @@ from l2p_export.proof.cases import Case, case_inputs, small_cases
 from l2p_export.tensors.digests import WeightDigests
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import FileRecord, LedgerEntry, PlanRef
+from l2p_runtime.contract import FileRecord, LedgerEntry, PlanRef, ranges_comparison
 from l2p_runtime.contract.codec import from_json
-from l2p_runtime.errors import ArtifactError, InternalError, ParityError
+from l2p_runtime.errors import ArtifactError, ParityError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,10 +76,7 @@ class Planned:
     @property
     def for_text(self) -> PrecisionPlan:
         """The same for a text encoder, whose layers no plan speaks of."""
-        base = base_plan(self.plan.name)
-        if base is None:
-            raise InternalError(f"plan `{self.plan.name}` has no base")
-        return replace(base, name=self.plan.name)
+        return replace(PLANS[self.plan.base], name=self.plan.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +140,7 @@ def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, mea
     inputs = {
         "plan": plan,
         "file": file,
-        "is_measured": file is None and plan.name in MEASURED,
+        "is_measured": file is None and plan.base in MEASURED,
         "networks": measuring.digests,
         "cases": measuring.references.cases,
         "times": TIMES,
@@ -266,14 +262,14 @@ def _judge(plan: PrecisionPlan, measurements: Sequence[Measurement]) -> tuple[Le
     entries = []
     beyond: list[str] = []
     for item in measurements:
-        stage, network = ranges_stage_name(plan.name), item.layout.network
+        comparison, network = ranges_comparison(plan.name), item.layout.network
         if item.statistics is None:
-            entries.append(LedgerEntry(stage, network, CASE, "not run", "nothing was measured of it"))
+            entries.append(LedgerEntry(comparison, network, CASE, "not run", "nothing was measured of it"))
             continue
         beyond += [f"{point} ({peak:.3g})" for point, peak in overflows(plan, item)]
         point, peak = largest(plan, item)
         told = f"{peak:.3g} at {point} is the most of {item.statistics.calls} calls" if point else "nothing in float16"
-        entries.append(LedgerEntry(stage, network, CASE, "passed", f"{told}; float16 holds {FLOAT16_MAX:.0f}"))
+        entries.append(LedgerEntry(comparison, network, CASE, "passed", f"{told}; float16 holds {FLOAT16_MAX:.0f}"))
     if beyond:
         shown = ", ".join(beyond[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
         raise ParityError(

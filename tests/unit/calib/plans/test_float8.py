@@ -171,7 +171,7 @@ def test_attention_that_is_kept_or_was_not_measured() -> None:
 
 
 def test_the_end_of_a_name_in_a_rule() -> None:
-    plan = PrecisionPlan("x", "float16", (LayerRule("*.feed_forward.w1", FLOAT8, "a"),))
+    plan = PrecisionPlan("x", "fp16", "float16", (LayerRule("*.feed_forward.w1", FLOAT8, "a"),))
     assert plan.dtype("layers.3.feed_forward.w1.weight") == plan.dtype("layers.3.feed_forward.w1") == FLOAT8
     assert plan.dtype("layers.3.feed_forward.w10") == plan.dtype("feed_forward.w1") == "float16"
     assert plan.of_layers(["layers.3.feed_forward.w1.weight"]).rules == (LayerRule("*.feed_forward.w1", FLOAT8, ""),)

@@ -117,7 +117,7 @@ def commit(root: Path, folder: Path, made: dict[str, Stage]) -> None:
             sampling=Sampling(),
             networks=tuple(NetworkSpec(name, (), ()) for name in NETWORKS),
             profiles=(PROFILE,),
-            plans=(PlanRef("fp32", "0"),),
+            plans=(PlanRef("fp32", "0", "fp32"),),
             graphs=graphs,
             references=(),
             files=tuple(record for stage in made.values() for record in stage.files),
