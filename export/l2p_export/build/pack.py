@@ -23,7 +23,7 @@ _COPY_BYTES = 8 << 20
 _SPARE_BYTES = 1 << 20
 
 TARGETS: dict[str, Callable[[str], bool]] = {
-    # ONNX Runtime has no bfloat16 kernels on the CPU (tensorrt.md 4).
+    # ONNX Runtime has no bfloat16 kernels on the CPU (docs/design.md, "ONNX Runtime facts").
     "onnx-cpu": lambda plan: (base := base_plan(plan)) is None or base.default != "bfloat16",
 }
 """What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""
