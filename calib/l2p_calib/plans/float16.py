@@ -23,8 +23,8 @@ HEADROOM = 4.0
 timesteps bring larger ones."""
 
 USUAL_EXPONENT = -6
-"""What every branch is scaled by. The published model peaks at 63,000 there (landscape.md 2); 1,000 is far from both
-ends of float16."""
+"""What every branch is scaled by. The published model peaks at 63,000 there (docs/model.md, "Value ranges");
+1,000 is far from both ends of float16."""
 
 WEIGHT_PEAK_MIN = 2.0**-11
 """Scaled weights keep a largest magnitude of at least this: an eighth of it is still a normal float16 number."""

@@ -1,4 +1,6 @@
-"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why (design section 10).
+"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why.
+
+docs/design.md, "Precision", has the rules in short.
 
 A plan's name is free; its base says what a bundle is judged by.
 """
@@ -132,7 +134,7 @@ class PrecisionPlan:
         """ONNX operator set of the plan's graphs.
 
         TensorRT for RTX refuses the float32 `Attention` operator of opset 23 and builds it decomposed at 20
-        (tensorrt.md 3); a float16 or bfloat16 graph keeps it whole.
+        (docs/design.md, "TensorRT facts"); a float16 or bfloat16 graph keeps it whole.
         """
         return OPSET_DECOMPOSED_ATTENTION if self.default == "float32" else OPSET_WHOLE_ATTENTION
 

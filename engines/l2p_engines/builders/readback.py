@@ -1,4 +1,4 @@
-"""Reading an engine's precision back after its build, as far as this machine can (design section 10).
+"""Reading an engine's precision back after its build, as far as this machine can (docs/design.md, "Read-back").
 
 Without a GPU an engine cannot be opened. What its size tells is how many bytes its weights are stored in, so that a
 build whose weights were widened, or narrowed, is found; what its kernels compute in stays unverified.
@@ -13,7 +13,7 @@ from l2p_runtime.errors import ParityError
 
 WEIGHT_BYTES_THRESHOLD = 0.02
 """Largest part by which an engine without its kernels may differ from its weights: 0.2 % for 11.69 GB of float16 and
-0.5 % for 5.85 GB of float8 (tensorrt.md 3); a wrong dtype makes 50 % or more."""
+0.5 % for 5.85 GB of float8 (docs/design.md, "TensorRT facts"); a wrong dtype makes 50 % or more."""
 
 _UNVERIFIED = "compute precision not verified: that needs a GPU that opens the engine"
 

@@ -1,4 +1,6 @@
-"""A store: one folder whose stages and files many bundles share, so that a trunk is written once (design section 6).
+"""A store: one folder whose stages and files many bundles share, so that a trunk is written once.
+
+Its files (docs/design.md, "Bundle"):
 
 l2p-store.json             makes the folder a store
 bundles/DIGEST.PLACE.json  where a bundle lies that uses it; what no bundle uses can be pruned

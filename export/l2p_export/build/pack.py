@@ -30,7 +30,7 @@ _COPY_BYTES = 8 << 20
 _SPARE_BYTES = 1 << 20
 
 TARGETS: dict[str, Callable[[PlanRef], bool]] = {
-    # ONNX Runtime has no bfloat16 kernels on the CPU (tensorrt.md 4).
+    # ONNX Runtime has no bfloat16 kernels on the CPU (docs/design.md, "ONNX Runtime facts").
     "onnx-cpu": lambda plan: plan.base != "bf16",
 }
 """What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""

@@ -1,4 +1,4 @@
-"""What an opened engine computes in, layer by layer, beside what its plan says (design section 10).
+"""What an opened engine computes in, layer by layer, beside what its plan says (docs/design.md, "Read-back").
 
 A library shows the layers that it kept, and of what it fused the borders alone. So a dtype that is shown proves that
 the plan reached the kernels, and one that is not proves something only where every layer is listed.

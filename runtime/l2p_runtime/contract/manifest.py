@@ -1,4 +1,4 @@
-"""`bundle.json`: everything a bundle says about itself (design section 6)."""
+"""`bundle.json`: everything a bundle says about itself (docs/design.md, "Bundle")."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class CheckpointRecord:
     """Where the weights come from.
 
     Attributes:
-        fingerprint: MD5 over tensor names and shapes, published spelling (l2p.md 2.3).
+        fingerprint: MD5 over tensor names and shapes, published spelling (docs/model.md, "Fingerprints").
         known_as: the published model with that fingerprint; empty when unknown.
         trained: False for the seeded demo weights, which draw noise.
         licence: as stated in the checkpoint; empty when it states none.

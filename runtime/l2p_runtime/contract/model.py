@@ -65,7 +65,7 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Family, variant and dimensions of one model (design sections 2 and 5).
+    """Family, variant and dimensions of one model (docs/design.md, "Words" and "Networks").
 
     Attributes:
         trunk_layers: first layer of the trunk and the one after its last.

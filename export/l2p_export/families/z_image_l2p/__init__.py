@@ -38,7 +38,7 @@ PUBLISHED: Mapping[str, str] = {
     "fc3a8a1247fe185ce116ccbe0e426c28": "Z-Image (latent)",
     "0f050f62a88876fea6eae0a18dac5a2e": "Qwen3-4B text encoder",
 }
-"""Fingerprint of a published checkpoint to its name (l2p.md 2.3)."""
+"""Fingerprint of a published checkpoint to its name (docs/model.md, "Fingerprints")."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ EMBEDDER = re.compile(r"all_x_embedder\.[1-9]\d{0,3}-1\.weight")
 
 
 def trunk_sha256(source: Source, d: Dimensions) -> str:
-    """The digest of a source's trunk (design section 5); reads its values."""
+    """The digest of a source's trunk (docs/design.md, "Trunk digest"); reads its values."""
     return weights_digest(source.transformer.tensors, network_shapes("trunk", d))
 
 
