@@ -99,17 +99,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     renamed to `path`.
 
     Args:
-        path: where to; nothing or an empty folder may be there. Its parent must exist.
+        path: where to; a folder that is there is removed first. Its parent must exist.
 
     Yields:
         The temporary folder, empty.
 
     Raises:
-        OSError: the folder cannot be written, or `path` is taken.
+        OSError: the folder cannot be written, or a file is at `path`.
     """
     with _errors_naming(path), partial_folder(path) as partial:
         yield partial
         _sync_tree(partial)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         partial.rename(path)
         sync_folder(path.parent)
 

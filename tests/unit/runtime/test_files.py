@@ -188,14 +188,33 @@ def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException
     assert names(tmp_path) == []
 
 
-def test_a_folder_takes_no_place_that_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
-    with atomic_folder(tmp_path / "new") as partial:
-        (partial / "x").write_bytes(b"x")
-    with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "new") as partial:
-        (partial / "y").write_bytes(b"y")
-    assert names(tmp_path) == ["new"]
-    assert names(tmp_path / "new") == ["x"]
+def test_a_folder_replaces_a_folder_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        with atomic_folder(tmp_path / "new") as partial:
+            (partial / name).touch()
+    assert names(tmp_path / "new") == ["y"]
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for name in ("file", "link"):
+        with pytest.raises(NotADirectoryError) as caught, atomic_folder(tmp_path / name):
+            pass
+        assert str(caught.value.filename) == str(tmp_path / name)
+    assert names(tmp_path) == ["file", "link", "new"]
+    assert names(tmp_path / "new") == ["y"]
+
+
+def test_a_folder_that_cannot_be_synced_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "before").touch()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), atomic_folder(tmp_path / "x") as partial:
+        (partial / "after").touch()
+    assert names(tmp_path) == ["x"]
+    assert names(tmp_path / "x") == ["before"]
 
 
 def test_a_temporary_folder_goes_with_what_was_not_moved_out_of_it(tmp_path: Path) -> None:
