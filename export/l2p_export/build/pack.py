@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from l2p_engines.store.output import open_output, require_disk
-from l2p_engines.store.stages import WORK
 from l2p_runtime.contract import (
     PORTABLE,
     Comparison,
@@ -21,6 +19,7 @@ from l2p_runtime.contract import (
     target_from_spelling,
 )
 from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
@@ -145,29 +144,25 @@ def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> B
     with open_output(out) as output:
         require_disk(output.root, total + _SPARE_BYTES)
         with reporter.stage(f"copying into `{out}`", total) as advance:
-            partial = output.root / WORK / "copy"
-            partial.parent.mkdir(exist_ok=True)
             for record in manifest.files:
                 source, target = bundle.home(records[record.path]) / record.path, output.root / record.path
+                target.parent.mkdir(exist_ok=True)
                 # Beside what is there: an older copy stays whole, and a hard link keeps what it leads to.
-                if _copy(source, partial, advance) == record.sha256:
-                    target.parent.mkdir(exist_ok=True)
-                    partial.replace(target)
-                else:
-                    raise ArtifactError(
-                        f"`{source}` was changed after it was built: its digest differs", hint="build the bundle again"
-                    )
+                with atomic_file(target) as written:
+                    if _copy(source, written, advance) != record.sha256:
+                        raise ArtifactError(
+                            f"`{source}` was changed after it was built: its digest differs",
+                            hint="build the bundle again",
+                        )
         return output.commit(manifest, None, ())
 
 
-def _copy(source: Path, target: Path, advance: Callable[[int], None]) -> str:
+def _copy(source: Path, written: BinaryIO, advance: Callable[[int], None]) -> str:
     """Copy a file; the digest of what was copied."""
     digest = hashlib.sha256()
-    with source.open("rb") as read, target.open("wb") as written:
+    with source.open("rb") as read:
         while block := read.read(_COPY_BYTES):
             digest.update(block)
             written.write(block)
             advance(len(block))
-        written.flush()
-        os.fsync(written.fileno())
     return digest.hexdigest()

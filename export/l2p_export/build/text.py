@@ -91,6 +91,7 @@ def _text_stage(run: StageRunner, encoder: TextEncoder) -> Stage:
     def make(work: Path) -> Made:
         files = []
         for name, content in texts.items():
+            # The stage syncs its files before it is recorded.
             (work / name).write_bytes(content)
             files.append((named_by_content(work / name, name, digests[name]), digests[name]))
         return Made("text", tuple(files))

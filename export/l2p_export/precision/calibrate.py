@@ -26,7 +26,7 @@ from l2p_calib.statistics.ranges import (
     require_finite,
     statistics_to_bytes,
 )
-from l2p_engines.store.files import locked
+from l2p_engines.store.locks import locked
 from l2p_export.graphs.names import published_names
 from l2p_export.graphs.stored import bundle_digests, bundle_model, float32_plan
 from l2p_export.proof.cases import call_inputs, network_inputs
@@ -34,6 +34,7 @@ from l2p_export.toolchain import toolchain
 from l2p_runtime import Pipeline, __version__
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import UsageError
+from l2p_runtime.files import sweep_partials, write_bytes, write_text
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 
@@ -183,7 +184,7 @@ def calibrate(
         _draw(plan, folder, reporter)
         parts = [_measure(plan, name, digests[name], model.layout(name), folder, reporter) for name in NETWORKS]
         found = Statistics(SCHEMA, plan.source, tuple(sorted(parts, key=lambda item: (item.network, item.sha256))))
-        _write(plan.out, statistics_to_bytes(found))
+        write_bytes(plan.out, statistics_to_bytes(found))
         if more is not None:
             more(folder, found)
     shutil.rmtree(work, ignore_errors=True)
@@ -201,7 +202,8 @@ def _work_folder(work: Path, plan: Calibration) -> Iterator[Path]:
         if path.is_file() and path.read_text(encoding="utf-8") != plan.settings:
             shutil.rmtree(work)
             work.mkdir()
-        _write(path, plan.settings.encode())
+        sweep_partials(work)
+        write_text(path, plan.settings)
         yield work
 
 
@@ -238,7 +240,7 @@ def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
             noise = normal_noise(sample.seed, image_index=index + 1, rows=(0, size[0]), cols=(0, size[1]))
             image = (sample.time * drawn[1] + (1 - sample.time) * noise)[np.newaxis].astype(np.float32)
             case = call_inputs(spec, image, sample.time, embeds[sample.prompt])
-            _write_tensors(_case_path(folder, index), case)
+            write_tensorfile(_case_path(folder, index), case)
             advance(1)
 
 
@@ -272,7 +274,7 @@ def _measure(
         return lambda: _inputs(folder, network, index)
 
     def keep(index: int, made: Tensors) -> None:
-        _write_tensors(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
+        write_tensorfile(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
 
     with reporter.stage(f"measuring `{network}`", runs, "calls") as advance:
         points = point_values(graph, names, published_names)
@@ -280,7 +282,7 @@ def _measure(
         counters = count_graph(path, points, samples, values_bytes, keep, advance)
     found = network_statistics(network, sha256, counters)
     require_finite(found)
-    _write(done, statistics_to_bytes(Statistics(SCHEMA, plan.source, (found,))))
+    write_bytes(done, statistics_to_bytes(Statistics(SCHEMA, plan.source, (found,))))
     return found
 
 
@@ -313,15 +315,3 @@ def _values_bytes(plan: Calibration, network: str, layout: NetworkLayout) -> int
 
 def _case_path(folder: Path, index: int) -> Path:
     return folder / f"{index}.safetensors"
-
-
-def _write_tensors(path: Path, values: Tensors) -> None:
-    partial = path.with_suffix(".partial")
-    write_tensorfile(partial, dict(values))
-    partial.replace(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

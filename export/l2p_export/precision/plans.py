@@ -157,10 +157,11 @@ def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, mea
         facts = _Facts(_judge(chosen, measurements), chosen)
         if whole is None:
             return Made(facts=facts)
-        partial = work / "plan"
-        partial.write_bytes(plan_to_bytes(whole))
-        digest = file_digest(partial)
-        return Made("plans", ((named_by_content(partial, f"{plan.name}.json", digest), digest),), facts)
+        written = work / "plan"
+        # The stage syncs its files before it is recorded.
+        written.write_bytes(plan_to_bytes(whole))
+        digest = file_digest(written)
+        return Made("plans", ((named_by_content(written, f"{plan.name}.json", digest), digest),), facts)
 
     stage = run("plan", plan.name, inputs, make)
     facts = from_json(_Facts, stage.facts)

@@ -41,6 +41,7 @@ from l2p_runtime import Pipeline
 from l2p_runtime.contract import NETWORKS, BasePrecision
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import UsageError
+from l2p_runtime.files import write_bytes, write_text
 from l2p_runtime.networks import OpenedPlan, load_network
 
 if TYPE_CHECKING:
@@ -194,9 +195,7 @@ class _Sweeper:
             error, worst = relative_errors(sums)
             drawn = self._draw()
             found = Deviation(error, worst, min(map(_psnr_db, drawn.images, self.exact().images)), drawn.right)
-        written = path.with_suffix(".partial")
-        written.write_text(json.dumps(to_json(found), allow_nan=False), encoding="utf-8")
-        written.replace(path)
+        write_text(path, json.dumps(to_json(found), allow_nan=False))
         return found
 
     @contextmanager
@@ -296,9 +295,7 @@ def _write_all(out: Path, found: Sensitivity, plan: PlanFile, reporter: Reporter
         f"{NAME}.json": plan_to_bytes(plan),
     }
     for name, data in files.items():
-        written = out / f"{name}.partial"
-        written.write_bytes(data)
-        written.replace(out / name)
+        write_bytes(out / name, data)
         yield out / name
     if has_matplotlib():
         write_plot(out / "sensitivity.png", found)

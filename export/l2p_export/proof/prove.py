@@ -144,10 +144,10 @@ def _store(
     for seed, case in enumerate(cases):
         if not case.stored:
             continue
-        partial = work / case.name
-        write_case(partial, references[case.name], seed)
-        digest = file_digest(partial)
-        path = named_by_content(partial, f"{case.name}.safetensors", digest)
+        written = work / case.name
+        write_case(written, references[case.name], seed)
+        digest = file_digest(written)
+        path = named_by_content(written, f"{case.name}.safetensors", digest)
         size = (case.rows * patch_px, case.columns * patch_px)
         stored.append(ReferenceCase(case.name, f"reference/{path.name}", *size, case.caption_tokens))
         files.append((path, digest))
