@@ -26,6 +26,7 @@ from l2p_calib.plans.plan import (
     InputScale,
     LayerRule,
     LayerScale,
+    NamedPlan,
     PrecisionPlan,
     base_plan,
 )
@@ -261,7 +262,7 @@ def _check_attention(plan: PlanFile, attention: Attention) -> None:
         )
 
 
-def _check_float8(entry: LayerPlan, base: PrecisionPlan, name: str) -> None:
+def _check_float8(entry: LayerPlan, base: NamedPlan, name: str) -> None:
     if (entry.dtype == FLOAT8) != (entry.float8 is not None):
         what = "has no `float8` with an input_scale" if entry.dtype == FLOAT8 else "has `float8`"
         raise ArtifactError(

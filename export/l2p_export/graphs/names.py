@@ -8,7 +8,18 @@ SUFFIX = ".T"
 JOINT = "+"
 """Between the names of weights that are stored as one, [in, out] of each behind the other along `out`."""
 
+SCALE = "/scale"
+"""Ends the name of a scale; before it stands a weight as it is stored, or the point that inputs are measured at."""
+
 
 def published_names(name: str) -> list[str]:
     """The published names of what a graph stores as one weight."""
     return name.removesuffix(SUFFIX).split(JOINT)
+
+
+def published_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Published names and shapes of what a graph stores as one weight; none of a scale."""
+    if name.endswith(SCALE):
+        return {}
+    names = published_names(name)
+    return dict.fromkeys(names, shape if names == [name] else (shape[1] // len(names), shape[0]))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_export.families import FAMILIES
-from l2p_export.graphs.names import SUFFIX, published_names
+from l2p_export.families import family_named
+from l2p_export.graphs.names import published_names, published_shapes
 from l2p_export.tensors.sources import CHUNK_BYTES
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import ArtifactError
@@ -24,24 +24,25 @@ PLAN = "fp32"
 """The plan whose graphs are run."""
 
 
-def bundle_model(bundle: Bundle) -> Model:
-    """The architecture that a bundle was built from, by the shapes of its float32 weights.
+def bundle_model(bundle: Bundle, plan: str = PLAN) -> Model:
+    """The architecture that a bundle was built from, by the shapes of its weights.
+
+    Args:
+        bundle: the bundle.
+        plan: whose ONNX graphs tell; all have the same shapes.
 
     Raises:
         ArtifactError: no known family, or weights of no model.
     """
     spec = bundle.manifest.model
-    family = next((family for family in FAMILIES if family.name == spec.family), None)
+    family = family_named(spec.family)
     if family is None:
         raise ArtifactError(f"`{bundle.root}` is of family `{spec.family}`, which this version does not know")
     shapes: dict[str, tuple[int, ...]] = {}
     for network in NETWORKS:
-        file = open_tensorfile(bundle.path(bundle.manifest.graph(network, PLAN).weights))
+        file = open_tensorfile(bundle.path(bundle.manifest.graph(network, plan).weights))
         for stored, info in file.tensors.items():
-            names = published_names(stored)
-            for name in names:
-                is_turned = name != stored
-                shapes[name] = (info.shape[1] // len(names), info.shape[0]) if is_turned else info.shape
+            shapes |= published_shapes(stored, info.shape)
     return family.model(shapes, tuple(range(*spec.trunk_layers)))
 
 
@@ -79,11 +80,3 @@ def _weights_digest(path: Path, advance: Callable[[int], None]) -> str:
             digest.update(flat[start : start + step].data)
         advance(flat.nbytes)
     return digest.hexdigest()
-
-
-def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Published names and shapes of what a graph stores as one weight."""
-    if not name.endswith(SUFFIX):
-        return [(name, shape)]
-    names = published_names(name)
-    return [(part, (shape[1] // len(names), shape[0])) for part in names]

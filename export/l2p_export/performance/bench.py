@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.forecast.calls import CallSize, border_bytes, forward_flops
 from l2p_engines.forecast.cards import Card, find_card
 from l2p_engines.forecast.fitting import Bound, step_bounds
-from l2p_export.graphs.stored import _published
+from l2p_export.graphs.stored import bundle_model
+from l2p_export.performance.costs import network_costs
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import NETWORKS
@@ -20,11 +21,8 @@ from l2p_runtime.errors import UsageError
 from l2p_runtime.networks import open_for
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.requests import check_size
-from l2p_runtime.tensorfile import open_tensorfile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping as Shapes
-
     from l2p_runtime.backends import Array, Device
     from l2p_runtime.bundle import Bundle
     from l2p_runtime.contract import NetworkSpec
@@ -209,17 +207,8 @@ def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dic
     manifest = bundle.manifest
     if card is None or not card.runs(plan) or not all(manifest.has_graph(network, plan) for network in NETWORKS):
         return {}
-    shapes: dict[str, Shapes[str, tuple[int, ...]]] = {}
-    sizes: dict[str, int] = {}
-    for network in NETWORKS:
-        file = bundle.path(manifest.graph(network, plan).weights)
-        sizes[network] = file.stat().st_size
-        shapes[network] = {
-            part: shape
-            for name, info in open_tensorfile(file).tensors.items()
-            for part, shape in _published(name, info.shape)
-        }
-    flops = forward_flops(manifest.model, shapes, call)
+    sizes = {name: bundle.path(manifest.graph(name, plan).weights).stat().st_size for name in NETWORKS}
+    flops = forward_flops(manifest.model, network_costs(bundle_model(bundle, plan)), call)
     return step_bounds(card, plan, flops, sizes, border_bytes(manifest.model, call))
 
 

@@ -6,14 +6,18 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2p_calib.layout import ATTENTION_INPUTS
 from l2p_calib.plans.file import Evidence, Float8, LayerPlan, PlanFile, read_plan
-from l2p_calib.plans.plan import base_plan
-from l2p_export.graphs.stored import PLAN, bundle_model
+from l2p_export.graphs.stored import bundle_model
+from l2p_export.precision.plans import plain_plan
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from l2p_export.families import Model
 
 _NEAR = 3
 
@@ -53,16 +57,20 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
         return _told(file, layer, path)
     bundle = open_bundle(path, store)
     whole = {plan.name: read_plan(bundle.path(plan.file)) for plan in bundle.manifest.plans if plan.file is not None}
-    known = {entry.layer for file in whole.values() for entry in file.layers} or set(_layers(bundle))
+    model = _model(bundle)
+    layouts = [model.layout(network) for network in NETWORKS] if model is not None else []
+    known = {entry.layer for file in whole.values() for entry in file.layers}
+    known = known or {layer for layout in layouts for layer in layout.layers}
     if layer not in known and not _is_attention(layer, known):
         raise _unknown(layer, known, path)
     found: list[Explanation] = []
     for plan in bundle.manifest.plans:
         if plan.name in whole:
             found += _told(whole[plan.name], layer, path)
-        elif (base := base_plan(plan.name)) is not None:
-            reason = next((rule.reason for rule in base.rules if rule.names(layer)), "all layers of this plan are so")
-            found.append(Explanation(plan.name, layer, base.dtype(layer), base.exponent(layer), reason))
+        elif model is not None:
+            plain = plain_plan(model, plan.name)
+            reason = next((rule.reason for rule in plain.rules if rule.names(layer)), "all layers of this plan are so")
+            found.append(Explanation(plan.name, layer, plain.dtype(layer), plain.exponent(layer), reason))
     return tuple(found)
 
 
@@ -101,11 +109,11 @@ def _explained(plan: str, entry: LayerPlan) -> Explanation:
     return Explanation(plan, entry.layer, entry.dtype, entry.exponent, entry.reason, entry.evidence, entry.float8)
 
 
-def _layers(bundle: Bundle) -> Iterator[str]:
-    if bundle.manifest.has_graph("trunk", PLAN):
-        model = bundle_model(bundle)
-        for network in NETWORKS:
-            yield from model.layout(network).layers
+def _model(bundle: Bundle) -> Model | None:
+    """The architecture of a bundle, from the ONNX graphs of any plan; None for engines alone."""
+    manifest = bundle.manifest
+    plans = [plan.name for plan in manifest.plans if all(manifest.has_graph(name, plan.name) for name in NETWORKS)]
+    return bundle_model(bundle, plans[0]) if plans else None
 
 
 def _unknown(layer: str, known: Iterable[str], path: Path) -> UsageError:

@@ -17,7 +17,7 @@ from l2p_calib.ledger import ranges_stage_name
 from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
-from l2p_calib.plans.plan import FLOAT8, MEASURED, PrecisionPlan, base_plan
+from l2p_calib.plans.plan import MEASURED, NamedPlan, PrecisionPlan, base_plan
 from l2p_calib.statistics.ranges import (
     NetworkStatistics,
     Statistics,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from l2p_export.checkpoint.loading import LoadedModel
-    from l2p_export.families import Model
+    from l2p_export.families import Model, Networks
     from l2p_export.proof.reference import References
     from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.progress import Reporter
@@ -74,26 +74,18 @@ class Planned:
         """What the manifest says of it."""
         return replace(self.plan.ref, file=self.file.path if self.file else None)
 
-    @property
-    def for_text(self) -> PrecisionPlan:
-        """The same for a text encoder, whose layers no plan speaks of."""
-        base = base_plan(self.plan.name)
-        if base is None:
-            raise InternalError(f"plan `{self.plan.name}` has no base")
-        return replace(base, name=self.plan.name)
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a build was asked for.
 
     Attributes:
-        plans: by name, as they are before anything is measured.
+        plans: by name, which says nothing of what is measured.
         files: whole plans, read from files.
         statistics: measured before, in addition to what the build measures; None without.
     """
 
-    plans: tuple[PrecisionPlan, ...]
+    plans: tuple[NamedPlan, ...]
     files: tuple[PlanFile, ...] = ()
     statistics: Statistics | None = None
 
@@ -117,8 +109,16 @@ def make_plans(
     for file in asked.files:
         check_digests(file, by_network)
     measuring = _Measuring(asked, by_network, references, reporter)
-    named = [_make_plan(run, plan, None, measuring) for plan in asked.plans]
-    return (*named, *(_make_plan(run, file.plan, file, measuring) for file in asked.files))
+    wanted: tuple[NamedPlan | PlanFile, ...] = (*asked.plans, *asked.files)
+    return tuple(_make_plan(run, item, measuring) for item in wanted)
+
+
+def plain_plan(model: Networks, name: str) -> PrecisionPlan:
+    """What the name of a plan says of a model's layers, whatever was measured."""
+    base = base_plan(name)
+    if base is None:
+        raise InternalError(f"plan `{name}` has no base")
+    return replace(base, name=name).of(model.layout(spec.name) for spec in model.networks)
 
 
 def network_digests(digests: WeightDigests) -> dict[str, str]:
@@ -138,13 +138,15 @@ def network_points(model: Model, network: str) -> tuple[str, ...]:
     return tuple(point.name for point in model.layout(network).points)
 
 
-def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, measuring: _Measuring) -> Planned:
+def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measuring) -> Planned:
+    file = asked if isinstance(asked, PlanFile) else None
+    plan = asked.plan if isinstance(asked, PlanFile) else plain_plan(measuring.references.loaded.model, asked.name)
     if plan.default != "float16" and file is None:
         return Planned(plan)
     inputs = {
         "plan": plan,
         "file": file,
-        "is_measured": file is None and plan.name in MEASURED,
+        "is_measured": file is None and asked.name in MEASURED,
         "networks": measuring.digests,
         "cases": measuring.references.cases,
         "times": TIMES,
@@ -155,8 +157,9 @@ def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, mea
 
     def make(work: Path) -> Made:
         measurements = measuring.measurements() if plan.default == "float16" else ()
-        complete = float8_plan if FLOAT8 in plan.dtypes else measured_plan
-        whole = complete(plan, measurements) if inputs["is_measured"] else file
+        whole = file
+        if isinstance(asked, NamedPlan) and inputs["is_measured"]:
+            whole = (float8_plan if asked.float8 else measured_plan)(asked, measurements)
         chosen = whole.plan if whole is not None else plan
         facts = _Facts(_judge(chosen, measurements), chosen)
         if whole is None:
@@ -250,7 +253,7 @@ def _given(asked: Asked, model: Model, digests: Mapping[str, str]) -> dict[str, 
     for name, item in found.items():
         layout = model.layout(name)
         inputs = [part.layer for attention in layout.attentions for part in attention.inputs]
-        is_rounded = any(plan.dtype(layer) == FLOAT8 for plan in asked.plans for layer in inputs)
+        is_rounded = any("attention" in plan.float8 for plan in asked.plans)
         points = network_points(model, name)
         optional = [] if is_rounded else [point for point in points if layer_of_point(point) in inputs]
         require_usable(item, set(points).difference(optional), optional)

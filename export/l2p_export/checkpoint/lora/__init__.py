@@ -1,7 +1,7 @@
 """LoRA files merged into a checkpoint before anything is exported (design section 8, `--lora FILE:STRENGTH`).
 
 request = parse_lora("style.safetensors:0.8")
-lora = open_lora(request, checkpoint.shapes)
+lora = open_lora(request, checkpoint.shapes, family.aliases(checkpoint.shapes))
 tensors = merge_loras(checkpoint.tensors, [lora])
 """
 
