@@ -64,7 +64,7 @@ class Attention:
 
     Attributes:
         layer: its name, as `layers.3.attention`.
-        inputs: query, key and value; the values are what a linear layer makes, `LAYER:out`.
+        inputs: query, key and value, called so behind its name; the values are what a linear layer makes, `LAYER:out`.
         rotates: layers whose output is rotated into query and key, as norms; an ONNX graph has no weight to name a
             rotation by. Empty where nothing is rotated.
     """

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from l2p_export.families import Model
 
 _NEAR = 3
+_UNLISTED = "what attention multiplies is not rounded unless a plan lists it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +55,31 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
     """
     if path.is_file():
         file = read_plan(path)
-        return _told(file, layer, path)
+        found = _told(file, layer)
+        if not found:
+            raise _unknown(layer, (entry.layer for entry in file.layers), path)
+        return found
     bundle = open_bundle(path, store)
     whole = {plan.name: read_plan(bundle.path(plan.file)) for plan in bundle.manifest.plans if plan.file is not None}
     model = _model(bundle)
     layouts = [model.layout(network) for network in NETWORKS] if model is not None else []
     known = {entry.layer for file in whole.values() for entry in file.layers}
     known = known or {layer for layout in layouts for layer in layout.layers}
-    if layer not in known and not _is_attention(layer, known):
+    # A plan need not list the attention of a block, or an input of it.
+    attentions = [item for layout in layouts for item in layout.attentions]
+    names = {name for item in attentions for name in (item.layer, *(part.layer for part in item.inputs))}
+    if layer not in known | names:
         raise _unknown(layer, known, path)
-    found: list[Explanation] = []
+    told: list[Explanation] = []
     for plan in bundle.manifest.plans:
         if plan.name in whole:
-            found += _told(whole[plan.name], layer, path)
+            file = whole[plan.name]
+            told += _told(file, layer) or (_explained(file.name, LayerPlan(layer, file.default, reason=_UNLISTED)),)
         elif model is not None:
             plain = plain_plan(model, plan.name)
             reason = next((rule.reason for rule in plain.rules if rule.names(layer)), "all layers of this plan are so")
-            found.append(Explanation(plan.name, layer, plain.dtype(layer), plain.exponent(layer), reason))
-    return tuple(found)
+            told.append(Explanation(plan.name, layer, plain.dtype(layer), plain.exponent(layer), reason))
+    return tuple(told)
 
 
 def explained_lines(found: Explanation) -> Iterator[str]:
@@ -88,21 +96,11 @@ def explained_lines(found: Explanation) -> Iterator[str]:
         yield f"  {item.point}: largest {item.peak:.4g}, 99.9 % within {item.p999:.4g}, {item.calls} calls"
 
 
-def _told(file: PlanFile, layer: str, path: Path) -> tuple[Explanation, ...]:
+def _told(file: PlanFile, layer: str) -> tuple[Explanation, ...]:
+    """What a plan lists of a layer, and of attention of each input; nothing where it lists nothing."""
     by_name = {entry.layer: entry for entry in file.layers}
     inputs = (f"{layer}.{part}" for part in ATTENTION_INPUTS)
-    entries = [by_name[name] for name in (layer, *inputs) if name in by_name]
-    if not entries and not _is_attention(layer, by_name):
-        raise _unknown(layer, by_name, path)
-    unlisted = LayerPlan(layer, file.default, reason="what attention multiplies is not rounded unless a plan lists it")
-    return tuple(_explained(file.name, entry) for entry in entries or [unlisted])
-
-
-def _is_attention(layer: str, known: Iterable[str]) -> bool:
-    """Whether this is the attention of a block, or an input of it, which a plan need not list."""
-    attention, _, part = layer.rpartition(".")
-    whole = attention if part in ATTENTION_INPUTS else layer
-    return whole.endswith(".attention") and any(name.startswith(f"{whole}.") for name in known)
+    return tuple(_explained(file.name, by_name[name]) for name in (layer, *inputs) if name in by_name)
 
 
 def _explained(plan: str, entry: LayerPlan) -> Explanation:
