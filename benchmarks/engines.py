@@ -21,7 +21,6 @@ from float8 import write_float8
 from full_width import write_random
 from measure import run_measured
 
-from l2p_calib.plans.plan import PLANS
 from l2p_engines.builders.builder import build_engine, build_memory_bytes
 from l2p_engines.builders.readback import read_back
 from l2p_engines.builders.request import EngineRequest, EngineSpec
@@ -33,6 +32,7 @@ from l2p_engines.store.stages import Stage, stages
 from l2p_export.checkpoint.demo import write_demo_checkpoint
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.export import export_graph
+from l2p_export.precision.plans import plain_plan
 from l2p_runtime.contract import Target
 from l2p_runtime.contract.codec import from_json
 
@@ -115,11 +115,11 @@ def full(root: Path) -> None:
 def float8(root: Path) -> None:
     """The same weights with every block linear in float8; the head, which stays in float16, is left out."""
     loaded = load_model(write_random(root / "random_4k.safetensors"))
-    model, profile = loaded.model, load_profile("4k")
+    model, profile, plan = loaded.model, load_profile("4k"), plain_plan(loaded.model, "fp16")
     print(_HEADS, flush=True)
     for network in ("caption", "stem", "trunk", "tail"):
         spec = next(spec for spec in model.networks if spec.name == network)
-        made = export_graph(model, loaded.checkpoint.tensors, spec, PLANS["fp16"], root, lambda done: None)
+        made = export_graph(model, loaded.checkpoint.tensors, spec, plan, root, lambda done: None)
         graph, weights = write_float8(made.graph, made.weights, root)
         shapes = engine_profiles(spec, model.spec, [profile])
         wanted = EngineSpec(spec, "fp8", Target("rtx", "1.7", "sm89"), shapes, ("float16", "float8_e4m3fn"))

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from upsampling_forms import FORMS, four_kernels, rewrite, stacked_kernel, stage_model, transposed_kernel
 
-from l2p_calib.plans.plan import PLANS
 from l2p_engines.builders.builder import build_engine
 from l2p_engines.builders.request import EngineRequest, EngineSpec
 from l2p_engines.builders.shapes import engine_profiles
@@ -52,6 +51,7 @@ from l2p_export.families.z_image_l2p.dimensions import (
 )
 from l2p_export.families.z_image_l2p.head import PixelHead
 from l2p_export.graphs.export import export_graph
+from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import ArrayTensor, TensorSource, read_tensor
 from l2p_runtime.backends.onnx import make_options
 from l2p_runtime.contract import Target
@@ -290,7 +290,7 @@ def _graph(variant: str, plan: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         model = Z_IMAGE_L2P.model(expected_shapes(_dimensions(variant)))
         spec = next(spec for spec in model.networks if spec.name == "head")
-        export_graph(model, _tensors(variant), spec, PLANS[plan], folder, lambda done: None)
+        export_graph(model, _tensors(variant), spec, plain_plan(model, plan), folder, lambda done: None)
     return next(folder.glob("head.*.onnx"))
 
 

@@ -64,16 +64,27 @@ class Attention:
 
     Attributes:
         layer: its name, as `layers.3.attention`.
-        inputs: query, key and value; the values are what a linear layer makes, `LAYER:out`.
+        inputs: query, key and value, called so behind its name; the values are what a linear layer makes, `LAYER:out`.
+        rotates: layers whose output is rotated into query and key, as norms; an ONNX graph has no weight to name a
+            rotation by. Empty where nothing is rotated.
     """
 
     layer: str
     inputs: tuple[Product, Product, Product]
+    rotates: tuple[str, ...] = ()
 
     @property
     def values_from(self) -> str:
         """The layer that makes the values."""
         return layer_of_point(self.inputs[2].reads)
+
+
+@dataclass(frozen=True, slots=True)
+class Float32Layer:
+    """A layer, or a group of them by what their names begin with, that is float32 in every plan, with the reason."""
+
+    layer: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,7 @@ class NetworkLayout:
         layers: every name that a precision plan may give a dtype: layers, pads, and `residual.NETWORK`.
         products: those of them that may be in FP8.
         attentions: of each block; a plan names their inputs where they are in FP8, and otherwise nothing.
+        float32: those that no plan narrows.
     """
 
     network: str
@@ -93,6 +105,7 @@ class NetworkLayout:
     branches: tuple[Branch, ...] = ()
     products: tuple[Product, ...] = ()
     attentions: tuple[Attention, ...] = ()
+    float32: tuple[Float32Layer, ...] = ()
 
     def point(self, name: str) -> Point | None:
         """The point of that name."""
@@ -102,6 +115,12 @@ class NetworkLayout:
     def roundable(self) -> tuple[Product, ...]:
         """All that may be in FP8: linear layers, and inputs of attention."""
         return (*self.products, *(item for attention in self.attentions for item in attention.inputs))
+
+    @property
+    def rotations(self) -> dict[str, str]:
+        """Layer whose output is rotated to the input of attention that the rotation makes."""
+        pairs = ((item.rotates, item.inputs) for item in self.attentions if item.rotates)
+        return {layer: part.layer for layers, parts in pairs for layer, part in zip(layers, parts, strict=False)}
 
     @property
     def scalable(self) -> tuple[str, ...]:

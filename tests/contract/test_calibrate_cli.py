@@ -93,7 +93,7 @@ def test_graphs_and_torch_are_measured_alike(bundles: Bundles, tmp_path: Path) -
     for network, expected in in_torch.items():
         path = opened.path(opened.manifest.graph(network, "fp32").graph)
         graph = onnx.load(str(path), load_external_data=False).graph
-        points = point_values(graph, network_points(loaded.model, network), published_names)
+        points = point_values(graph, loaded.model.layout(network), published_names)
         feeds = [lambda network=network: network_inputs(network, reference, reference)]  # type: ignore[misc]
         # In two groups, as where memory is short.
         counters = count_graph(path, points, feeds, 3 << 29, lambda index, made: None, lambda done: None)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from l2p_calib.plans.plan import PLANS, PrecisionPlan
+from l2p_calib.plans.plan import PrecisionPlan
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P, ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.graphs.export import export_graph
+from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.files import open_weights
 from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.backends.onnx import OnnxEngine
@@ -44,11 +45,11 @@ def export(
     name: str,
     tensors: Mapping[str, TensorSource],
     folder: Path,
-    plan: PrecisionPlan = PLANS["fp32"],
+    plan: PrecisionPlan | None = None,
 ) -> OnnxEngine:
-    """Trace, write and open the graph of one network."""
-    spec = network_spec(d, name)
-    files = export_graph(ZImageModel(d), tensors, spec, plan, folder, lambda done: None)
+    """Trace, write and open the graph of one network, in float32 without a plan."""
+    spec, model = network_spec(d, name), ZImageModel(d)
+    files = export_graph(model, tensors, spec, plan or plain_plan(model, "fp32"), folder, lambda done: None)
     return OnnxEngine(files.graph, files.weights, spec)
 
 

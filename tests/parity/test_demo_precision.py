@@ -17,14 +17,14 @@ from torch import nn
 
 from conftest import run_cli, write_profile
 from l2p_calib.fp8 import FP8_MAX
-from l2p_calib.plans.plan import FLOAT8, PLANS
+from l2p_calib.plans.plan import FLOAT8
 from l2p_calib.statistics.torch_hooks import counting
 from l2p_export.checkpoint.demo import DEMO
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.evaluation.drawers import DrawOptions, open_drawer
 from l2p_export.evaluation.scores import Prompt, world_prompts
-from l2p_export.families.z_image_l2p.dimensions import expected_shapes, published_dimensions
-from l2p_export.precision.plans import timestep_inputs
+from l2p_export.families.z_image_l2p import Z_IMAGE_L2P
+from l2p_export.precision.plans import plain_plan, timestep_inputs
 from l2p_export.precision.sweep import in_float8
 from l2p_export.proof.cases import Case
 from l2p_export.proof.reference import run_reference
@@ -95,8 +95,8 @@ def test_most_linear_weights_are_in_float8(bundle: Path) -> None:
 
     Modulation and time embedding, which multiply one vector a call, are 2 % there and a third of the small demo.
     """
-    published = expected_shapes(published_dimensions("1k"))
-    assert _share(published, PLANS["fp8"].dtype, ()) >= 0.8
+    published = Z_IMAGE_L2P.published[16]
+    assert _share(published.shapes, plain_plan(published, "fp8").dtype, ()) >= 0.8
     layers = json.loads(next((bundle / "plans").glob("fp8.*.json")).read_text())["layers"]
     dtypes = {layer["layer"]: layer["dtype"] for layer in layers}
     shapes = load_model(DEMO / "demo-1k.safetensors", DEMO / "source").checkpoint.shapes

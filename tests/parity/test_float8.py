@@ -16,7 +16,7 @@ import torch
 from l2p_calib.fp8 import encoded, storable
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import Measurement
-from l2p_calib.plans.plan import FLOAT8, PLANS, LayerScale, PrecisionPlan
+from l2p_calib.plans.plan import FLOAT8, PLANS, LayerRule, LayerScale, PrecisionPlan
 from l2p_calib.statistics.ranges import network_statistics
 from l2p_calib.statistics.torch_hooks import counting
 from l2p_export.checkpoint.demo import demo_dimensions
@@ -168,7 +168,10 @@ def test_queries_and_keys_are_measured_behind_the_rotation(attentive: Trunk) -> 
 
 
 def test_attention_in_float8_is_refused_where_it_is_decomposed() -> None:
-    plan = PrecisionPlan("fp32", "fp32", "float32", PLANS["fp8-attention"].rules[-3:])
+    (attention,) = ZImageModel(D).layout("trunk").attentions
+    plan = PrecisionPlan(
+        "fp32", "fp32", "float32", tuple(LayerRule(part.layer, FLOAT8, "") for part in attention.inputs)
+    )
     with pytest.raises(InternalError, match=rf"no Attention that reads what `{ATTENTION}\.to_v\.weight` makes"):
         trace_plan(ZImageModel(D), network_spec(D, "trunk"), plan)
 

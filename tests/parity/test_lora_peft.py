@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from l2p_export.checkpoint.lora import LoraRequest, merge_loras, open_lora
-from l2p_export.families.z_image_l2p import ZImageModel
+from l2p_export.families.z_image_l2p import Z_IMAGE_L2P, ZImageModel
 from l2p_export.tensors.sources import read_tensor
 from parity.models import load_network, published_like, random_state
 
@@ -75,7 +75,8 @@ def randomise(module: nn.Module) -> None:
 def error(path: Path, start: Mapping[str, Tensor], wanted: Mapping[str, Tensor], strength: float = 1.0) -> float:
     """The largest relative difference over all weights; those not touched must be the same objects."""
     tensors = {name: TensorArray(value.numpy()) for name, value in start.items()}
-    lora = open_lora(LoraRequest(path, strength), {name: source.shape for name, source in tensors.items()})
+    shapes = {name: source.shape for name, source in tensors.items()}
+    lora = open_lora(LoraRequest(path, strength), shapes, Z_IMAGE_L2P.aliases(shapes))
     worst = 0.0
     for name, source in merge_loras(tensors, [lora]).items():
         expected = wanted[name].numpy()

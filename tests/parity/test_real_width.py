@@ -14,10 +14,10 @@ import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor
 
-from l2p_calib.plans.plan import PLANS
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.blocks import Block
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
+from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.positions import rope_tables
 from parity.graphs import Arrays, export, network_shapes, run, store
@@ -71,8 +71,9 @@ def test_graph_equals_torch(real_block: RealBlock, plan: str, tolerance: float, 
 
     Compared is what the block adds to its input: the input itself goes through and would hide an error.
     """
-    assert PLANS[plan].opset == {"fp32": 20, "fp16": 23}[plan]
-    engine = export(DIMENSIONS, "trunk", real_block.tensors, tmp_path, PLANS[plan])
+    precision = plain_plan(ZImageModel(DIMENSIONS), plan)
+    assert precision.opset == {"fp32": 20, "fp16": 23}[plan]
+    engine = export(DIMENSIONS, "trunk", real_block.tensors, tmp_path, precision)
     (found,) = run(engine, real_block.inputs)
     engine.close()
     for path in tmp_path.glob("*.safetensors"):

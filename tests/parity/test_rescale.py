@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from l2p_calib.layout import layer_of
-from l2p_calib.plans.plan import PLANS, LayerRule, LayerScale, PrecisionPlan
+from l2p_calib.plans.plan import LayerRule, LayerScale, PrecisionPlan
 from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
+from l2p_export.precision.plans import plain_plan
 from l2p_runtime.positions import rope_tables
 from parity.graphs import export, network_shapes, run, store
 from parity.models import call, load_network, model_spec, random_state, relative_error
@@ -90,7 +91,7 @@ def test_layers_of_other_dtypes_and_scales_in_one_float16_graph(tmp_path: Path) 
         LayerRule("layers.1.adaLN_modulation.0", "float32", "a test"),
     )
     scales = (LayerScale("layers.1.feed_forward.w3", -6), LayerScale("layers.1.attention.to_out.0", -8))
-    plan = replace(PLANS["fp16"], rules=rules, scales=scales)
+    plan = replace(plain_plan(ZImageModel(TRACED), "fp16"), rules=rules, scales=scales)
     state = random_state(network_shapes(TRACED, "trunk"), seed=5)
     engine = export(TRACED, "trunk", store(state, tmp_path / "weights.safetensors"), tmp_path, plan)
     inputs = trunk_inputs(TRACED)
@@ -106,9 +107,9 @@ def test_the_head_and_the_embedders_take_a_dtype_a_layer(tmp_path: Path) -> None
         LayerRule("cap_pad_token", "float32", "a test"),
         LayerRule("local_decoder.bottleneck.0", "float32", "a test"),
         LayerRule("local_decoder.dec3.0", "float32", "a test"),
-        *PLANS["fp16"].rules,
+        *plain_plan(ZImageModel(TRACED), "fp16").rules,
     )
-    plan = replace(PLANS["fp16"], rules=rules)
+    plan = replace(plain_plan(ZImageModel(TRACED), "fp16"), rules=rules)
     random = np.random.default_rng(0)
     cosine, sine = rope_tables(model_spec(TRACED), 2, 3, 32)
     image = random.standard_normal((1, 3, 32, 48), np.float32)

@@ -21,7 +21,7 @@ from l2p_calib.statistics.ranges import NetworkStatistics, network_statistics
 from l2p_calib.statistics.torch_hooks import counting
 from l2p_export.checkpoint.demo import write_demo_checkpoint
 from l2p_export.checkpoint.loading import LoadedModel, load_model
-from l2p_export.precision.plans import network_points, weight_peaks
+from l2p_export.precision.plans import network_points, plain_plan, weight_peaks
 from l2p_export.proof.cases import Case, case_inputs
 from l2p_export.proof.reference import run_reference
 from parity.models import relative_error
@@ -71,7 +71,7 @@ def test_a_good_checkpoint_needs_no_more_than_the_usual_scales(good: State, tmp_
     assert {rule.layer for rule in plan.rules} == {"t_embedder.mlp.0", "t_embedder.mlp.2"}
     assert {scale.exponent for scale in plan.scales} == {-6}
     assert len(plan.scales) == 2 * 8
-    for chosen in (plan, PLANS["fp16-plain"]):
+    for chosen in (plan, plain_plan(loaded.model, "fp16-plain")):
         assert relative_error(run_plan(loaded, chosen, case), case["head.prediction"]) <= CLOSE
         assert not any(overflows(chosen, item) for item in measurements)
 
@@ -84,9 +84,10 @@ def test_a_stressed_checkpoint(good: State, tmp_path: Path, name: str) -> None:
     case, measurements = measured(loaded)
     expected, _ = measured(plain)
     assert relative_error(case["head.prediction"], expected["head.prediction"]) <= 1e-4
-    black = run_plan(loaded, PLANS["fp16-plain"], case)
+    cast = plain_plan(loaded.model, "fp16-plain")
+    black = run_plan(loaded, cast, case)
     assert not np.isfinite(black).all()
-    networks = [item.layout.network for item in measurements if overflows(PLANS["fp16-plain"], item)]
+    networks = [item.layout.network for item in measurements if overflows(cast, item)]
     assert networks[0] == STRESSES[name].network
     plan = measured_plan(PLANS["fp16"], measurements).plan
     assert not any(overflows(plan, item, limit=65504 / 4) for item in measurements)
@@ -102,7 +103,7 @@ def test_half_of_the_defence_is_not_enough(good: State, tmp_path: Path) -> None:
     assert relative_error(run_plan(loaded, plan, case), case["head.prediction"]) <= CLOSE
     for half in (
         PrecisionPlan("fp16", "fp16", "float16", plan.rules),
-        PrecisionPlan("fp16", "fp16", "float16", PLANS["fp16"].rules, plan.scales),
+        PrecisionPlan("fp16", "fp16", "float16", plain_plan(loaded.model, "fp16").rules, plan.scales),
     ):
         assert any(overflows(half, item) for item in measurements)
         assert not np.isfinite(run_plan(loaded, half, case)).all()

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import Qwen3Model
 
-from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.families.qwen3.folder import torch_text_encoder
+from l2p_export.precision.plans import plain_plan
 from l2p_runtime.backends import open_backend
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.backends.onnx import OnnxEngine
@@ -51,7 +51,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     published = write_qwen3(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = open_text_encoder(folder, WIDTH)
-    plans = [PLANS["fp32"], PLANS["fp16"]]
+    plans = [plain_plan(ours.model, name) for name in ("fp32", "fp16")]
     run = StageRunner(Home(out))
     parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
     record = parts.record
@@ -62,7 +62,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_hidden_state(lengths: tuple[int, ...], encoders: Encoders) -> None:
-    inputs = token_inputs(lengths, encoders.ours.config.sizes.vocabulary)
+    inputs = token_inputs(lengths, encoders.ours.model.config.sizes.vocabulary)
     expected = hidden_state(encoders.published, inputs)
     real = inputs["attention_mask"] != 0
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_hidden_state(lengths: tuple[int, ...], encoders: Encoders) -> None:
 
 def test_each_layer_and_group_tells(encoders: Encoders) -> None:
     """What the comparison rests on: another hidden state, and an unmasked or uncaused one, are far away."""
-    inputs = token_inputs((12,), encoders.ours.config.sizes.vocabulary)
+    inputs = token_inputs((12,), encoders.ours.model.config.sizes.vocabulary)
     ids = torch.from_numpy(inputs["input_ids"])
     with torch.no_grad():
         states = encoders.published(input_ids=ids, output_hidden_states=True).hidden_states
@@ -87,7 +87,7 @@ def test_each_layer_and_group_tells(encoders: Encoders) -> None:
 
 def test_float16_survives_products_beyond_its_range(encoders: Encoders) -> None:
     """Qwen3's feed-forward has single products of a size that float16 does not hold."""
-    inputs = token_inputs((20,), encoders.ours.config.sizes.vocabulary)
+    inputs = token_inputs((20,), encoders.ours.model.config.sizes.vocabulary)
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     state = torch_text_encoder(encoders.ours).state_dict()
     for name in state:
@@ -108,7 +108,7 @@ def test_float16_survives_products_beyond_its_range(encoders: Encoders) -> None:
 
 
 def test_padding_changes_nothing(encoders: Encoders) -> None:
-    inputs = token_inputs((30, 9), encoders.ours.config.sizes.vocabulary)
+    inputs = token_inputs((30, 9), encoders.ours.model.config.sizes.vocabulary)
     alone = {name: value[1:, :9] for name, value in inputs.items()}
     (padded,), (single,) = run(encoders.engines["fp32"], inputs), run(encoders.engines["fp32"], alone)
     assert relative_error(padded[1:, :9], single) <= TOLERANCE
@@ -117,7 +117,7 @@ def test_padding_changes_nothing(encoders: Encoders) -> None:
 
 
 def test_a_row_of_padding_alone_is_finite(encoders: Encoders) -> None:
-    inputs = token_inputs((5, 0), encoders.ours.config.sizes.vocabulary)
+    inputs = token_inputs((5, 0), encoders.ours.model.config.sizes.vocabulary)
     assert np.isfinite(run(encoders.engines["fp32"], inputs)[0]).all()
     assert np.isfinite(run(encoders.engines["fp16"], inputs)[0]).all()
 

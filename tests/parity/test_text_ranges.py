@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l2p_calib.plans.plan import PLANS, LayerRule, PrecisionPlan
+from l2p_calib.plans.plan import LayerRule, PrecisionPlan
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.precision import text as ranges
+from l2p_export.precision.plans import plain_plan
 from l2p_export.precision.text import plans_by_ranges
 from l2p_export.tensors.sources import read_tensor
 from l2p_runtime.backends import open_backend
@@ -57,7 +58,7 @@ def stress(folder: Path, scales: Mapping[str, float]) -> TextEncoder:
 
 
 def by_ranges(encoder: TextEncoder, out: Path, *names: str) -> tuple[list[PrecisionPlan], tuple[LedgerEntry, ...]]:
-    plans = [PLANS[name] for name in names]
+    plans = [plain_plan(encoder.model, name) for name in names]
     out.mkdir(exist_ok=True)
     return plans_by_ranges(StageRunner(Home(out)), encoder, plans, "0" * 64, Silent())
 
@@ -69,7 +70,7 @@ def embeds(encoder: TextEncoder, plan: PrecisionPlan) -> NDArray[np.float32]:
         dtype: torch.dtype = getattr(torch, plan.dtype(layer))
         return dtype
 
-    module = encoder.module(TEXT_ENCODER, dtype_of)
+    module = encoder.model.module(TEXT_ENCODER, dtype_of)
     own = dict(module.named_parameters())
     tensors: dict[str, Tensor] = {name: torch.from_numpy(read_tensor(encoder.tensors[name])) for name in own}
     module.load_state_dict({name: value.to(own[name].dtype) for name, value in tensors.items()})
@@ -83,14 +84,14 @@ def embeds(encoder: TextEncoder, plan: PrecisionPlan) -> NDArray[np.float32]:
 def test_a_layer_that_overflows_is_raised(folder: Path, tmp_path: Path, name: str) -> None:
     encoder = stress(folder, STRESSES[name])
     (wide, raised), (entry,) = by_ranges(encoder, tmp_path / "out", "fp32", "fp16")
-    assert wide == PLANS["fp32"]
-    assert [rule.layer for rule in raised.rules if rule not in PLANS["fp16"].rules] == [LAYER]
+    assert wide == plain_plan(encoder.model, "fp32")
+    assert [rule.layer for rule in raised.rules] == [LAYER]
     assert raised.dtype(f"{LAYER}.mlp.up_proj.weight") == "float32"
     assert raised.dtype("model.layers.0.mlp.up_proj.weight") == "float16"
     assert entry.status == "passed"
     assert f"in float32: {LAYER}" in entry.reason
-    expected = embeds(encoder, PLANS["fp32"])
-    assert not relative_error(embeds(encoder, PLANS["fp16"]), expected) <= 0.5
+    expected = embeds(encoder, wide)
+    assert not relative_error(embeds(encoder, plain_plan(encoder.model, "fp16")), expected) <= 0.5
     assert relative_error(embeds(encoder, raised), expected) <= FLOAT16
 
 
@@ -104,8 +105,9 @@ def test_the_cast_alone_is_refused(folder: Path, tmp_path: Path, name: str, plan
 
 
 def test_a_usual_encoder_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
-    plans, entries = by_ranges(open_text_encoder(folder, WIDTH), tmp_path / "out", "fp16", "fp16-plain", "bf16", "fp8")
-    assert plans == [PLANS[name] for name in ("fp16", "fp16-plain", "bf16", "fp8")]
+    encoder, names = open_text_encoder(folder, WIDTH), ("fp16", "fp16-plain", "bf16", "fp8")
+    plans, entries = by_ranges(encoder, tmp_path / "out", *names)
+    assert plans == [plain_plan(encoder.model, name) for name in names]
     assert [str(entry.comparison) for entry in entries] == [
         f"float32 ranges -> {name} graph" for name in ("fp16", "fp16-plain", "fp8")
     ]
@@ -114,7 +116,8 @@ def test_a_usual_encoder_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
 
 def test_the_graph_has_the_layer_in_float32(folder: Path, tmp_path: Path) -> None:
     encoder = stress(folder, STRESSES["values"])
-    parts = add_text_encoder(StageRunner(Home(tmp_path)), encoder, [PLANS["fp16"]], open_backend("onnx"), Silent())
+    plans = [plain_plan(encoder.model, "fp16")]
+    parts = add_text_encoder(StageRunner(Home(tmp_path)), encoder, plans, open_backend("onnx"), Silent())
     weights = load_file(tmp_path / parts.record.graphs[0].weights)
     dtypes = {name: tensor.dtype for name, tensor in weights.items() if ".weight" in name}
     narrow = {name for name, dtype in dtypes.items() if dtype == torch.float16}
@@ -128,8 +131,9 @@ def test_the_graph_has_the_layer_in_float32(folder: Path, tmp_path: Path) -> Non
 
 def test_without_memory_nothing_is_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "available_host_bytes", lambda: 1 << 20)
-    plans, (entry,) = by_ranges(open_text_encoder(folder, WIDTH), tmp_path / "out", "fp16")
-    assert plans == [PLANS["fp16"]]
+    encoder = open_text_encoder(folder, WIDTH)
+    plans, (entry,) = by_ranges(encoder, tmp_path / "out", "fp16")
+    assert plans == [plain_plan(encoder.model, "fp16")]
     assert entry.status == "not run"
     assert "more than are free" in entry.reason
 
@@ -144,10 +148,10 @@ def test_products_that_may_overflow_are_raised_and_not_refused(folder: Path, tmp
     """Each of 400 is far from 65504, and their product might be beyond it: that was not seen."""
     encoder = stress(folder, {"self_attn.q_norm": 2.0**8, "self_attn.k_norm": 2.0**8})
     (raised, plain), _ = by_ranges(encoder, tmp_path / "out", "fp16", "fp16-plain")
-    (rule,) = (rule for rule in raised.rules if rule not in PLANS["fp16"].rules)
+    (rule,) = raised.rules
     assert rule.layer == LAYER
     assert rule.reason.startswith("a product of query and key may reach")
-    assert plain == PLANS["fp16-plain"]
+    assert plain == plain_plan(encoder.model, "fp16-plain")
 
 
 def test_what_was_measured_outlasts_the_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +159,7 @@ def test_what_was_measured_outlasts_the_memory(folder: Path, tmp_path: Path, mon
     (before,), _ = by_ranges(encoder, tmp_path, "fp16")
     monkeypatch.setattr(ranges, "available_host_bytes", lambda: 1 << 20)
     (after,), (entry,) = by_ranges(encoder, tmp_path, "fp16")
-    assert before == after != PLANS["fp16"]
+    assert before == after != plain_plan(encoder.model, "fp16")
     assert entry.status == "passed"
 
 
@@ -166,5 +170,4 @@ def test_a_large_embedding_is_raised_alone(folder: Path, tmp_path: Path) -> None
     state[name][7, 3] = 70_000.0
     save_file(state, path, {"format": "pt"})
     (plan,), _ = by_ranges(open_text_encoder(folder, WIDTH), tmp_path / "out", "fp16")
-    added = [rule for rule in plan.rules if rule not in PLANS["fp16"].rules]
-    assert added == [LayerRule("model.embed_tokens", "float32", "weight reaches 7e+04, float16 is given 16376")]
+    assert plan.rules == (LayerRule("model.embed_tokens", "float32", "weight reaches 7e+04, float16 is given 16376"),)

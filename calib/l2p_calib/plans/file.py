@@ -26,6 +26,7 @@ from l2p_calib.plans.plan import (
     InputScale,
     LayerRule,
     LayerScale,
+    NamedPlan,
     PrecisionPlan,
 )
 from l2p_runtime.contract import BASE_PRECISIONS, BasePrecision, base_of_name
@@ -279,7 +280,7 @@ def _check_attention(plan: PlanFile, attention: Attention) -> None:
         )
 
 
-def _check_float8(entry: LayerPlan, base: PrecisionPlan) -> None:
+def _check_float8(entry: LayerPlan, base: NamedPlan) -> None:
     if (entry.dtype == FLOAT8) != (entry.float8 is not None):
         what = "has no `float8` with an input_scale" if entry.dtype == FLOAT8 else "has `float8`"
         raise ArtifactError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of, layer_of_point
 from l2p_calib.plans.file import EXPONENTS, Evidence, LayerPlan, NetworkDigest, PlanFile
-from l2p_calib.plans.plan import ComputeDType, LayerRule, PrecisionPlan
+from l2p_calib.plans.plan import ComputeDType, LayerRule, NamedPlan, PrecisionPlan
 from l2p_calib.statistics.ranges import NetworkStatistics, Ranges, require_finite
 from l2p_runtime.errors import ParityError
 
@@ -52,11 +52,11 @@ class Measurement:
         return ranges.peak if ranges else 0.0
 
 
-def measured_plan(base: PrecisionPlan, measurements: Sequence[Measurement], headroom: float = HEADROOM) -> PlanFile:
+def measured_plan(base: NamedPlan, measurements: Sequence[Measurement], headroom: float = HEADROOM) -> PlanFile:
     """Complete a float16 plan.
 
     Args:
-        base: its name, and the rules that hold whatever is measured.
+        base: its name, and what that says whatever is measured.
         measurements: of every network.
         headroom: see `HEADROOM`.
 
@@ -64,7 +64,8 @@ def measured_plan(base: PrecisionPlan, measurements: Sequence[Measurement], head
         ArtifactError: a network made NaN or Inf in float32.
         ParityError: values inside attention exceed float16, and nothing exact brings them down.
     """
-    layers = [entry for item in measurements for entry in measured_layers(base, item, headroom)]
+    plan = base.of(item.layout for item in measurements)
+    layers = [entry for item in measurements for entry in measured_layers(plan, item, headroom)]
     digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
     return PlanFile(base.name, base.base, base.default, headroom, digests, tuple(layers))
 

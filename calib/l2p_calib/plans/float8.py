@@ -1,6 +1,6 @@
 """A plan with products in FP8: a measured float16 plan whose products get a scale for what they read.
 
-Where its rules name the inputs of attention, these are listed behind the layers, each with a scale of its own.
+Where it has the inputs of attention in FP8, these are listed behind the layers, each with a scale of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from l2p_calib.fp8 import AMAX, ScaleChoice, best_choice, scale_choices
 from l2p_calib.layout import Product
 from l2p_calib.plans.file import INPUT_SCALES, Float8, LayerPlan, NetworkDigest, PlanFile
 from l2p_calib.plans.float16 import HEADROOM, Measurement, base_layers, evidence_of, measured_layers
-from l2p_calib.plans.plan import FLOAT8, PrecisionPlan
+from l2p_calib.plans.plan import FLOAT8, NamedPlan, PrecisionPlan
 from l2p_calib.statistics.ranges import require_finite
 from l2p_runtime.errors import ArtifactError, HostError
 
@@ -21,7 +21,7 @@ PLAIN = "fp8-plain"
 
 
 def float8_plan(
-    base: PrecisionPlan,
+    base: NamedPlan,
     measurements: Sequence[Measurement],
     headroom: float = HEADROOM,
     kept: Mapping[str, str] | None = None,
@@ -32,7 +32,7 @@ def float8_plan(
     whose inputs were all 0 in float16, and so does an attention of which one input was all 0.
 
     Args:
-        base: its name, and the rules that hold whatever is measured.
+        base: its name, and what that says whatever is measured.
         measurements: of every network.
         headroom: of what float16 holds, see `measured.HEADROOM`.
         kept: products that are to stay in float16 all the same, with the reason.
@@ -42,7 +42,8 @@ def float8_plan(
         ArtifactError: a network made NaN or Inf in float32, or what it is to round in FP8 was not measured.
         ParityError: values inside attention exceed float16, and nothing exact brings them down.
     """
-    layers = [entry for item in measurements for entry in _layers(base, item, headroom, kept or {})]
+    plan = base.of(item.layout for item in measurements)
+    layers = [entry for item in measurements for entry in _layers(plan, item, headroom, kept or {})]
     digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
     return PlanFile(base.name, base.base, base.default, headroom, digests, tuple(layers))
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from l2p_calib.layout import ATTENTION_INPUTS
+from l2p_calib.layout import NetworkLayout
 from l2p_runtime.contract import BasePrecision, PlanRef
 from l2p_runtime.contract.codec import to_json
 
@@ -39,7 +39,7 @@ class LayerRule:
 
     Attributes:
         layer: published layer name, as `t_embedder` or `layers.12`; or `residual`, the stream between blocks, of one
-            network as `residual.trunk`; after `*.`, the end of layers' names, as `*.feed_forward.w1`.
+            network as `residual.trunk`.
         reason: why, with the figure that was measured.
     """
 
@@ -49,8 +49,6 @@ class LayerRule:
 
     def names(self, layer: str) -> bool:
         """Whether a layer or tensor is meant."""
-        if self.layer.startswith("*."):
-            return f"{self.layer[1:]}." in f"{layer}."
         return layer == self.layer or layer.startswith(self.layer + ".")
 
 
@@ -145,36 +143,55 @@ class PrecisionPlan:
         return PlanRef(self.name, digest=hashlib.sha256(text.encode()).hexdigest()[:16], base=self.base)
 
 
-_FP16_RULES = (LayerRule("t_embedder", "float32", "angles reach 1000 rad; float16 spaces numbers there by 0.5"),)
+Role = Literal["linear", "attention"]
+"""What a layout lists to be in FP8: linear layers (`products`), and inputs of attention (`attentions`)."""
 
-_FP8_RULES = (
-    *_FP16_RULES,
-    *(
-        LayerRule(f"*.{layer}", FLOAT8, "a product of attention or feed-forward")
-        for layer in (
-            *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-            *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
-        )
-    ),
-)
+_REASONS: Mapping[Role, str] = {
+    "linear": "a product of attention or feed-forward",
+    "attention": "an input of attention itself",
+}
 
-_ATTENTION_RULES = tuple(
-    LayerRule(f"*.attention.{name}", FLOAT8, "an input of attention itself") for name in ATTENTION_INPUTS
-)
 
-PLANS: dict[BasePrecision, PrecisionPlan] = {
-    "fp32": PrecisionPlan("fp32", "fp32", "float32"),
-    "fp16": PrecisionPlan("fp16", "fp16", "float16", _FP16_RULES),
-    "fp16-plain": PrecisionPlan("fp16-plain", "fp16-plain", "float16", _FP16_RULES),
-    "fp8": PrecisionPlan("fp8", "fp8", "float16", _FP8_RULES),
-    "fp8-attention": PrecisionPlan("fp8-attention", "fp8-attention", "float16", (*_FP8_RULES, *_ATTENTION_RULES)),
-    "fp8-plain": PrecisionPlan("fp8-plain", "fp8-plain", "float16", _FP8_RULES),
-    "bf16": PrecisionPlan(
-        "bf16",
-        "bf16",
-        "bfloat16",
-        (LayerRule("t_embedder", "float32", "angles reach 1000 rad; bfloat16 spaces numbers there by 4"),),
-    ),
+@dataclass(frozen=True, slots=True)
+class NamedPlan:
+    """A plan as it is before a model is known: the dtype of layers by their role, which a model's layouts give them.
+
+    Attributes:
+        float8: roles whose layers are in FP8; all others have the default, but for those that are always float32.
+    """
+
+    name: str
+    base: BasePrecision
+    default: ComputeDType
+    float8: tuple[Role, ...] = ()
+
+    def of(self, layouts: Iterable[NetworkLayout]) -> PrecisionPlan:
+        """The plan of a model's layers, by the layouts of its networks."""
+        rules: list[LayerRule] = []
+        for layout in layouts:
+            fixed = layout.float32 if self.default != "float32" else ()
+            rules += [LayerRule(item.layer, "float32", item.reason) for item in fixed]
+            inputs = [part for attention in layout.attentions for part in attention.inputs]
+            for role, parts in (("linear", layout.products), ("attention", inputs)):
+                if role in self.float8:
+                    rules += [LayerRule(part.layer, FLOAT8, _REASONS[role]) for part in parts]
+        return PrecisionPlan(self.name, self.base, self.default, tuple(rules))
+
+    @property
+    def dtypes(self) -> tuple[ComputeDType, ...]:
+        """Every dtype that its plans may compute in."""
+        found: list[ComputeDType] = [self.default, "float32"]
+        return tuple(dict.fromkeys([*found, FLOAT8] if self.float8 else found))
+
+
+PLANS: dict[BasePrecision, NamedPlan] = {
+    "fp32": NamedPlan("fp32", "fp32", "float32"),
+    "fp16": NamedPlan("fp16", "fp16", "float16"),
+    "fp16-plain": NamedPlan("fp16-plain", "fp16-plain", "float16"),
+    "fp8": NamedPlan("fp8", "fp8", "float16", ("linear",)),
+    "fp8-attention": NamedPlan("fp8-attention", "fp8-attention", "float16", ("linear", "attention")),
+    "fp8-plain": NamedPlan("fp8-plain", "fp8-plain", "float16", ("linear",)),
+    "bf16": NamedPlan("bf16", "bf16", "bfloat16"),
 }
 """The plans by name, as they are before anything is measured."""
 

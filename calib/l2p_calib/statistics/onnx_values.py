@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.layout import layer_of
+from l2p_calib.layout import NetworkLayout, layer_of
 from l2p_calib.statistics.ranges import RangeCounter
 from l2p_calib.statistics.torch_hooks import RESIDUAL
 from l2p_runtime.errors import ArtifactError, HostError
@@ -22,25 +22,22 @@ GROUP_BYTES = 1 << 30
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
-_ROTATIONS = {"norm_q": "query", "norm_k": "key"}
-"""Norms whose values are rotated, and the layers that do it, which have no weights for a graph to name them by."""
-
 
 def point_values(
-    graph: onnx.GraphProto, points: Iterable[str], published_names: Callable[[str], Sequence[str]]
+    graph: onnx.GraphProto, layout: NetworkLayout, published_names: Callable[[str], Sequence[str]]
 ) -> dict[str, str]:
     """Point to the name of the value that it is in a graph.
 
     Args:
         graph: a network in float32, as it is exported.
-        points: names as `layers.3.feed_forward.w2:in`.
+        layout: the network's points, and the rotations among them.
         published_names: name of a stored weight to the published names of what it holds.
 
     Raises:
         ArtifactError: a point is not in the graph.
     """
-    found = dict(_values(graph, published_names))
-    wanted = tuple(points)
+    found = dict(_values(graph, layout.rotations, published_names))
+    wanted = [point.name for point in layout.points]
     missing = [point for point in wanted if point not in found]
     if missing:
         raise ArtifactError(
@@ -123,8 +120,10 @@ def _open(path: Path, values: Sequence[str], *, with_own: bool) -> tuple[Any, li
     return session, own
 
 
-def _values(graph: onnx.GraphProto, published_names: Callable[[str], Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """Every point that a graph has, with its value."""
+def _values(
+    graph: onnx.GraphProto, rotations: Mapping[str, str], published_names: Callable[[str], Sequence[str]]
+) -> Iterator[tuple[str, str]]:
+    """Every point that a graph has, with its value; `rotations` has layers by the layer whose output they rotate."""
     weights = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     maker: dict[str, onnx.NodeProto] = {}
@@ -136,8 +135,10 @@ def _values(graph: onnx.GraphProto, published_names: Callable[[str], Sequence[st
         if node.op_type in _PRODUCTS and node.input[1] in weights:
             layers = [layer_of(name) for name in published_names(node.input[1])]
             for layer, out in zip(layers, _parts(node, len(layers), readers), strict=True):
+                made = _biased(out, layer, readers)
                 yield f"{layer}:in", node.input[0]
-                yield f"{layer}:out", _biased(out, layer, readers)
+                yield f"{layer}:out", made
+                yield from _rotated_point(layer, made, rotations, readers)
         elif node.op_type == "Mul" and weights.intersection(node.input):
             (weight,) = weights.intersection(node.input)
             normed = next(name for name in node.input if name != weight)
@@ -145,10 +146,7 @@ def _values(graph: onnx.GraphProto, published_names: Callable[[str], Sequence[st
             if weight.endswith(".weight") and source is not None:
                 yield f"{layer_of(weight)}:in", source
                 yield f"{layer_of(weight)}:out", node.output[0]
-                attention, _, norm = layer_of(weight).rpartition(".")
-                rotated = _rotated(node.output[0], readers) if norm in _ROTATIONS else None
-                if rotated is not None:
-                    yield f"{attention}.{_ROTATIONS[norm]}:out", rotated
+                yield from _rotated_point(layer_of(weight), node.output[0], rotations, readers)
     yield f"{RESIDUAL}{graph.name}:out", graph.output[0].name
 
 
@@ -179,6 +177,15 @@ def _normed(
     return next((name for name in product.input if any(node.op_type == "Pow" for node in readers[name])), None)
 
 
+def _rotated_point(
+    layer: str, value: str, rotations: Mapping[str, str], readers: Mapping[str, Sequence[onnx.NodeProto]]
+) -> Iterator[tuple[str, str]]:
+    """The point of the rotation of a layer's value, if there is one."""
+    rotated = _rotated(value, readers) if layer in rotations else None
+    if rotated is not None:
+        yield f"{rotations[layer]}:out", rotated
+
+
 def _rotated(value: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str | None:
     """What a rotation makes of a value: its pairs are taken apart and joined again, by the nearest Concat behind it."""
     reached = [value]
@@ -186,5 +193,6 @@ def _rotated(value: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str
         for node in readers.get(name, ()):
             if node.op_type == "Concat":
                 return str(node.output[0])
-            reached += node.output
+            # Sizes are joined as well, to be reshaped by.
+            reached += node.output if node.op_type != "Shape" else ()
     return None

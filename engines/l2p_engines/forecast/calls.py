@@ -10,17 +10,17 @@ tell (seconds, workspace of the kernels it picks) is not forecast. A multiply-ad
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from l2p_runtime.contract import ModelSpec
 from l2p_runtime.memory import CallMemory, call_memory, fused_call_memory
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-NetworkShapes: TypeAlias = Mapping[str, Shapes]
-"""Network to the published names and shapes of its tensors, in the order the model declares them."""
+
+Rows = Literal["call", "image", "padded_image", "caption", "sequence"]
+"""What a matrix product has a row for, in each image of a batch: the call itself, or every token of a kind."""
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 """From the most bytes to the fewest."""
@@ -37,11 +37,53 @@ DISK_SPARE_BYTES = 64 << 20
 """Graphs without their weights, reference cases, and the file system's own bookkeeping."""
 
 _FLOAT_BYTES, _HALF_BYTES = 4, 2
-_BLOCK_LINEAR = re.compile(
-    r"(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention\.to_(?:q|k|v|out\.0)|feed_forward\.w[123])\.weight"
-)
-_QUERY = re.compile(r"(.+)\.(?:attention\.to_q|self_attn\.q_proj)\.weight")
-_CONVOLUTION = re.compile(r"local_decoder\.(?:(enc|up|dec)(\w+)\.\d|bottleneck\.0|out_conv)\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What one network computes with its weights; those that are named nowhere are tables, gains and biases.
+
+    Attributes:
+        products: weight [out,in] of a linear layer to what it is multiplied by a row of.
+        convolutions: weight [out,in,k,k] to how often the sides of the image were halved where it runs.
+        attentions: of each attention, what it has a row for, and the channels of all its heads.
+    """
+
+    products: Mapping[str, Rows]
+    convolutions: Mapping[str, int]
+    attentions: tuple[tuple[Rows, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkCost:
+    """One network as forecasts need it.
+
+    Attributes:
+        shapes: published name and shape of every tensor, in the order the model declares them.
+        operations: what it computes with them.
+        float8: tensors that an FP8 plan has in 8 bits.
+        float32: tensors that no plan narrows.
+    """
+
+    shapes: Shapes
+    operations: Operations
+    float8: frozenset[str] = frozenset()
+    float32: frozenset[str] = frozenset()
+
+    def bytes_per_value(self, precision: str, name: str) -> int:
+        """Bytes that a plain plan stores each value of a tensor in.
+
+        Args:
+            precision: one of `PRECISIONS`.
+            name: published name of the tensor.
+        """
+        if precision == "fp32" or name in self.float32:
+            return _FLOAT_BYTES
+        return 1 if precision == "fp8" and name in self.float8 else _HALF_BYTES
+
+
+NetworkCosts: TypeAlias = Mapping[str, NetworkCost]
+"""Network to what it costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +164,14 @@ def count_tokens(model: ModelSpec, call: CallSize) -> Tokens:
     return Tokens(rows, columns, rows * columns, padded, caption, padded + caption)
 
 
-def forward_flops(model: ModelSpec, weights: NetworkShapes, call: CallSize) -> dict[str, Flops]:
+def forward_flops(model: ModelSpec, networks: NetworkCosts, call: CallSize) -> dict[str, Flops]:
     """Operations of one forward by network, the caption network and a text encoder once each.
 
     Norms, activations, rotations and softmax are left out: they are under 1 % and bound by memory, not arithmetic.
     """
     tokens = count_tokens(model, call)
     pixels = call.height_px * call.width_px
-    return {network: _network_flops(shapes, tokens, pixels, call.batch) for network, shapes in weights.items()}
+    return {network: _network_flops(cost, tokens, pixels, call.batch) for network, cost in networks.items()}
 
 
 def total_flops(parts: Iterable[Flops]) -> Flops:
@@ -138,32 +180,20 @@ def total_flops(parts: Iterable[Flops]) -> Flops:
     return Flops(*(sum(getattr(part, name) for part in found) for name in Flops.__slots__))
 
 
-def bytes_per_value(precision: str, name: str) -> int:
-    """Bytes that a plain plan stores each value of a tensor in.
-
-    Args:
-        precision: one of `PRECISIONS`.
-        name: published name of the tensor.
-    """
-    if precision == "fp32" or name.startswith("t_embedder."):
-        return _FLOAT_BYTES
-    return 1 if precision == "fp8" and _BLOCK_LINEAR.fullmatch(name) else _HALF_BYTES
-
-
-def weight_bytes(weights: NetworkShapes, precision: str) -> dict[str, int]:
+def weight_bytes(networks: NetworkCosts, precision: str) -> dict[str, int]:
     """Bytes of each network's weights under a plain plan."""
     return {
-        network: sum(math.prod(shape) * bytes_per_value(precision, name) for name, shape in shapes.items())
-        for network, shapes in weights.items()
+        network: sum(math.prod(shape) * cost.bytes_per_value(precision, name) for name, shape in cost.shapes.items())
+        for network, cost in networks.items()
     }
 
 
-def largest_tensor_bytes(weights: NetworkShapes, precision: str) -> int:
+def largest_tensor_bytes(networks: NetworkCosts, precision: str) -> int:
     """Bytes of the largest single tensor as a plain plan stores it."""
     return max(
-        math.prod(shape) * bytes_per_value(precision, name)
-        for shapes in weights.values()
-        for name, shape in shapes.items()
+        math.prod(shape) * cost.bytes_per_value(precision, name)
+        for cost in networks.values()
+        for name, shape in cost.shapes.items()
     )
 
 
@@ -206,46 +236,15 @@ def host_needs(weights: Mapping[tuple[str, str], int], largest_tensor_bytes: int
     return HostNeeds(export, engine, max(export, engine), graphs, engines, graphs + engines + DISK_SPARE_BYTES)
 
 
-def _network_flops(shapes: Shapes, tokens: Tokens, pixels: int, batch: int) -> Flops:
-    linear = linear_fp8 = attention = unet = 0
-    stages = _stage_levels(shapes)
-    for name, shape in shapes.items():
-        if len(shape) == 4:
-            unet += 2 * math.prod(shape) * (pixels // 4 ** _level(name, stages))
-        elif len(shape) == 2:
-            product = 2 * math.prod(shape) * _rows_through(name, tokens)
-            linear += product
-            linear_fp8 += product if _BLOCK_LINEAR.fullmatch(name) else 0
-            if _QUERY.fullmatch(name):
-                # Scores and their product with the values: two products of S x S for each channel.
-                attention += 4 * _rows_through(name, tokens) ** 2 * shape[0]
-    return Flops(batch * linear, batch * linear_fp8, batch * attention, batch * unet)
-
-
-def _rows_through(name: str, tokens: Tokens) -> int:
-    """Rows that a weight matrix is multiplied with in one call; 0 for tables and learned tokens."""
-    if name.startswith("t_embedder.") or ".adaLN_modulation." in name:
-        return 1
-    groups = {
-        "all_x_embedder.": tokens.image,
-        "noise_refiner.": tokens.padded_image,
-        "cap_embedder.": tokens.caption,
-        "context_refiner.": tokens.caption,
-        "layers.": tokens.sequence,
-        "model.layers.": tokens.caption,
-    }
-    return next((rows for group, rows in groups.items() if name.startswith(group)), 0)
-
-
-def _stage_levels(shapes: Shapes) -> dict[str, int]:
-    """Stage of the U-Net to how often its side was halved; encoders stand full resolution first."""
-    matches = (_CONVOLUTION.fullmatch(name) for name in shapes)
-    names = [match[2] for match in matches if match and match[1] == "enc"]
-    return {name: level for level, name in enumerate(names)}
-
-
-def _level(name: str, stages: Mapping[str, int]) -> int:
-    match = _CONVOLUTION.fullmatch(name)
-    if match and match[2]:
-        return stages[match[2]]
-    return len(stages) if match and "bottleneck" in name else 0
+def _network_flops(cost: NetworkCost, tokens: Tokens, pixels: int, batch: int) -> Flops:
+    shapes, operations = cost.shapes, cost.operations
+    rows = {"call": 1, "image": tokens.image, "padded_image": tokens.padded_image, "caption": tokens.caption}
+    rows["sequence"] = tokens.sequence
+    products = {name: 2 * math.prod(shapes[name]) * rows[kind] for name, kind in operations.products.items()}
+    linear_fp8 = sum(count for name, count in products.items() if name in cost.float8)
+    # Scores and their product with the values: two products of S x S for each channel.
+    attention = sum(4 * rows[kind] ** 2 * channels for kind, channels in operations.attentions)
+    unet = sum(
+        2 * math.prod(shapes[name]) * (pixels // 4**halvings) for name, halvings in operations.convolutions.items()
+    )
+    return Flops(batch * sum(products.values()), batch * linear_fp8, batch * attention, batch * unet)

@@ -36,7 +36,7 @@ from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
-from l2p_export.precision.plans import Asked, Planned, make_plans
+from l2p_export.precision.plans import Asked, Planned, make_plans, plain_plan
 from l2p_export.proof.prove import prove
 from l2p_export.proof.reference import References
 from l2p_export.tensors.digests import WeightDigests, weight_digests
@@ -94,7 +94,11 @@ class BuildPlan:
     @property
     def plans(self) -> tuple[PrecisionPlan, ...]:
         """The plans of the bundle; those that are measured lack what that brings."""
-        return (*self.asked.plans, *(file.plan for file in self.asked.files))
+        model = self.loaded.model
+        return (
+            *(plain_plan(model, plan.base, plan.name) for plan in self.asked.plans),
+            *(file.plan for file in self.asked.files),
+        )
 
     @property
     def is_trained(self) -> bool:
@@ -105,7 +109,7 @@ class BuildPlan:
         """Bytes of all weights under one of the plans, the text encoder's included."""
         shapes = dict(self.loaded.checkpoint.shapes)
         if self.text_encoder is not None:
-            shapes |= self.text_encoder.shapes
+            shapes |= self.text_encoder.model.shapes
         return plan.weight_bytes(shapes)
 
     def network_bytes(self) -> dict[tuple[str, str], int]:
@@ -113,7 +117,7 @@ class BuildPlan:
         model = self.loaded.model
         shapes = {spec.name: model.network_shapes(spec.name) for spec in model.networks}
         if self.text_encoder is not None:
-            shapes[TEXT_ENCODER] = self.text_encoder.shapes
+            shapes[TEXT_ENCODER] = self.text_encoder.model.shapes
         return {(name, plan.name): plan.weight_bytes(found) for name, found in shapes.items() for plan in self.plans}
 
 
@@ -211,7 +215,7 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
     backend = open_backend(LEDGER_BACKEND)
     if not plan.is_trained:
         reporter.note(UNTRAINED)
-    touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.spec.trunk_layers)
+    touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.network_shapes("trunk"))
     if touched:
         reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")
     shared = nullcontext(None) if plan.store is None else open_store(plan.store)
@@ -249,7 +253,7 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
     files += [item.file for item in planned if item.file is not None]
     text = None
     if plan.text_encoder is not None:
-        text_plans = [item.for_text for item in planned]
+        text_plans = [plain_plan(plan.text_encoder.model, item.plan.base, item.plan.name) for item in planned]
         text = add_text_encoder(run, plan.text_encoder, text_plans, backend, reporter)
     files += [*proof.files, *(text.files if text else ())]
     networks = {spec.name: spec for spec in (*loaded.model.networks, *((text.record.network,) if text else ()))}

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from l2p_engines.store.stages import Made, Stage, StageRunner, named_by_content
 from l2p_export.graphs.export import graph_stage
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from l2p_calib.plans.plan import PrecisionPlan
-    from l2p_export.families import Model
-    from l2p_export.families.qwen3.folder import TextEncoder
+    from l2p_export.families.qwen3 import TextEncoder
     from l2p_runtime.backends import Backend
     from l2p_runtime.progress import Reporter
 
@@ -46,18 +45,15 @@ def add_text_encoder(
         ArtifactError: a weight is NaN, Inf or out of range, or a layer makes such values in float32.
         ParityError: a graph is further from torch than its threshold, or a plan does not hold what a layer makes.
     """
-    names = {TEXT_ENCODER: tuple(encoder.shapes)}
+    model = encoder.model
+    names = {TEXT_ENCODER: tuple(model.shapes)}
     digests = weight_digests(run, "the text encoder", encoder.tensors, names, encoder.files, {}, reporter)
-    # The exporter asks for modules, blocks, layouts and shapes and for nothing else that a family's model has.
-    model = cast("Model", encoder)
     files: list[FileRecord] = []
     graphs = []
     weights = digests.of(TEXT_ENCODER)
     chosen, ranges = plans_by_ranges(run, encoder, plans, weights, reporter)
     for plan in chosen:
-        stage = graph_stage(
-            run, model, encoder.tensors, encoder.network, plan, weights, reporter, settings=encoder.config
-        )
+        stage = graph_stage(run, model, encoder.tensors, model.network, plan, weights, reporter)
         files += stage.files
         graphs.append(GraphRecord(TEXT_ENCODER, plan.name, plan.opset, stage.files[0].path, stage.files[1].path))
     tokenizer, template = _text_stage(run, encoder).files
@@ -71,12 +67,12 @@ def add_text_encoder(
         reporter,
     )
     record = TextRecord(
-        network=encoder.network,
+        network=model.network,
         graphs=tuple(graphs),
         tokenizer=tokenizer.path,
         chat_template=template.path,
         max_tokens=MAX_TOKENS,
-        vocabulary=encoder.config.sizes.vocabulary,
+        vocabulary=model.config.sizes.vocabulary,
         reference=case[0].path if case else None,
     )
     return TextParts(record, (*files, tokenizer, template, *case), (*ranges, *ledger))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2p_export.checkpoint.loading import LoadedModel, load_model, missing_layers, trunk_digest
-from l2p_export.families import FAMILIES, Family
+from l2p_export.families import Family, family_claiming, known_as, qwen3
 from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
 from l2p_export.tensors.files import Weights, open_weights
 from l2p_export.tensors.metadata import is_trained, licence
@@ -25,7 +25,6 @@ _WRITERS = {
     ("diffusion_model.", False): "ai-toolkit",
     ("model.diffusion_model.", True): "a node-based interface",
 }
-_TEXT_ENCODER = re.compile(r"(?:model\.)?layers\.\d+\.self_attn\.q_proj\.weight")
 
 
 def describe(path: Path, source: Path | None = None, *, digest: bool = False) -> dict[str, Any]:
@@ -49,11 +48,11 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
     }
     if any(_LORA.search(name) for name in weights.tensors):
         return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values()), **_lora_facts(weights)}
-    family = next((family for family in FAMILIES if family.claims(weights.tensors)), None)
+    family = family_claiming(weights.tensors)
     if family is None:
-        kind = "text encoder" if any(map(_TEXT_ENCODER.fullmatch, weights.tensors)) else facts["kind"]
-        shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-        facts |= {"kind": kind, "fingerprint": fingerprint(shapes), "known_as": _known_as(fingerprint(shapes))}
+        kind = "text encoder" if qwen3.claims(weights.tensors) else facts["kind"]
+        mark = fingerprint({name: tensor.shape for name, tensor in weights.tensors.items()})
+        facts |= {"kind": kind, "fingerprint": mark, "known_as": known_as(mark) or "unknown"}
         return facts | {"dtypes": _dtypes(weights.tensors.values())}
     return facts | _family_facts(weights, family, path, source, digest=digest)
 
@@ -65,10 +64,10 @@ def _family_facts(weights: Weights, family: Family, path: Path, source: Path | N
         return {"family": family.name, "kind": "checkpoint that cannot be used", "problem": str(error)}
     mark = fingerprint(checkpoint.shapes)
     facts: dict[str, Any] = {
-        "kind": "latent source" if any(not _is_pixel(name) for name in checkpoint.tensors) else "checkpoint",
+        "kind": "latent source" if family.is_source(checkpoint.tensors) else "checkpoint",
         "family": family.name,
         "fingerprint": mark,
-        "known_as": _known_as(mark),
+        "known_as": known_as(mark) or "unknown",
         "parameters": checkpoint.parameters,
         "dtypes": _dtypes_by_group(checkpoint),
         "spelling": {
@@ -84,8 +83,8 @@ def _family_facts(weights: Weights, family: Family, path: Path, source: Path | N
     try:
         loaded = load_model(path, source)
     except ArtifactError as error:
-        has_layers = any(name.startswith("layers.") for name in checkpoint.tensors)
-        kind = "adapters" if missing_layers(checkpoint) or not has_layers else "incomplete checkpoint"
+        has_layers = any(family.main_layer(name) is not None for name in checkpoint.tensors)
+        kind = "adapters" if missing_layers(family, checkpoint) or not has_layers else "incomplete checkpoint"
         return facts | {"kind": kind, "problem": str(error)}
     return facts | _model_facts(loaded, digest=digest)
 
@@ -104,14 +103,6 @@ def _lora_facts(weights: Weights) -> dict[str, Any]:
         tensor.shape[0] for name, tensor in weights.tensors.items() if _LORA_DOWN.search(name) and tensor.shape
     )
     return {"layers": sum(ranks.values()), "ranks": {str(rank): count for rank, count in sorted(ranks.items())}}
-
-
-def _is_pixel(name: str) -> bool:
-    return not name.startswith(("all_final_layer.", "all_x_embedder.2-1."))
-
-
-def _known_as(mark: str) -> str:
-    return next((name for name in (family.known_as(mark) for family in FAMILIES) if name), "unknown")
 
 
 def _size_bytes(weights: Weights) -> int:

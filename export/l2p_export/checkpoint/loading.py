@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,13 +65,14 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
     model = family.model(checkpoint.shapes, equal)
     faults = model.faults(checkpoint.shapes)
     if faults:
-        missing, trunk = missing_layers(checkpoint), checkpoint.metadata.get(TRUNK_SHA256)
+        missing, trunk = missing_layers(family, checkpoint), checkpoint.metadata.get(TRUNK_SHA256)
         if source is None and missing and trunk:
             raise ArtifactError(
                 f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
                 hint="give the source that the adapters were trained from: --source DIR",
             )
-        lacks_layers = source is None and any(" `layers." in fault for fault in faults)
+        strange = model.shapes.keys() ^ checkpoint.shapes.keys()
+        lacks_layers = source is None and any(family.main_layer(name) is not None for name in strange)
         raise ArtifactError(
             f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
             + "; ".join(faults),
@@ -80,7 +80,7 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
             if lacks_layers
             else "download it again, or check which tool wrote it",
         )
-    merged = _merge(checkpoint, loras)
+    merged = _merge(family, checkpoint, loras)
     loaded = LoadedModel(family, checkpoint, model, source, equal or (), merged, tuple(sorted(files)))
     if not merged:
         return loaded
@@ -110,9 +110,7 @@ def trunk_digest(loaded: LoadedModel) -> str:
     Raises:
         ArtifactError: the checkpoint says that it was trained on another trunk.
     """
-    trunk = tuple(f"layers.{index}." for index in range(*loaded.model.spec.trunk_layers))
-    tensors = loaded.checkpoint.tensors
-    digest = weights_digest(tensors, (name for name in tensors if name.startswith(trunk)))
+    digest = weights_digest(loaded.checkpoint.tensors, loaded.model.network_shapes("trunk"))
     require_own_trunk(loaded, digest)
     return digest
 
@@ -133,9 +131,9 @@ def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
         )
 
 
-def missing_layers(checkpoint: Checkpoint) -> list[int]:
+def missing_layers(family: Family, checkpoint: Checkpoint) -> list[int]:
     """The main layers that a file lacks below its last one; none tells of a file without any layer."""
-    indices = {int(match[1]) for match in map(re.compile(r"layers\.(\d{1,4})\.").match, checkpoint.tensors) if match}
+    indices = {index for index in map(family.main_layer, checkpoint.tensors) if index is not None}
     return sorted(set(range(max(indices, default=0))) - indices)
 
 
@@ -144,5 +142,6 @@ def _text(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _merge(checkpoint: Checkpoint, loras: Sequence[LoraRequest]) -> tuple[Lora, ...]:
-    return tuple(open_lora(request, checkpoint.shapes) for request in loras)
+def _merge(family: Family, checkpoint: Checkpoint, loras: Sequence[LoraRequest]) -> tuple[Lora, ...]:
+    aliases = family.aliases(checkpoint.shapes) if loras else {}
+    return tuple(open_lora(request, checkpoint.shapes, aliases) for request in loras)

@@ -9,7 +9,7 @@ from l2p_export.tensors.sources import TensorSource, read_tensor
 from l2p_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from l2p_export.families.base import Family
     from l2p_export.tensors.checkpoint import Checkpoint
@@ -40,8 +40,12 @@ def overlay(checkpoint: Checkpoint, source: Checkpoint, family: Family) -> Overl
                 hint="the checkpoint was made from another source",
             )
     tensors = {**shared, **checkpoint.tensors}
-    layers = sorted({int(name.split(".")[1]) for name in shared if name.startswith("layers.")})
-    equal = tuple(index for index in layers if _equal_layer(index, tensors, shared))
+    layers: dict[int, list[str]] = {}
+    for name in tensors:
+        index = family.main_layer(name)
+        if index is not None:
+            layers.setdefault(index, []).append(name)
+    equal = tuple(index for index, names in sorted(layers.items()) if _are_equal(names, tensors, shared))
     if not equal:
         raise ArtifactError(
             f"no main layer of `{checkpoint.path}` equals that of `{source.path}`",
@@ -50,9 +54,7 @@ def overlay(checkpoint: Checkpoint, source: Checkpoint, family: Family) -> Overl
     return Overlay(replace(checkpoint, tensors=tensors), equal)
 
 
-def _equal_layer(index: int, tensors: Mapping[str, TensorSource], source: Mapping[str, TensorSource]) -> bool:
-    prefix = f"layers.{index}."
-    names = [name for name in tensors if name.startswith(prefix)]
+def _are_equal(names: Sequence[str], tensors: Mapping[str, TensorSource], source: Mapping[str, TensorSource]) -> bool:
     return all(name in source and _equal(tensors[name], source[name]) for name in names)
 
 

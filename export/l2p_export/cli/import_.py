@@ -57,7 +57,7 @@ def command(
         "trunk_layers": list(loaded.model.spec.trunk_layers),
     }
     console = Console(quiet=quiet)
-    touched = trunk_layers_touched(loaded.loras, loaded.model.spec.trunk_layers)
+    touched = trunk_layers_touched(loaded.loras, loaded.model.network_shapes("trunk"))
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")
     if not dry_run:

@@ -76,7 +76,7 @@ def command(
     if as_json:
         facts = to_json(found)
         # Names and shapes of 545 tensors are the checkpoint's, and `inspect` tells them.
-        del facts["subject"]["weights"]
+        del facts["subject"]["costs"]
         print_json(facts)
         return
     for line in forecast_lines(found):

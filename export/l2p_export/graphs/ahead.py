@@ -17,7 +17,7 @@ from l2p_runtime.progress import Silent
 
 if TYPE_CHECKING:
     from l2p_calib.plans.plan import PrecisionPlan
-    from l2p_export.families import Model
+    from l2p_export.families import Networks
     from l2p_runtime.contract import NetworkSpec
 
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ToTrace:
     """One network under one plan."""
 
-    model: Model
+    model: Networks
     network: NetworkSpec
     plan: PrecisionPlan
 

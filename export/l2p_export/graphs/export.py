@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from l2p_calib.plans.plan import PrecisionPlan
-    from l2p_export.families import Model
+    from l2p_export.families import Networks
     from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.contract import NetworkSpec
     from l2p_runtime.progress import Reporter
@@ -45,13 +45,12 @@ class GraphFiles:
 
 def graph_stage(
     run: StageRunner,
-    model: Model,
+    model: Networks,
     tensors: Mapping[str, TensorSource],
     network: NetworkSpec,
     plan: PrecisionPlan,
     weights_sha256: str,
     reporter: Reporter,
-    settings: object = None,
 ) -> Stage:
     """The graph of one network as a stage; its files are the `.onnx` and the `.safetensors`, in this order.
 
@@ -65,31 +64,29 @@ def graph_stage(
         plan: dtype of each layer.
         weights_sha256: digest of the network's weights.
         reporter: shows the bytes written.
-        settings: what else of the architecture decides the graph and shows in no shape, as an epsilon.
 
     Raises:
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
     """
 
     def make(work: Path) -> Made:
-        path = run.path(trace_stage(run, model, network, plan, reporter, settings).files[0])
+        path = run.path(trace_stage(run, model, network, plan, reporter).files[0])
         total = weight_bytes(model, network.name, plan)
         with reporter.stage(f"{plan.name} graph of `{network.name}`", total) as advance:
             scales = _input_scales(model, network.name, plan)
             found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance, scales)
         return Made("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
 
-    inputs = {**_structure(model, network, plan, settings), "weights": weights_sha256}
+    inputs = {**_structure(model, network, plan), "weights": weights_sha256}
     return run("graph", f"{network.name}.{plan.name}", inputs, make)
 
 
 def trace_stage(
     run: StageRunner,
-    model: Model,
+    model: Networks,
     network: NetworkSpec,
     plan: PrecisionPlan,
     reporter: Reporter,
-    settings: object = None,
 ) -> Stage:
     """The graph of a network without weights as a stage; its one file is the `.onnx`. Arguments as of `graph_stage`."""
     label = f"{network.name}.{plan.name}"
@@ -101,23 +98,21 @@ def trace_stage(
         write_bytes(work / "trace", data)
         return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
 
-    return run("trace", label, _traced(model, network, plan, settings), make)
+    return run("trace", label, _traced(model, network, plan), make)
 
 
-def trace_key(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object = None) -> str:
+def trace_key(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> str:
     """The key of `trace_stage` with these arguments."""
-    return stage_key("trace", _traced(model, network, plan, settings))
+    return stage_key("trace", _traced(model, network, plan))
 
 
-def graph_key(
-    model: Model, network: NetworkSpec, plan: PrecisionPlan, weights_sha256: str, settings: object = None
-) -> str:
+def graph_key(model: Networks, network: NetworkSpec, plan: PrecisionPlan, weights_sha256: str) -> str:
     """The key of `graph_stage` with these arguments: tells whether a graph is yet to be made."""
-    return stage_key("graph", {**_structure(model, network, plan, settings), "weights": weights_sha256})
+    return stage_key("graph", {**_structure(model, network, plan), "weights": weights_sha256})
 
 
 def export_graph(
-    model: Model,
+    model: Networks,
     tensors: Mapping[str, TensorSource],
     network: NetworkSpec,
     plan: PrecisionPlan,
@@ -133,7 +128,7 @@ def export_graph(
     return write_graph(traced, tensors, network.name, plan, folder, advance, scales)
 
 
-def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Model:
+def trace_plan(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> ir.Model:
     """Trace a network with the dtypes of a plan; blocks of equal structure are traced once."""
     import torch
 
@@ -144,10 +139,8 @@ def trace_plan(model: Model, network: NetworkSpec, plan: PrecisionPlan) -> ir.Mo
         return dtype
 
     repeats = _repeats(model, network.name, plan)
-    # A text encoder has nothing that can be scaled, and no way to be told.
-    scaled = {"exponent_of": plan.exponent} if plan.scales else {}
     return trace_network(
-        lambda: model.module(network.name, dtype_of, repeats, **scaled),
+        lambda: model.module(network.name, dtype_of, repeats, plan.exponent),
         network,
         plan.opset,
         repeats,
@@ -229,31 +222,31 @@ def _scaled(
     return tuple(ScaledTensor(tensors[n], e) if e else tensors[n] for n, e in exponents.items())
 
 
-def _structure(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:
+def _structure(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> dict[str, object]:
     """All that decides a graph but the values of its weights."""
     return {
         "network": network,
         "shapes": {name: list(shape) for name, shape in model.network_shapes(network.name).items()},
         "blocks": list(model.blocks(network.name)),
         "plan": plan.of_layers(_layers(model, network.name)),
-        "settings": settings,
+        "settings": model.settings,
         "tools": toolchain(),
     }
 
 
-def _traced(model: Model, network: NetworkSpec, plan: PrecisionPlan, settings: object) -> dict[str, object]:
+def _traced(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> dict[str, object]:
     """All that decides a trace: not the values of weights and input scales, and neither name nor base of the plan."""
     nameless = replace(plan.of_layers(_layers(model, network.name)), name="", base="fp32", inputs=())
-    return _structure(model, network, plan, settings) | {"plan": nameless}
+    return _structure(model, network, plan) | {"plan": nameless}
 
 
-def _float8_weights(model: Model, network: str, plan: PrecisionPlan) -> dict[str, str]:
+def _float8_weights(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, str]:
     """Weights of a network that a plan has in FP8, with the point that each reads."""
     reads = {product.layer: product.reads for product in model.layout(network).products}
     return {name: reads[layer_of(name)] for name in model.network_shapes(network) if plan.dtype(name) == FLOAT8}
 
 
-def _float8_attention(model: Model, network: str, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
+def _float8_attention(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
     """Weights that make the values of an attention that a plan has in FP8, with the points of its three inputs."""
     return {
         f"{attention.values_from}.weight": tuple(part.reads for part in attention.inputs)
@@ -262,7 +255,7 @@ def _float8_attention(model: Model, network: str, plan: PrecisionPlan) -> dict[s
     }
 
 
-def _input_scales(model: Model, network: str, plan: PrecisionPlan) -> dict[str, float]:
+def _input_scales(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, float]:
     """Point to what its values are divided by for FP8, as they are in the graph: scaled where layers before are."""
     layout = model.layout(network)
     scales = {item.layer: item.scale for item in plan.inputs}
@@ -275,12 +268,12 @@ def _input_scales(model: Model, network: str, plan: PrecisionPlan) -> dict[str, 
     return found
 
 
-def weight_bytes(model: Model, network: str, plan: PrecisionPlan) -> int:
+def weight_bytes(model: Networks, network: str, plan: PrecisionPlan) -> int:
     """Bytes of a network's weights under a plan."""
     return plan.weight_bytes(model.network_shapes(network))
 
 
-def _layers(model: Model, network: str) -> list[str]:
+def _layers(model: Networks, network: str) -> list[str]:
     """What a plan may speak of in one network: tensors, layers, attention of blocks, its inputs, and the residual."""
     tensors = tuple(model.network_shapes(network))
     attentions = model.layout(network).attentions
@@ -288,14 +281,23 @@ def _layers(model: Model, network: str) -> list[str]:
     return [*tensors, *map(layer_of, tensors), *attention, f"residual.{network}"]
 
 
-def _repeats(model: Model, network: str, plan: PrecisionPlan) -> dict[str, list[str]]:
-    """Runs of neighbouring blocks of one group, of equal dtypes and exponents: the first is traced, others copied."""
-    layers = _layers(model, network)
+def _repeats(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, list[str]]:
+    """Runs of neighbouring blocks of one group, of equal layers: the first is traced, others copied.
+
+    Names of blocks are equal but for their numbers, and shapes, dtypes and exponents are.
+    """
+    layers, shapes = _layers(model, network), model.network_shapes(network)
     runs: dict[str, list[str]] = {}
     previous: object = None
     for block in model.blocks(network):
         inside = [layer for layer in layers if layer.startswith(f"{block}.")]
-        kind = block.partition(".")[0], [(plan.dtype(layer), plan.exponent(layer)) for layer in inside]
+        kind = (
+            block.rpartition(".")[0],
+            [
+                (layer.removeprefix(block), shapes.get(layer), plan.dtype(layer), plan.exponent(layer))
+                for layer in inside
+            ],
+        )
         if kind == previous:
             runs[next(reversed(runs))].append(block)
         else:

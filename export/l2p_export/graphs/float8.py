@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from l2p_calib.fp8 import channel_scales, storable
-from l2p_export.graphs.names import SUFFIX, published_names
+from l2p_export.graphs.names import SCALE, SUFFIX, published_names
 from l2p_export.tensors.sources import ArrayTensor, DividedTensor, JoinedTensor, TransposedTensor
 from l2p_runtime.errors import InternalError
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from l2p_export.tensors.sources import TensorSource
-
-SCALE = "/scale"
-"""Ends the name of a scale; before it stands a weight as it is stored, or the point that inputs are measured at."""
 
 _AXIS = 1
 """Output channels of weights [in,out]."""

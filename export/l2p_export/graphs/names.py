@@ -8,6 +8,9 @@ SUFFIX = ".T"
 JOINT = "+"
 """Between the names of weights that are stored as one, [in, out] of each behind the other along `out`."""
 
+SCALE = "/scale"
+"""Ends the name of a scale; before it stands a weight as it is stored, or the point that inputs are measured at."""
+
 
 def published_names(name: str) -> list[str]:
     """The published names of what a graph stores as one weight."""

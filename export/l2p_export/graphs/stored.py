@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_export.families import FAMILIES
-from l2p_export.graphs.names import published_names
+from l2p_export.families import family_named
+from l2p_export.graphs.names import SCALE, published_names
 from l2p_export.tensors.sources import CHUNK_BYTES
 from l2p_runtime.contract import NETWORKS, Manifest
 from l2p_runtime.errors import ArtifactError
@@ -61,19 +61,24 @@ def find_float32_plan(manifest: Manifest) -> str | None:
     return next((name for name in whole if manifest.has_graph("trunk", name)), None)
 
 
-def bundle_model(bundle: Bundle) -> Model:
-    """The architecture that a bundle was built from, by the shapes of its float32 weights.
+def bundle_model(bundle: Bundle, plan: str | None = None) -> Model:
+    """The architecture that a bundle was built from, by the shapes of its weights.
+
+    Args:
+        bundle: the bundle.
+        plan: whose ONNX graphs are read, which all have the same shapes; the float32 one when None.
 
     Raises:
-        ArtifactError: no float32 graphs, no known family, or weights of no model.
+        ArtifactError: no known family, or weights of no model.
     """
     spec = bundle.manifest.model
-    family = next((family for family in FAMILIES if family.name == spec.family), None)
+    family = family_named(spec.family)
     if family is None:
         raise ArtifactError(f"`{bundle.root}` is of family `{spec.family}`, which this version does not know")
     shapes: dict[str, tuple[int, ...]] = {}
-    for weights in _float32_weights(bundle).values():
-        shapes |= published_shapes(weights)
+    read = plan if plan is not None else float32_plan(bundle)
+    for network in NETWORKS:
+        shapes |= published_shapes(bundle.path(bundle.manifest.graph(network, read).weights))
     return family.model(shapes, tuple(range(*spec.trunk_layers)))
 
 
@@ -94,9 +99,9 @@ def published_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 
 
 def published_places(file: TensorFile) -> dict[str, StoredTensor]:
-    """Published name to place of every tensor in a graph's weights."""
+    """Published name to place of every tensor in a graph's weights; scales of FP8 have no published name."""
     places = {}
-    for stored in file.tensors:
+    for stored in (name for name in file.tensors if not name.endswith(SCALE)):
         names = published_names(stored)
         for part, name in enumerate(names):
             places[name] = StoredTensor(stored, part, len(names), is_transposed=name != stored)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.forecast.calls import CallSize, border_bytes, forward_flops
 from l2p_engines.forecast.cards import Card, find_card
 from l2p_engines.forecast.fitting import Bound, step_bounds
-from l2p_export.graphs.stored import published_shapes
+from l2p_export.graphs.stored import bundle_model
+from l2p_export.performance.costs import network_costs
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import NETWORKS, arithmetic
@@ -210,10 +211,8 @@ def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dic
     precision = arithmetic(manifest.plan(plan).base)
     if card is None or not card.runs(precision) or not all(manifest.has_graph(network, plan) for network in NETWORKS):
         return {}
-    files = {network: bundle.path(manifest.graph(network, plan).weights) for network in NETWORKS}
-    shapes = {network: published_shapes(file) for network, file in files.items()}
-    flops = forward_flops(manifest.model, shapes, call)
-    sizes = {network: file.stat().st_size for network, file in files.items()}
+    sizes = {name: bundle.path(manifest.graph(name, plan).weights).stat().st_size for name in NETWORKS}
+    flops = forward_flops(manifest.model, network_costs(bundle_model(bundle, plan)), call)
     return step_bounds(card, precision, flops, sizes, border_bytes(manifest.model, call))
 
 

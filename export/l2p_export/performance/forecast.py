@@ -13,7 +13,7 @@ from l2p_engines.forecast.calls import (
     CallSize,
     Flops,
     HostNeeds,
-    NetworkShapes,
+    NetworkCosts,
     Tokens,
     border_bytes,
     count_tokens,
@@ -38,10 +38,9 @@ from l2p_engines.forecast.fitting import (
 )
 from l2p_engines.profiles import load_profile
 from l2p_export.checkpoint.loading import load_model
-from l2p_export.families import FAMILIES, Model
+from l2p_export.families import Model, known_as, published_model
 from l2p_export.families.qwen3 import open_text_encoder
-from l2p_export.families.z_image_l2p import ZImageModel
-from l2p_export.families.z_image_l2p.dimensions import VARIANTS, published_dimensions
+from l2p_export.performance.costs import network_costs
 from l2p_export.proof.reference import reference_bytes
 from l2p_export.tensors.checkpoint import fingerprint
 from l2p_export.tensors.metadata import sampling_defaults
@@ -61,7 +60,7 @@ class Subject:
     Attributes:
         checkpoint: the file; empty when none was given.
         known_as: the published checkpoint it has the shapes of; empty for another.
-        weights: network to its tensors, a text encoder's among them.
+        costs: network to its tensors and operations, a text encoder's among them.
         reference_bytes: host memory that it takes to run the model in torch, a block at a time.
     """
 
@@ -70,7 +69,7 @@ class Subject:
     spec: ModelSpec
     sampling: Sampling
     profiles: tuple[Profile, ...]
-    weights: NetworkShapes
+    costs: NetworkCosts
     reference_bytes: int
 
 
@@ -214,16 +213,16 @@ def read_subject(
     read = read or (load_profile(spec.variant),)
     for profile in read:
         profile.check_model(spec)
-    weights = {network.name: model.network_shapes(network.name) for network in model.networks}
+    costs = network_costs(model)
     if text_encoder is not None:
-        weights = {TEXT_ENCODER: open_text_encoder(text_encoder, spec.caption_width).shapes, **weights}
+        costs = {**network_costs(open_text_encoder(text_encoder, spec.caption_width).model), **costs}
     return Subject(
         checkpoint=str(checkpoint) if checkpoint is not None else "",
-        known_as=_known_as(model),
+        known_as=known_as(fingerprint(model.shapes)),
         spec=spec,
         sampling=sampling_defaults(metadata, read[0].sampling),
         profiles=read,
-        weights=weights,
+        costs=costs,
         reference_bytes=reference_bytes(model),
     )
 
@@ -265,7 +264,7 @@ def forecast(
     return Forecast(
         subject=subject,
         precisions=ordered,
-        weights=_weights(subject.weights, ordered),
+        weights=_weights(subject.costs, ordered),
         calls=calls,
         forwards_per_step=forwards,
         build=_build_forecast(subject, ordered, memory_bytes),
@@ -280,18 +279,7 @@ def _published_model(profiles: Sequence[Profile]) -> Model:
             "there is nothing to plan: neither a checkpoint nor a profile was given",
             hint="l2p-export plan CHECKPOINT, or l2p-export plan --profile 4k for the published 4k model",
         )
-    patch_px = profiles[0].patch_px
-    if patch_px not in VARIANTS:
-        raise UsageError(
-            f"profile `{profiles[0].name}` is for {patch_px} px patches, which no published model has",
-            hint=f"published ones have {', '.join(map(str, VARIANTS))} px; or give a CHECKPOINT",
-        )
-    return ZImageModel(published_dimensions(VARIANTS[patch_px]))
-
-
-def _known_as(model: Model) -> str:
-    mark = fingerprint(model.shapes)
-    return next((name for name in (family.known_as(mark) for family in FAMILIES) if name), "")
+    return published_model(profiles[0].patch_px, profiles[0].name)
 
 
 def _calls(subject: Subject, sizes_px: Sequence[tuple[int, int]]) -> tuple[CallSize, ...]:
@@ -309,7 +297,7 @@ def _calls(subject: Subject, sizes_px: Sequence[tuple[int, int]]) -> tuple[CallS
 
 
 def _call_forecast(subject: Subject, call: CallSize, precisions: Sequence[str]) -> CallForecast:
-    flops = forward_flops(subject.spec, subject.weights, call)
+    flops = forward_flops(subject.spec, subject.costs, call)
     total = total_flops(part for network, part in flops.items() if network != TEXT_ENCODER)
     memory = {precision: engine_memory(subject.spec, call, precision) for precision in precisions}
     tokens = count_tokens(subject.spec, call)
@@ -325,25 +313,25 @@ def _in_profile(subject: Subject, call: CallSize) -> bool:
     )
 
 
-def _weights(weights: NetworkShapes, precisions: Sequence[str]) -> dict[str, NetworkWeights]:
-    sizes = {precision: weight_bytes(weights, precision) for precision in precisions}
+def _weights(costs: NetworkCosts, precisions: Sequence[str]) -> dict[str, NetworkWeights]:
+    sizes = {precision: weight_bytes(costs, precision) for precision in precisions}
     return {
         network: NetworkWeights(
-            tensors=len(shapes),
-            parameters=sum(math.prod(shape) for shape in shapes.values()),
+            tensors=len(cost.shapes),
+            parameters=sum(math.prod(shape) for shape in cost.shapes.values()),
             bytes={precision: sizes[precision][network] for precision in precisions},
         )
-        for network, shapes in weights.items()
+        for network, cost in costs.items()
     }
 
 
 def _build_forecast(subject: Subject, precisions: Sequence[str], memory_bytes: int) -> BuildForecast:
-    weights = subject.weights
+    costs = subject.costs
     sizes = {
-        precision: {(network, precision): size for network, size in weight_bytes(weights, precision).items()}
+        precision: {(network, precision): size for network, size in weight_bytes(costs, precision).items()}
         for precision in precisions
     }
-    largest = {precision: largest_tensor_bytes(weights, precision) for precision in precisions}
+    largest = {precision: largest_tensor_bytes(costs, precision) for precision in precisions}
     return BuildForecast(
         each={precision: host_needs(sizes[precision], largest[precision], 1) for precision in precisions},
         together=host_needs(
@@ -365,7 +353,7 @@ def _placements(
     on_cpu: bool,
 ) -> tuple[Placement, ...]:
     model = subject.spec
-    weights = {precision: weight_bytes(subject.weights, precision) for precision in PRECISIONS}
+    weights = {precision: weight_bytes(subject.costs, precision) for precision in PRECISIONS}
 
     def try_setting(setting: Setting) -> Fit:
         call = setting.call
@@ -400,7 +388,7 @@ def _bounds(
     for item in calls:
         borders = border_bytes(subject.spec, item.call)
         for precision in precisions:
-            networks = step_bounds(card, precision, item.flops, weight_bytes(subject.weights, precision), borders)
+            networks = step_bounds(card, precision, item.flops, weight_bytes(subject.costs, precision), borders)
             forward = sum(networks[network].seconds for network in STEP_NETWORKS)
             step = forwards * forward
             bounds.append(StepBound(item.call, precision, networks, forward, step, step * subject.sampling.steps))

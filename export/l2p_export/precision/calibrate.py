@@ -277,7 +277,7 @@ def _measure(
         write_tensorfile(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
 
     with reporter.stage(f"measuring `{network}`", runs, "calls") as advance:
-        points = point_values(graph, names, published_names)
+        points = point_values(graph, layout, published_names)
         samples = [inputs(index) for index in range(len(plan.samples))]
         counters = count_graph(path, points, samples, values_bytes, keep, advance)
     found = network_statistics(network, sha256, counters)

@@ -6,16 +6,21 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2p_calib.layout import ATTENTION_INPUTS
 from l2p_calib.plans.file import Evidence, Float8, LayerPlan, PlanFile, read_plan
-from l2p_calib.plans.plan import PLANS
-from l2p_export.graphs.stored import bundle_model, find_float32_plan
+from l2p_export.graphs.stored import bundle_model
+from l2p_export.precision.plans import plain_plan
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import UsageError
 
+if TYPE_CHECKING:
+    from l2p_export.families import Model
+
 _NEAR = 3
+_UNLISTED = "what attention multiplies is not rounded unless a plan lists it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +55,31 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
     """
     if path.is_file():
         file = read_plan(path)
-        return _told(file, layer, path)
+        found = _told(file, layer)
+        if not found:
+            raise _unknown(layer, (entry.layer for entry in file.layers), path)
+        return found
     bundle = open_bundle(path, store)
     whole = {plan.name: read_plan(bundle.path(plan.file)) for plan in bundle.manifest.plans if plan.file is not None}
-    known = {entry.layer for file in whole.values() for entry in file.layers} or set(_layers(bundle))
-    if layer not in known and not _is_attention(layer, known):
+    model = _model(bundle)
+    layouts = [model.layout(network) for network in NETWORKS] if model is not None else []
+    known = {entry.layer for file in whole.values() for entry in file.layers}
+    known = known or {layer for layout in layouts for layer in layout.layers}
+    # A plan need not list the attention of a block, or an input of it.
+    attentions = [item for layout in layouts for item in layout.attentions]
+    names = {name for item in attentions for name in (item.layer, *(part.layer for part in item.inputs))}
+    if layer not in known | names:
         raise _unknown(layer, known, path)
-    found: list[Explanation] = []
+    told: list[Explanation] = []
     for plan in bundle.manifest.plans:
         if plan.name in whole:
-            found += _told(whole[plan.name], layer, path)
-        else:
-            base = PLANS[plan.base]
-            reason = next((rule.reason for rule in base.rules if rule.names(layer)), "all layers of this plan are so")
-            found.append(Explanation(plan.name, layer, base.dtype(layer), base.exponent(layer), reason))
-    return tuple(found)
+            file = whole[plan.name]
+            told += _told(file, layer) or (_explained(file.name, LayerPlan(layer, file.default, reason=_UNLISTED)),)
+        elif model is not None:
+            plain = plain_plan(model, plan.base, plan.name)
+            reason = next((rule.reason for rule in plain.rules if rule.names(layer)), "all layers of this plan are so")
+            told.append(Explanation(plan.name, layer, plain.dtype(layer), plain.exponent(layer), reason))
+    return tuple(told)
 
 
 def explained_lines(found: Explanation) -> Iterator[str]:
@@ -81,32 +96,22 @@ def explained_lines(found: Explanation) -> Iterator[str]:
         yield f"  {item.point}: largest {item.peak:.4g}, 99.9 % within {item.p999:.4g}, {item.calls} calls"
 
 
-def _told(file: PlanFile, layer: str, path: Path) -> tuple[Explanation, ...]:
+def _told(file: PlanFile, layer: str) -> tuple[Explanation, ...]:
+    """What a plan lists of a layer, and of attention of each input; nothing where it lists nothing."""
     by_name = {entry.layer: entry for entry in file.layers}
     inputs = (f"{layer}.{part}" for part in ATTENTION_INPUTS)
-    entries = [by_name[name] for name in (layer, *inputs) if name in by_name]
-    if not entries and not _is_attention(layer, by_name):
-        raise _unknown(layer, by_name, path)
-    unlisted = LayerPlan(layer, file.default, reason="what attention multiplies is not rounded unless a plan lists it")
-    return tuple(_explained(file.name, entry) for entry in entries or [unlisted])
-
-
-def _is_attention(layer: str, known: Iterable[str]) -> bool:
-    """Whether this is the attention of a block, or an input of it, which a plan need not list."""
-    attention, _, part = layer.rpartition(".")
-    whole = attention if part in ATTENTION_INPUTS else layer
-    return whole.endswith(".attention") and any(name.startswith(f"{whole}.") for name in known)
+    return tuple(_explained(file.name, by_name[name]) for name in (layer, *inputs) if name in by_name)
 
 
 def _explained(plan: str, entry: LayerPlan) -> Explanation:
     return Explanation(plan, entry.layer, entry.dtype, entry.exponent, entry.reason, entry.evidence, entry.float8)
 
 
-def _layers(bundle: Bundle) -> Iterator[str]:
-    if find_float32_plan(bundle.manifest) is not None:
-        model = bundle_model(bundle)
-        for network in NETWORKS:
-            yield from model.layout(network).layers
+def _model(bundle: Bundle) -> Model | None:
+    """The architecture of a bundle, from the ONNX graphs of any plan; None for engines alone."""
+    manifest = bundle.manifest
+    plans = [plan.name for plan in manifest.plans if all(manifest.has_graph(name, plan.name) for name in NETWORKS)]
+    return bundle_model(bundle, plans[0]) if plans else None
 
 
 def _unknown(layer: str, known: Iterable[str], path: Path) -> UsageError:

@@ -16,7 +16,7 @@ from l2p_calib.layout import layer_of_point
 from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
-from l2p_calib.plans.plan import FLOAT8, MEASURED, PLANS, PrecisionPlan
+from l2p_calib.plans.plan import MEASURED, PLANS, NamedPlan, PrecisionPlan
 from l2p_calib.statistics.ranges import (
     NetworkStatistics,
     Statistics,
@@ -31,7 +31,7 @@ from l2p_export.proof.cases import Case, case_inputs, small_cases
 from l2p_export.tensors.digests import WeightDigests
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import FileRecord, LedgerEntry, PlanRef, ranges_comparison
+from l2p_runtime.contract import BasePrecision, FileRecord, LedgerEntry, PlanRef, ranges_comparison
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import ArtifactError, ParityError
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from l2p_export.checkpoint.loading import LoadedModel
-    from l2p_export.families import Model
+    from l2p_export.families import Model, Networks
     from l2p_export.proof.reference import References
     from l2p_export.tensors.sources import TensorSource
     from l2p_runtime.progress import Reporter
@@ -73,23 +73,18 @@ class Planned:
         """What the manifest says of it."""
         return replace(self.plan.ref, file=self.file.path if self.file else None)
 
-    @property
-    def for_text(self) -> PrecisionPlan:
-        """The same for a text encoder, whose layers no plan speaks of."""
-        return replace(PLANS[self.plan.base], name=self.plan.name)
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a build was asked for.
 
     Attributes:
-        plans: by name, as they are before anything is measured.
+        plans: by name, which says nothing of what is measured.
         files: whole plans, read from files.
         statistics: measured before, in addition to what the build measures; None without.
     """
 
-    plans: tuple[PrecisionPlan, ...]
+    plans: tuple[NamedPlan, ...]
     files: tuple[PlanFile, ...] = ()
     statistics: Statistics | None = None
 
@@ -113,8 +108,14 @@ def make_plans(
     for file in asked.files:
         check_digests(file, by_network)
     measuring = _Measuring(asked, by_network, references, reporter)
-    named = [_make_plan(run, plan, None, measuring) for plan in asked.plans]
-    return (*named, *(_make_plan(run, file.plan, file, measuring) for file in asked.files))
+    wanted: tuple[NamedPlan | PlanFile, ...] = (*asked.plans, *asked.files)
+    return tuple(_make_plan(run, item, measuring) for item in wanted)
+
+
+def plain_plan(model: Networks, base: BasePrecision, name: str | None = None) -> PrecisionPlan:
+    """The plan of a base for a model, before anything is measured; named like its base by default."""
+    named = replace(PLANS[base], name=name or base)
+    return named.of(model.layout(spec.name) for spec in model.networks)
 
 
 def network_digests(digests: WeightDigests) -> dict[str, str]:
@@ -134,13 +135,15 @@ def network_points(model: Model, network: str) -> tuple[str, ...]:
     return tuple(point.name for point in model.layout(network).points)
 
 
-def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, measuring: _Measuring) -> Planned:
+def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measuring) -> Planned:
+    file = asked if isinstance(asked, PlanFile) else None
+    plan = asked.plan if isinstance(asked, PlanFile) else _unmeasured(asked, measuring)
     if plan.default != "float16" and file is None:
         return Planned(plan)
     inputs = {
         "plan": plan,
         "file": file,
-        "is_measured": file is None and plan.base in MEASURED,
+        "is_measured": file is None and asked.base in MEASURED,
         "networks": measuring.digests,
         "cases": measuring.references.cases,
         "times": TIMES,
@@ -151,8 +154,9 @@ def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, mea
 
     def make(work: Path) -> Made:
         measurements = measuring.measurements() if plan.default == "float16" else ()
-        complete = float8_plan if FLOAT8 in plan.dtypes else measured_plan
-        whole = complete(plan, measurements) if inputs["is_measured"] else file
+        whole = file
+        if isinstance(asked, NamedPlan) and inputs["is_measured"]:
+            whole = (float8_plan if asked.float8 else measured_plan)(asked, measurements)
         chosen = whole.plan if whole is not None else plan
         facts = _Facts(_judge(chosen, measurements), chosen)
         if whole is None:
@@ -166,6 +170,10 @@ def _make_plan(run: StageRunner, plan: PrecisionPlan, file: PlanFile | None, mea
     stage = run("plan", plan.name, inputs, make)
     facts = from_json(_Facts, stage.facts)
     return Planned(facts.plan, stage.files[0] if stage.files else None, facts.ledger)
+
+
+def _unmeasured(asked: NamedPlan, measuring: _Measuring) -> PrecisionPlan:
+    return plain_plan(measuring.references.loaded.model, asked.base, asked.name)
 
 
 class _Measuring:
@@ -247,7 +255,7 @@ def _given(asked: Asked, model: Model, digests: Mapping[str, str]) -> dict[str, 
     for name, item in found.items():
         layout = model.layout(name)
         inputs = [part.layer for attention in layout.attentions for part in attention.inputs]
-        is_rounded = any(plan.dtype(layer) == FLOAT8 for plan in asked.plans for layer in inputs)
+        is_rounded = any("attention" in plan.float8 for plan in asked.plans)
         points = network_points(model, name)
         optional = [] if is_rounded else [point for point in points if layer_of_point(point) in inputs]
         require_usable(item, set(points).difference(optional), optional)

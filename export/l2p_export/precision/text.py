@@ -88,7 +88,7 @@ def plans_by_ranges(
         return list(plans), ()
     inputs = {
         "weights": weights_sha256,
-        "settings": encoder.config,
+        "settings": encoder.model.settings,
         "tokenizer": file_digest(encoder.tokenizer),
         "template": CHAT_TEMPLATE,
         "prompts": read_prompts()[:PROMPTS],
@@ -147,8 +147,8 @@ def _entry(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> LedgerEntry:
 
 def _needed_bytes(encoder: TextEncoder) -> int:
     """The embedding table and one layer in float32, each beside what it is read from, and some activations."""
-    parts = dict.fromkeys((_EMBEDDING, *encoder.blocks(TEXT_ENCODER)), 0)
-    for name, shape in encoder.shapes.items():
+    parts = dict.fromkeys((_EMBEDDING, *encoder.model.blocks(TEXT_ENCODER)), 0)
+    for name, shape in encoder.model.shapes.items():
         parts[next(part for part in parts if name.startswith(f"{part}."))] += 8 * math.prod(shape)
     return parts.pop(_EMBEDDING) + max(parts.values(), default=0) + (256 << 20)
 
@@ -167,10 +167,10 @@ def _measure(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, ...]:
         raise HostError(f"measuring the text encoder takes about {needed:,} bytes here, more than are free")
 
     with torch.device("meta"):
-        module = encoder.module(TEXT_ENCODER, lambda layer: torch.float32)
+        module = encoder.model.module(TEXT_ENCODER, lambda layer: torch.float32)
     embedding = module.get_submodule(_EMBEDDING)
     found = [LayerPeak(_EMBEDDING, "weight", _fill(encoder, _EMBEDDING, embedding)["weight"])]
-    layers = encoder.blocks(TEXT_ENCODER)
+    layers = encoder.model.blocks(TEXT_ENCODER)
     with reporter.stage("measuring the text encoder in torch float32", len(layers), "layers") as advance:
         for name in layers:
             _observe(encoder, name, module.get_submodule(name), found, advance)

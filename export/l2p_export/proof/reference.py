@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from l2p_engines.forecast.calls import CallSize, forward_flops, total_flops
+from l2p_export.performance.costs import network_costs
 from l2p_export.proof.cases import (
     CORNER_PIXELS_MAX,
     LEAST_FLOPS_MAX,
@@ -199,9 +200,8 @@ def _too_large(loaded: LoadedModel, case: Case, available_bytes: int) -> str:
     most = LEAST_PIXELS_MAX if case.stored else CORNER_PIXELS_MAX
     if pixels > most:
         return f"larger than the {most:,} pixels that a build runs in torch"
-    weights = {name: loaded.model.network_shapes(name) for name in NETWORKS}
     call = CallSize(case.rows * spec.patch_px, case.columns * spec.patch_px, case.caption_tokens)
-    flops = total_flops(forward_flops(spec, weights, call).values()).total
+    flops = total_flops(forward_flops(spec, network_costs(loaded.model), call).values()).total
     if flops > LEAST_FLOPS_MAX:
         return f"takes {flops / 1e12:.1f} TFLOP, a build spends {LEAST_FLOPS_MAX / 1e12:.0f} on a large case in torch"
     need = call_memory(spec, 1, case.rows, case.columns, spec.padded(case.caption_tokens))

@@ -89,7 +89,7 @@ def prove_text(
     reporter: Reporter,
 ) -> tuple[tuple[FileRecord, ...], tuple[LedgerEntry, ...]]:
     """The stored case, if this machine can make one, and the ledger."""
-    needed = 2 * 4 * sum(math.prod(shape) for shape in encoder.shapes.values())
+    needed = 2 * 4 * sum(math.prod(shape) for shape in encoder.model.shapes.values())
     fits = needed <= available_host_bytes()
     inputs = {
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
@@ -112,7 +112,7 @@ def prove_text(
                 comparison = graph_comparison(record.plan)
                 paths = run.path(files[record.graph]), run.path(files[record.weights])
                 try:
-                    engine = backend.load(*paths, encoder.network)
+                    engine = backend.load(*paths, encoder.model.network)
                 except UnsupportedError as error:
                     ledger.append(_not_run(comparison, str(error)))
                     continue
@@ -142,7 +142,7 @@ def _reference(encoder: TextEncoder) -> dict[str, NDArray[Any]]:
     import torch
 
     shape = (len(_CASE_LENGTHS), max(_CASE_LENGTHS))
-    ids = np.linspace(0, encoder.config.sizes.vocabulary - 1, math.prod(shape)).astype(np.int64)
+    ids = np.linspace(0, encoder.model.config.sizes.vocabulary - 1, math.prod(shape)).astype(np.int64)
     mask = np.arange(shape[1]) < np.asarray(_CASE_LENGTHS)[:, np.newaxis]
     case = {"input_ids": ids.reshape(shape), "attention_mask": mask.astype(np.int64)}
     module = torch_text_encoder(encoder)

@@ -16,11 +16,11 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import Bundles, run_cli
-from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.output import open_output
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
 from l2p_export.families.qwen3 import open_text_encoder
+from l2p_export.precision.plans import plain_plan
 from l2p_export.proof.text import verify_text
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Engine, open_backend
@@ -173,7 +173,7 @@ def bundle(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = open_text_encoder(folder, WIDTH)
     with open_output(root) as output:
         manifest = open_bundle(root).manifest
-        plans = [PLANS[plan.name] for plan in manifest.plans]
+        plans = [plain_plan(encoder.model, plan.base, plan.name) for plan in manifest.plans]
         parts = add_text_encoder(StageRunner(Home(root)), encoder, plans, open_backend("onnx"), Silent())
         everything = tuple(sorted((*manifest.files, *parts.files), key=lambda item: item.path))
         ledger = (*manifest.ledger, *parts.ledger)

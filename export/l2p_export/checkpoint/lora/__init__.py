@@ -3,7 +3,7 @@
 Users ask for it by `--lora FILE:STRENGTH` (docs/design.md, "Command line").
 
 request = parse_lora("style.safetensors:0.8")
-lora = open_lora(request, checkpoint.shapes)
+lora = open_lora(request, checkpoint.shapes, family.aliases(checkpoint.shapes))
 tensors = merge_loras(checkpoint.tensors, [lora])
 """
 

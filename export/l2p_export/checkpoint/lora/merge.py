@@ -7,7 +7,7 @@ checkpoint would be another trunk on another machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,17 +37,15 @@ def merge_loras(tensors: Mapping[str, TensorSource], loras: Sequence[Lora]) -> d
     return merged
 
 
-def trunk_layers_touched(loras: Sequence[Lora], trunk: tuple[int, int]) -> tuple[str, ...]:
+def trunk_layers_touched(loras: Sequence[Lora], trunk: Iterable[str]) -> tuple[str, ...]:
     """Published names of the frozen layers that LoRAs change, as `layers.12.attention.to_q`, in the model's order.
 
     Args:
         loras: as for `merge_loras`; strength 0 touches nothing.
-        trunk: first frozen layer, and the first behind them (`ModelSpec.trunk_layers`).
+        trunk: names of the frozen tensors, as `network_shapes("trunk")` has them.
     """
-    found = {name.removesuffix(".weight") for lora in loras for name in lora.deltas if lora.weight(name)}
-    by_layer = {name: int(name.split(".")[1]) for name in found if name.startswith("layers.")}
-    frozen = [name for name, layer in by_layer.items() if trunk[0] <= layer < trunk[1]]
-    return tuple(sorted(frozen, key=lambda name: (by_layer[name], name)))
+    found = {name for lora in loras for name in lora.deltas if lora.weight(name)}
+    return tuple(name.removesuffix(".weight") for name in trunk if name in found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ _REFUSED = (
     (re.compile(r"\.lora_mid\."), "LoCon with a core tensor", "its change is a product of three tensors"),
     (re.compile(r"\.(?:boft|oft)_"), "OFT", "it rotates weights, which is no sum"),
 )
-_FUSED = (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +74,17 @@ class LayerNames:
     Looked up with underscores for dots, which is how kohya writes them and what every other spelling can be brought to.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, aliases: Mapping[str, tuple[str, ...]]) -> None:
         self._weights: dict[str, tuple[str, ...]] = {}
         for name, shape in shapes.items():
             # Matrices and convolutions; a norm or a bias has no two sides.
             if name.endswith(".weight") and len(shape) in (2, 4):
-                self._add(name.removesuffix(".weight"), (name,))
-        for name in shapes:
-            if name.endswith(_FUSED[0]):
-                block = name.removesuffix(_FUSED[0])
-                parts = tuple(block + part for part in _FUSED)
-                if all(part in shapes for part in parts):
-                    self._add(f"{block}.attention.qkv", parts)
+                self._weights[_flat(name.removesuffix(".weight"))] = (name,)
+        self._weights |= {_flat(layer): weights for layer, weights in aliases.items()}
 
     def weights(self, layer: str) -> Sequence[str]:
-        """Published weights of a layer named without prefix; three when it holds q, k and v, none when unknown."""
+        """Published weights of a layer named without prefix; several when it holds them in one, none when unknown."""
         return self._weights.get(_flat(layer), ())
-
-    def _add(self, layer: str, weights: tuple[str, ...]) -> None:
-        self._weights[_flat(layer)] = weights
-        if layer.endswith(".attention.to_out.0"):
-            self._weights[_flat(layer.removesuffix("to_out.0") + "out")] = weights
-        if layer.startswith("all_x_embedder."):
-            self._weights["x_embedder"] = weights
 
 
 def _flat(layer: str) -> str:

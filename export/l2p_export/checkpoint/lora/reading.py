@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,19 +18,20 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _LISTED = 20
 
 
-def open_lora(request: LoraRequest, shapes: Shapes) -> Lora:
+def open_lora(request: LoraRequest, shapes: Shapes, aliases: Mapping[str, tuple[str, ...]]) -> Lora:
     """Open a LoRA and put it under published names. Reads its values once, to look for NaN and Inf.
 
     Args:
         request: file, or folder with one, and strength.
         shapes: published name to shape of the checkpoint that it is for.
+        aliases: further names of its layers, from `Family.aliases`.
 
     Raises:
         ArtifactError: absent, damaged, another method than LoRA, keys that match no layer (all of them listed), half a
             pair, shapes that do not fit, no float, NaN or Inf.
     """
     file = open_tensorfile(_find(request.path))
-    pairs = _pairs(file, LayerNames(shapes))
+    pairs = _pairs(file, LayerNames(shapes, aliases))
     stated = stated_alpha(file)
     deltas: dict[str, Delta] = {}
     claimed_by: dict[str, str] = {}

@@ -18,6 +18,9 @@ from l2p_runtime.errors import ArtifactError
 PRODUCT_SCALE = 2.0**-6
 """What float16 of a feed-forward's product is scaled by; a power of two, so exact but for what becomes subnormal."""
 
+LAYER = "model.layers."
+"""How the names of layers begin; their number follows."""
+
 CONFIG_NAME = "config.json"
 CONFIG_BYTES_MAX = 4 << 20
 
@@ -65,7 +68,7 @@ class TextEncoderConfig:
 
 def network_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
     """Published name to shape of the tensors that the network reads: no last layer, no final norm."""
-    unused = (f"model.layers.{config.built_layers}.", "model.norm.")
+    unused = (f"{LAYER}{config.built_layers}.", "model.norm.")
     return {name: shape for name, shape in text_encoder_shapes(config.sizes).items() if not name.startswith(unused)}
 
 

@@ -2,88 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from l2p_calib.layout import NetworkLayout
-from l2p_export.families.qwen3.dimensions import TextEncoderConfig, network_shapes, read_config, require_inside
+from l2p_export.families.qwen3.dimensions import LAYER, TextEncoderConfig, read_config, require_inside
+from l2p_export.families.qwen3.model import Qwen3Model
 from l2p_export.tensors.files import open_folder_tensors
 from l2p_export.tensors.sources import read_tensor
-from l2p_runtime.contract import TEXT_ENCODER, NetworkSpec, TensorSpec
+from l2p_runtime.contract import TEXT_ENCODER
 from l2p_runtime.errors import ArtifactError, UsageError
 from l2p_runtime.text import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
     from torch import nn
 
     from l2p_export.tensors.sources import FileTensor
 
-    Tensors = Mapping[str, NDArray[Any]]
-
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 TOKENIZER_NAME = "tokenizer.json"
-
-_LAYER = "model.layers."
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """An opened text encoder; `graphs.export.export_graph` takes it as it takes a family's model.
+    """An opened text encoder.
 
     Attributes:
-        tensors: what the network reads, under published names with the prefix `model.`.
+        model: its networks, without weights.
+        tensors: what they read, under published names with the prefix `model.`.
         tokenizer: its `tokenizer.json`.
     """
 
     folder: Path
-    config: TextEncoderConfig
+    model: Qwen3Model
     tensors: Mapping[str, FileTensor]
     tokenizer: Path
-
-    @property
-    def network(self) -> NetworkSpec:
-        """Inputs and output: B prompts of L tokens, padded at the right."""
-        return NetworkSpec(
-            TEXT_ENCODER,
-            (TensorSpec("input_ids", "int64", ("B", "L")), TensorSpec("attention_mask", "int64", ("B", "L"))),
-            (TensorSpec("prompt_embeds", "float32", ("B", "L", self.config.sizes.width)),),
-        )
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Published name and shape of every tensor that the network reads."""
-        return network_shapes(self.config)
-
-    def network_shapes(self, network: str) -> dict[str, tuple[int, ...]]:
-        """Published name and shape of every tensor that the network reads."""
-        del network
-        return self.shapes
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that the tensors are read from."""
         return tuple(sorted({tensor.file.path for tensor in self.tensors.values()}))
-
-    def module(
-        self, network: str, dtype_of: Callable[[str], torch.dtype], blocks: Iterable[str] | None = None
-    ) -> nn.Module:
-        """Build the network on the current device, with uninitialised weights under published names."""
-        from l2p_export.families.qwen3.networks import text_encoder_module
-
-        return text_encoder_module(self.config, dtype_of, self.blocks(network) if blocks is None else blocks)
-
-    def blocks(self, network: str) -> tuple[str, ...]:
-        """Names of its layers, as `model.layers.5`; the last is not one of them."""
-        del network
-        return tuple(f"{_LAYER}{index}" for index in range(self.config.built_layers))
-
-    def layout(self, network: str) -> NetworkLayout:
-        """Nothing: no plan scales its layers, or has them in FP8."""
-        return NetworkLayout(network, ())
 
 
 def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
@@ -109,33 +68,33 @@ def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
             f"{caption_width}",
             hint="use the text encoder that the model was trained with: Qwen3-4B for the published ones",
         )
-    tensors = _tensors(folder, config)
+    model = Qwen3Model(config)
+    tensors = _tensors(folder, model)
     tokenizer_file = _tokenizer_file(folder)
     _check_vocabulary(load_tokenizer(tokenizer_file, CHAT_TEMPLATE), tokenizer_file, config)
-    return TextEncoder(folder, config, tensors, tokenizer_file)
+    return TextEncoder(folder, model, tensors, tokenizer_file)
 
 
-def _tensors(folder: Path, config: TextEncoderConfig) -> dict[str, FileTensor]:
+def _tensors(folder: Path, model: Qwen3Model) -> dict[str, FileTensor]:
     """The tensors that the network reads; the last layer, the final norm and an output head may be there or not."""
     stored = open_folder_tensors(folder, "model")
     prefix = "" if any(name.startswith("model.") for name in stored) else "model."
     found = {name if name.startswith("lm_head.") else prefix + name: source for name, source in stored.items()}
-    wanted = network_shapes(config)
-    unused = (f"{_LAYER}{config.built_layers}.", "model.norm.", "lm_head.")
-    faults = [f"missing `{name}`" for name in sorted(wanted.keys() - found.keys())]
-    faults += [f"unknown `{name}`" for name in sorted(found.keys() - wanted.keys()) if not name.startswith(unused)]
-    for name in sorted(wanted.keys() & found.keys()):
-        if found[name].shape != wanted[name]:
-            faults.append(f"`{name}` has shape {list(found[name].shape)}, expected {list(wanted[name])}")
-        elif found[name].dtype not in FLOAT_DTYPES:
-            faults.append(f"`{name}` is {found[name].dtype}, expected {', '.join(FLOAT_DTYPES)}")
+    unused = (f"{LAYER}{model.config.built_layers}.", "model.norm.", "lm_head.")
+    read = {name: tensor for name, tensor in found.items() if not name.startswith(unused)}
+    faults = model.faults({name: tensor.shape for name, tensor in read.items()})
+    faults += [
+        f"`{name}` is {tensor.dtype}, expected {', '.join(FLOAT_DTYPES)}"
+        for name, tensor in sorted(read.items())
+        if name in model.shapes and tensor.dtype not in FLOAT_DTYPES
+    ]
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ArtifactError(
             f"the weights in `{folder}` are not those of its config.json: {'; '.join(faults[:8])}{more}",
             hint="fetch the whole folder again, unquantized",
         )
-    return {name: found[name] for name in wanted}
+    return {name: found[name] for name in model.shapes}
 
 
 def _tokenizer_file(folder: Path) -> Path:
@@ -168,7 +127,7 @@ def torch_text_encoder(encoder: TextEncoder) -> nn.Module:
     import torch
 
     with torch.device("meta"):
-        module = encoder.module(TEXT_ENCODER, lambda layer: torch.float32)
+        module = encoder.model.module(TEXT_ENCODER, lambda layer: torch.float32)
     state = {name: torch.from_numpy(read_tensor(encoder.tensors[name])) for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
     return module

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2p_export.families.linear import Linear
 from l2p_export.families.qwen3.dimensions import PRODUCT_SCALE, TextEncoderConfig
-from l2p_export.families.z_image_l2p.blocks import Linear
 
 
 class RMSNorm(nn.Module):

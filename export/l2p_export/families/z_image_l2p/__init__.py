@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from l2p_export.families.faults import shape_faults
 from l2p_export.families.z_image_l2p import spelling
 from l2p_export.families.z_image_l2p.dimensions import (
+    VARIANTS,
     Dimensions,
     dimensions_from_shapes,
     expected_shapes,
+    is_latent,
+    main_layer,
     network_blocks,
     network_shapes,
-    shape_faults,
+    published_dimensions,
     shared_trunk,
 )
 from l2p_export.families.z_image_l2p.layout import network_layout
+from l2p_export.families.z_image_l2p.operations import network_operations
 from l2p_export.families.z_image_l2p.specs import FAMILY, model_spec, network_specs
 
 if TYPE_CHECKING:
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from l2p_calib.layout import NetworkLayout
+    from l2p_engines.forecast.calls import Operations
     from l2p_export.families.base import Shapes
     from l2p_export.tensors.checkpoint import Checkpoint
     from l2p_export.tensors.files import Weights
@@ -36,7 +42,6 @@ PUBLISHED: Mapping[str, str] = {
     "df0e4e865d39501e2fe96c7ea8aa40f6": "L2P 8K",
     "e6094ba663b7c10011eb47db072ead0b": "L2P 10K",
     "fc3a8a1247fe185ce116ccbe0e426c28": "Z-Image (latent)",
-    "0f050f62a88876fea6eae0a18dac5a2e": "Qwen3-4B text encoder",
 }
 """Fingerprint of a published checkpoint to its name (docs/model.md, "Fingerprints")."""
 
@@ -62,9 +67,15 @@ class ZImageModel:
         """Published name and shape of every tensor it has."""
         return expected_shapes(self.dimensions)
 
+    @property
+    def settings(self) -> None:
+        """Shapes say everything; what is fixed stands in the code."""
+        return None
+
     def faults(self, shapes: Shapes) -> list[str]:
         """What is missing, unknown or misshapen in `shapes`, one line each."""
-        return shape_faults(shapes, self.shapes)
+        blocks = (block for network in self.networks for block in self.blocks(network.name))
+        return shape_faults(shapes, self.shapes, blocks)
 
     def module(
         self,
@@ -84,8 +95,12 @@ class ZImageModel:
         return network_blocks(network, self.dimensions)
 
     def layout(self, network: str) -> NetworkLayout:
-        """What can be measured in one network and which of its layers can be scaled."""
+        """What can be measured in one network, and what plans may do to which of its layers."""
         return network_layout(network, self.dimensions)
+
+    def operations(self, network: str) -> Operations:
+        """What one network multiplies by which weights, for forecasts."""
+        return network_operations(network, self.dimensions)
 
     def network_shapes(self, network: str) -> Shapes:
         """Published name and shape of the tensors of one network."""
@@ -97,6 +112,11 @@ class ZImageL2P:
     """Implements `families.base.Family`."""
 
     name: str = FAMILY
+
+    @property
+    def published(self) -> Mapping[int, ZImageModel]:
+        """Patch size in pixels to the published model of that size."""
+        return {patch: ZImageModel(published_dimensions(variant)) for patch, variant in VARIANTS.items()}
 
     def claims(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names can only be this family's."""
@@ -113,9 +133,21 @@ class ZImageL2P:
             dimensions = replace(dimensions, cut=shared_trunk(dimensions.trunk, equal_layers))
         return ZImageModel(dimensions)
 
+    def is_source(self, names: Iterable[str]) -> bool:
+        """Whether these are the tensors of Z-Image, which draws latents."""
+        return any(map(is_latent, names))
+
     def is_shared(self, name: str) -> bool:
         """Whether a tensor of the latent source means the same here: all but its own embedder and final layer."""
         return not name.startswith(("all_x_embedder.", "all_final_layer.", "local_decoder."))
+
+    def main_layer(self, name: str) -> int | None:
+        """The number of the main layer that a published tensor belongs to."""
+        return main_layer(name)
+
+    def aliases(self, shapes: Shapes) -> Mapping[str, tuple[str, ...]]:
+        """Further names that tools give layers in LoRA files, to the published weights that each stands for."""
+        return spelling.layer_aliases(shapes)
 
     def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
         """The tensors under the names that node-based user interfaces use."""

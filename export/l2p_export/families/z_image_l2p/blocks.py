@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2p_export.families.linear import Linear
 from l2p_export.families.z_image_l2p.dimensions import SINUSOID_WIDTH, Dimensions
 
 NORM_EPSILON = 1e-5
@@ -38,14 +39,6 @@ class BlockPrecision:
     attention_exponent: int = 0
     ffn_exponent: int = 0
     has_wide_residual: bool = False
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        return super().forward(x.to(self.weight.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from l2p_runtime.errors import ArtifactError
@@ -97,7 +97,7 @@ class Dimensions:
 
 
 def dimensions_from_shapes(shapes: Shapes) -> Dimensions:
-    """Read the dimensions; where tensors disagree, the majority decides and `shape_faults` names the others.
+    """Read the dimensions; where tensors disagree, the majority decides and `faults.shape_faults` names the others.
 
     Raises:
         ArtifactError: a latent checkpoint, no L2P checkpoint at all, an unknown patch size, or sizes that do not fit
@@ -155,23 +155,15 @@ def expected_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
     return shapes | _head_shapes(d)
 
 
-def shape_faults(shapes: Shapes, expected: Shapes) -> list[str]:
-    """What is missing, unknown or misshapen, one line each; a block that is missing whole takes one line."""
-    missing = expected.keys() - shapes.keys()
-    faults = []
-    for block, names in _by_block(missing).items():
-        whole = {name for name in expected if name.startswith(block + ".")}
-        if block and names == whole:
-            faults.append(f"missing `{block}`, all {len(names)} tensors")
-        else:
-            faults += [f"missing `{name}`" for name in sorted(names)]
-    faults += [f"unknown `{name}`" for name in sorted(shapes.keys() - expected.keys())]
-    faults += [
-        f"`{name}` has shape {list(shapes[name])}, expected {list(expected[name])}"
-        for name in sorted(expected.keys() & shapes.keys())
-        if tuple(shapes[name]) != expected[name]
-    ]
-    return faults
+def main_layer(name: str) -> int | None:
+    """The number of the main layer that a tensor belongs to."""
+    match = re.match(r"layers\.([0-9]{1,4})\.", name)
+    return int(match[1]) if match else None
+
+
+def is_latent(name: str) -> bool:
+    """Whether a tensor is one that Z-Image has and no L2P model: of its final layer, or its embedder of latents."""
+    return name.startswith(("all_final_layer.", "all_x_embedder.2-1."))
 
 
 def network_blocks(name: str, d: Dimensions) -> tuple[str, ...]:
@@ -303,7 +295,7 @@ def _head_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
 
 def _patch_px(shapes: Shapes) -> int:
     names = [name for name in shapes if re.fullmatch(r"all_x_embedder\.[0-9]{1,6}-1\.(?:weight|bias)", name)]
-    if any(name.startswith(("all_final_layer.", "all_x_embedder.2-1.")) for name in shapes):
+    if any(map(is_latent, shapes)):
         raise ArtifactError(
             "this is a latent Z-Image checkpoint (it has a final layer or 2 px latent patches), not an L2P checkpoint",
             hint="an L2P checkpoint has `all_x_embedder.16-1`, `.64-1`, `.128-1` or `.160-1` and a `local_decoder`",
@@ -339,14 +331,6 @@ def _count(shapes: Shapes, group: str) -> int:
     indices = sorted({int(match[1]) for match in matches if match})
     # A gap is a missing layer; a stray `layers.9999` is an unknown one, not ten thousand missing layers.
     return max((index + 1 for rank, index in enumerate(indices, 1) if 2 * rank > index), default=0)
-
-
-def _by_block(names: Iterable[str]) -> dict[str, set[str]]:
-    blocks: dict[str, set[str]] = {}
-    for name in sorted(names):
-        match = re.match(r"(?:layers|noise_refiner|context_refiner)\.\d+", name)
-        blocks.setdefault(match[0] if match else "", set()).add(name)
-    return blocks
 
 
 def _check(d: Dimensions) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2p_export.families.z_image_l2p.blocks import Linear
+from l2p_export.families.linear import Linear
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.families.z_image_l2p.networks import CaptionNetwork, DTypeOf, LayersNetwork, StemNetwork
 

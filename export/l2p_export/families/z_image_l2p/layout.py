@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from l2p_calib.layout import ATTENTION_INPUTS, Attention, Branch, NetworkLayout, Point, Product, layer_of
+from l2p_calib.layout import (
+    ATTENTION_INPUTS,
+    Attention,
+    Branch,
+    Float32Layer,
+    NetworkLayout,
+    Point,
+    Product,
+    layer_of,
+)
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_blocks, network_shapes
 
 ATTENTION_BRANCH = ("attention.to_v", "attention.to_out.0")
 """Attention is linear in its values, so that both scale what `attention_norm2` reads."""
 FFN_BRANCH = ("feed_forward.w3", "feed_forward.w2")
 """SwiGLU is linear in w3, so that both scale what `ffn_norm2` reads."""
+
+FLOAT32 = (Float32Layer("t_embedder", "angles reach 1000 rad; float16 spaces numbers there by 0.5, bfloat16 by 4"),)
 
 
 def network_layout(name: str, d: Dimensions) -> NetworkLayout:
@@ -36,7 +47,8 @@ def network_layout(name: str, d: Dimensions) -> NetworkLayout:
     branches = tuple(branch for block in blocks for branch in _branches(block))
     products = tuple(product for block in blocks for product in _products(block))
     attentions = tuple(_attention(block) for block in blocks)
-    return NetworkLayout(name, (*layers, residual), tuple(points), branches, products, attentions)
+    float32 = tuple(item for item in FLOAT32 if any(layer.startswith(f"{item.layer}.") for layer in layers))
+    return NetworkLayout(name, (*layers, residual), tuple(points), branches, products, attentions, float32)
 
 
 def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Point]:
@@ -109,4 +121,4 @@ def _attention(block: str) -> Attention:
         Product(key, f"{key}:out", group),
         Product(value, f"{block}.attention.to_v:out", group),
     )
-    return Attention(f"{block}.attention", inputs)
+    return Attention(f"{block}.attention", inputs, (f"{block}.attention.norm_q", f"{block}.attention.norm_k"))

@@ -20,7 +20,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from l2p_export.families.z_image_l2p.blocks import Block, BlockPrecision, Linear, RMSNorm, TimeEmbedding
+from l2p_export.families.linear import Linear
+from l2p_export.families.z_image_l2p.blocks import Block, BlockPrecision, RMSNorm, TimeEmbedding
 from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.families.z_image_l2p.head import PixelHead
 from l2p_export.families.z_image_l2p.layout import ATTENTION_BRANCH, FFN_BRANCH

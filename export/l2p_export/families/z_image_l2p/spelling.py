@@ -63,6 +63,25 @@ def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSour
     return spelled
 
 
+def layer_aliases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """Names of node-based user interfaces to published weights: fused q/k/v, `attention.out`, the bare embedder."""
+    fused = tuple(f".attention.{part}.weight" for part in ("to_q", "to_k", "to_v"))
+    found: dict[str, tuple[str, ...]] = {}
+    for name, shape in shapes.items():
+        if not name.endswith(".weight") or len(shape) not in (2, 4):
+            continue
+        layer = name.removesuffix(".weight")
+        if layer.endswith(".attention.to_out.0"):
+            found[layer.removesuffix("to_out.0") + "out"] = (name,)
+        if layer.startswith("all_x_embedder."):
+            found["x_embedder"] = (name,)
+        block = name.removesuffix(fused[0])
+        parts = tuple(block + part for part in fused)
+        if block != name and all(part in shapes for part in parts):
+            found[f"{block}.attention.qkv"] = parts
+    return found
+
+
 def _published(weights: Weights, stored: str, whole: FileTensor) -> Iterator[tuple[str, TensorSource]]:
     name = _without_prefix(stored)
     if name.endswith(".attention.qkv.weight"):

@@ -102,7 +102,7 @@ def check_transfer(
         means,
         team,
         caption_tokens=max(lengths.values()),
-        text_parameters=sum(math.prod(shape) for shape in encoder.shapes.values()),
+        text_parameters=sum(math.prod(shape) for shape in encoder.model.shapes.values()),
         caption_values=sum(lengths.values()) * d.caption_width,
         files=len(images) if corpus else 0,
     )

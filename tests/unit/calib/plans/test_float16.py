@@ -116,6 +116,6 @@ def test_evidence_is_what_was_measured_before_scaling() -> None:
 
 def test_what_a_plan_overflows_by() -> None:
     item = measurement(w2__in=1e6, w1__out=7e4)
-    assert overflows(PLANS["fp16-plain"], item) == [("w2:in", 1e6), ("w1:out", 7e4)]
-    assert largest(PLANS["fp16-plain"], item) == ("w2:in", 1e6)
-    assert overflows(PLANS["fp32"], item) == []
+    assert overflows(PLANS["fp16-plain"].of([LAYOUT]), item) == [("w2:in", 1e6), ("w1:out", 7e4)]
+    assert largest(PLANS["fp16-plain"].of([LAYOUT]), item) == ("w2:in", 1e6)
+    assert overflows(PLANS["fp32"].of([LAYOUT]), item) == []

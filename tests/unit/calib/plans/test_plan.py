@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from l2p_calib.layout import Attention, Float32Layer, NetworkLayout, Product
 from l2p_calib.ledger import threshold_of
 from l2p_calib.plans.plan import FLOAT8, PLANS, LayerRule, LayerScale, PrecisionPlan
 
@@ -17,17 +18,50 @@ def test_the_longest_rule_that_names_a_layer_wins() -> None:
     assert plan.dtype("layers.10.attention.to_q.weight") == "float16"
 
 
-def test_plain_plans() -> None:
-    assert PLANS["fp32"].dtype("t_embedder") == "float32"
-    assert PLANS["fp16"].dtype("t_embedder.mlp.0.weight") == "float32"
-    assert PLANS["fp16"].dtype("residual") == "float16"
-    assert (PLANS["fp32"].opset, PLANS["fp16"].opset) == (20, 23)
+QUERY, KEY, VALUE = (f"enc.mix.{name}" for name in ("query", "key", "value"))
+LAYOUT = NetworkLayout(
+    "trunk",
+    ("enc.q", "enc.v", "enc.norm", "clock.0", "residual.trunk"),
+    products=(Product("enc.q", "enc.q:in", "enc qv"), Product("enc.v", "enc.q:in", "enc qv")),
+    attentions=(
+        Attention(
+            "enc.mix",
+            (
+                Product(QUERY, f"{QUERY}:out", "enc mix"),
+                Product(KEY, f"{KEY}:out", "enc mix"),
+                Product(VALUE, "enc.v:out", "enc mix"),
+            ),
+        ),
+    ),
+    float32=(Float32Layer("clock", "it ticks"),),
+)
+"""A layout of no family: what plans say of it follows from roles and not from names."""
+
+
+def test_a_name_says_what_layers_are_by_their_role() -> None:
+    of = {name: plan.of([LAYOUT]) for name, plan in PLANS.items()}
+    assert {of["fp32"].dtype(layer) for layer in LAYOUT.layers} == {"float32"}
+    assert of["fp32"].rules == ()
+    for name in ("fp16", "fp8", "bf16"):
+        assert of[name].dtype("clock.0.weight") == "float32"
+        assert of[name].rules[0] == LayerRule("clock", "float32", "it ticks")
+        assert of[name].dtype("enc.norm") == of[name].dtype("residual.trunk") == PLANS[name].default
+    assert [of["fp8"].dtype(layer) for layer in ("enc.q.weight", "enc.v", "enc.norm")] == [FLOAT8, FLOAT8, "float16"]
+    assert of["fp16"].dtype("enc.q") == "float16"
+    assert (of["fp32"].opset, of["fp16"].opset) == (20, 23)
+    for name, plan in PLANS.items():
+        assert set(of[name].dtypes) == set(plan.dtypes)
+
+
+def test_a_model_without_such_layers_has_no_rules() -> None:
+    plain = NetworkLayout("trunk", ("enc.q",))
+    assert {plan.of([plain]).rules for plan in PLANS.values()} == {()}
 
 
 def test_a_plans_digest_follows_its_content() -> None:
     digests = {PrecisionPlan("x", "fp16", "float16").ref.digest, PrecisionPlan("x", "fp32", "float32").ref.digest}
     assert len(digests) == 2
-    assert PLANS["fp16"].ref == PLANS["fp16"].ref
+    assert PLANS["fp16"].of([LAYOUT]).ref == PLANS["fp16"].of([LAYOUT]).ref
 
 
 def test_what_a_plan_says_of_some_layers() -> None:
@@ -51,24 +85,19 @@ def test_what_a_plan_says_of_some_layers() -> None:
 
 
 def test_plain_float16_stays_reachable() -> None:
-    assert PLANS["fp16-plain"].rules == PLANS["fp16"].rules
-    assert PLANS["fp16-plain"].scales == ()
+    assert PLANS["fp16-plain"].of([LAYOUT]).rules == PLANS["fp16"].of([LAYOUT]).rules
     assert threshold_of("fp16-plain") == threshold_of("fp16")
 
 
 def test_attention_is_in_fp8_under_one_name_alone() -> None:
     """The rules name what attention multiplies, and neither the norms nor the products beside it."""
-    inputs = [f"layers.3.attention.{name}" for name in ("query", "key", "value")]
-    others = [f"layers.3.{name}" for name in ("attention", "attention.norm_q.weight", "attention.to_q", "ffn_norm1")]
-    plan, without = PLANS["fp8-attention"], PLANS["fp8"]
+    plan, without = PLANS["fp8-attention"].of([LAYOUT]), PLANS["fp8"].of([LAYOUT])
+    inputs, others = (QUERY, KEY, VALUE), ("enc.mix", "enc.norm.weight", "enc.q", "enc.v.weight")
     assert [plan.dtype(name) for name in inputs] == [FLOAT8] * 3
     assert [plan.carrier(name) for name in inputs] == ["float16"] * 3
     assert [without.dtype(name) for name in inputs] == ["float16"] * 3
     assert [plan.dtype(name) for name in others] == [without.dtype(name) for name in others]
-    assert (
-        plan.of_layers(["layers.3.attention.to_q.weight"]).rules
-        == without.of_layers(["layers.3.attention.to_q.weight"]).rules
-    )
+    assert plan.of_layers(["enc.q.weight"]).rules == without.of_layers(["enc.q.weight"]).rules
     assert threshold_of("fp8-attention", "trunk") == threshold_of("fp8", "trunk")
 
 

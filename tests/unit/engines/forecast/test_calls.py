@@ -7,13 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_calib.plans.plan import PLANS
 from l2p_engines.forecast.calls import (
     EXPORT_LIBRARIES_BYTES,
     PRECISIONS,
     CallSize,
     border_bytes,
-    bytes_per_value,
     count_tokens,
     engine_memory,
     forward_flops,
@@ -27,11 +25,12 @@ from l2p_engines.forecast.fitting import STEP_NETWORKS, Setting, find_settings, 
 from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, published_dimensions
+from l2p_export.performance.costs import network_costs
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.memory import call_memory
 
 MODELS = {variant: ZImageModel(published_dimensions(variant)) for variant in VARIANTS.values()}
-WEIGHTS = {variant: {name: model.network_shapes(name) for name in NETWORKS} for variant, model in MODELS.items()}
+COSTS = {variant: network_costs(model) for variant, model in MODELS.items()}
 SPECS = {variant: model.spec for variant, model in MODELS.items()}
 
 GIB = 1 << 30
@@ -49,7 +48,7 @@ GIB = 1 << 30
     ],
 )
 def test_operations_are_the_published_ones(side: int, caption: int, printed: tuple[str, ...]) -> None:
-    flops = total_flops(forward_flops(SPECS["1k"], WEIGHTS["1k"], CallSize(side, side, caption)).values())
+    flops = total_flops(forward_flops(SPECS["1k"], COSTS["1k"], CallSize(side, side, caption)).values())
     for count, text in zip((flops.linear, flops.attention, flops.unet, flops.total), printed, strict=True):
         assert f"{count / 1e12:.{len(text.partition('.')[2])}f}" == text
 
@@ -60,25 +59,23 @@ def test_operations_of_the_head_are_those_of_its_convolutions() -> None:
     convolutions += [(4, 9 * (64 * 128 + 128 * 128 + 256 * 64)), (16, 9 * (128 * 256 + 256 * 256 + 512 * 128))]
     convolutions += [(64, 9 * (256 * 512 + 512 * 512 + 1024 * 256)), (256, 4352 * 512)]
     expected = sum(2 * weights * (1024 * 1024 // area) for area, weights in convolutions)
-    assert forward_flops(SPECS["1k"], WEIGHTS["1k"], CallSize(1024, 1024, 64))["head"].unet == expected
+    assert forward_flops(SPECS["1k"], COSTS["1k"], CallSize(1024, 1024, 64))["head"].unet == expected
 
 
 @pytest.mark.parametrize("variant", SPECS)
 def test_every_parameter_is_counted_once(variant: str) -> None:
-    sizes = weight_bytes(WEIGHTS[variant], "fp32")
+    sizes = weight_bytes(COSTS[variant], "fp32")
     assert sum(sizes.values()) == 4 * sum(math.prod(shape) for shape in MODELS[variant].shapes.values())
     assert set(sizes) == set(NETWORKS)
 
 
-@pytest.mark.parametrize("precision", sorted(set(PLANS) & set(PRECISIONS)))
-def test_plain_plans_store_what_is_forecast(precision: str) -> None:
-    item = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
-    for name in MODELS["4k"].shapes:
-        assert bytes_per_value(precision, name) == item[PLANS[precision].dtype(name)]
-
-
 def test_fp8_halves_the_linears_of_blocks_and_nothing_else() -> None:
-    halved = {name for name in MODELS["1k"].shapes if bytes_per_value("fp8", name) != bytes_per_value("fp16", name)}
+    halved = {
+        name
+        for cost in COSTS["1k"].values()
+        for name in cost.shapes
+        if cost.bytes_per_value("fp8", name) != cost.bytes_per_value("fp16", name)
+    }
     assert len(halved) == 34 * 7
     assert {name.split(".")[0] for name in halved} == {"layers", "noise_refiner", "context_refiner"}
     assert all(name.split(".")[2] in ("attention", "feed_forward") and "norm" not in name for name in halved)
@@ -94,15 +91,15 @@ def test_fp8_halves_the_linears_of_blocks_and_nothing_else() -> None:
 def test_larger_calls_take_more_and_batches_take_multiples(
     variant: str, rows: int, columns: int, caption: int, batch: int
 ) -> None:
-    spec, weights = SPECS[variant], WEIGHTS[variant]
+    spec, costs = SPECS[variant], COSTS[variant]
     multiple = spec.size_multiple_px
     call = CallSize(rows * multiple, columns * multiple, caption)
     tokens = count_tokens(spec, call)
     assert tokens.image == tokens.rows * tokens.columns <= tokens.padded_image < tokens.image + 32
     assert tokens.sequence == tokens.padded_image + tokens.caption
-    flops = forward_flops(spec, weights, call)
-    batched = forward_flops(spec, weights, replace(call, batch=batch))
-    taller = forward_flops(spec, weights, replace(call, height_px=call.height_px + multiple))
+    flops = forward_flops(spec, costs, call)
+    batched = forward_flops(spec, costs, replace(call, batch=batch))
+    taller = forward_flops(spec, costs, replace(call, height_px=call.height_px + multiple))
     for network in STEP_NETWORKS:
         assert batched[network].total == batch * flops[network].total
         assert taller[network].total >= flops[network].total
@@ -150,14 +147,14 @@ def test_a_build_holds_the_largest_network_and_writes_them_all(sizes: list[int],
 
 
 def test_the_largest_tensor_is_the_patch_embedding_of_the_8k_model() -> None:
-    assert largest_tensor_bytes(WEIGHTS["8k"], "fp16") == 2 * 3 * 128 * 128 * 3840
-    assert largest_tensor_bytes(WEIGHTS["1k"], "fp8") == 10240 * 3840
+    assert largest_tensor_bytes(COSTS["8k"], "fp16") == 2 * 3 * 128 * 128 * 3840
+    assert largest_tensor_bytes(COSTS["1k"], "fp8") == 10240 * 3840
 
 
 @given(st.integers(0, 64 * GIB), st.sampled_from(PRECISIONS), st.sampled_from(["all", "one"]))
 def test_what_fits_stays_within_its_budget(budget: int, precision: str, residence: str) -> None:
     call = CallSize(4096, 4096, 128)
-    memory, weights = engine_memory(SPECS["4k"], call, precision), weight_bytes(WEIGHTS["4k"], precision)
+    memory, weights = engine_memory(SPECS["4k"], call, precision), weight_bytes(COSTS["4k"], precision)
     fit = fit_call(SPECS["4k"], call, memory, weights, residence, budget)
     assert fit.fits == (fit.needed_bytes <= budget) == (fit.stripes > 0)
     if not fit.fits:
@@ -180,7 +177,7 @@ def test_a_text_encoder_is_in_memory_alone() -> None:
 
 def test_networks_that_take_turns_hold_their_own_weights_alone() -> None:
     spec, call = SPECS["10k"], CallSize(10240, 10240, 128)
-    memory, weights = engine_memory(spec, call, "fp16"), weight_bytes(WEIGHTS["10k"], "fp16")
+    memory, weights = engine_memory(spec, call, "fp16"), weight_bytes(COSTS["10k"], "fp16")
     head = memory.buffers_bytes + weights["head"] + 64 * memory.head_row_bytes
     assert fit_call(spec, call, memory, weights, "one", 64 * GIB).needed_bytes == head
     assert fit_call(spec, call, memory, weights, "all", 64 * GIB).needed_bytes > head + weights["trunk"]
@@ -217,20 +214,20 @@ def test_smaller_images_divide_and_shrink(variant: str, rows: int, columns: int)
 
 def test_a_bound_is_the_larger_of_arithmetic_and_bandwidth() -> None:
     spec, call = SPECS["4k"], CallSize(4096, 4096, 128)
-    flops, borders = forward_flops(spec, WEIGHTS["4k"], call), border_bytes(spec, call)
+    flops, borders = forward_flops(spec, COSTS["4k"], call), border_bytes(spec, call)
     bounds = {
-        precision: step_bounds(find_card("4090"), precision, flops, weight_bytes(WEIGHTS["4k"], precision), borders)
+        precision: step_bounds(find_card("4090"), precision, flops, weight_bytes(COSTS["4k"], precision), borders)
         for precision in PRECISIONS
     }
     trunk = bounds["fp16"]["trunk"]
     assert trunk.compute_seconds == pytest.approx(flops["trunk"].total / 165.2e12)
-    moved = weight_bytes(WEIGHTS["4k"], "fp16")["trunk"] + borders["trunk"]
+    moved = weight_bytes(COSTS["4k"], "fp16")["trunk"] + borders["trunk"]
     assert trunk.memory_seconds == pytest.approx(moved / 1008e9)
     times = [bounds[precision]["trunk"].seconds for precision in PRECISIONS]
     assert times == sorted(times, reverse=True)
     for networks in bounds.values():
         assert all(item.seconds == max(item.compute_seconds or 0, item.memory_seconds) for item in networks.values())
-    unknown = step_bounds(find_card("rtx 3060"), "fp16", flops, weight_bytes(WEIGHTS["4k"], "fp16"), borders)
+    unknown = step_bounds(find_card("rtx 3060"), "fp16", flops, weight_bytes(COSTS["4k"], "fp16"), borders)
     assert {item.compute_seconds for item in unknown.values()} == {None}
 
 

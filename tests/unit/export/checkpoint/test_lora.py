@@ -28,6 +28,7 @@ from l2p_export.checkpoint.lora import (
     trunk_layers_touched,
 )
 from l2p_export.checkpoint.lora.names import LayerNames
+from l2p_export.families.z_image_l2p import Z_IMAGE_L2P
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, expected_shapes, published_dimensions
 from l2p_export.tensors.digests import weights_digest
 from l2p_export.tensors.sources import TensorSource, read_tensor
@@ -68,6 +69,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 SHAPES = _shapes()
+ALIASES = Z_IMAGE_L2P.aliases(SHAPES)
 TARGETS = tuple(name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) > 1 and "pad" not in name)
 Q = "layers.1.attention.to_q"
 QKV = tuple(f"layers.1.attention.{name}" for name in ("to_q", "to_k", "to_v"))
@@ -154,7 +156,7 @@ def flat(layer: str) -> str:
 def opened(folder: Path, state: State, strength: float = 1.0, metadata: dict[str, str] | None = None) -> Lora:
     path = folder / "x.safetensors"
     save_file({name: np.array(value, order="C") for name, value in state.items()}, path, metadata)
-    return open_lora(LoraRequest(path, strength), SHAPES)
+    return open_lora(LoraRequest(path, strength), SHAPES, ALIASES)
 
 
 def values_of(tensors: Mapping[str, TensorSource]) -> State:
@@ -284,7 +286,7 @@ def test_every_spelling_merges_to_the_same_bits(
 @pytest.mark.parametrize("variant", VARIANTS.values())
 def test_every_published_layer_is_found_under_its_underscores(variant: str) -> None:
     shapes = expected_shapes(published_dimensions(variant))
-    names = LayerNames(shapes)
+    names = LayerNames(shapes, Z_IMAGE_L2P.aliases(shapes))
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and len(shape) > 1:
@@ -353,10 +355,10 @@ def test_peft_keeps_alpha_in_the_file_beside(tmp_path: Path) -> None:
     save_file(spelled(pairs_of(Q, rank=4), "base_model.model.{}".format), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        assert scale_of(open_lora(LoraRequest(path), SHAPES)) == 2.0
+        assert scale_of(open_lora(LoraRequest(path), SHAPES, ALIASES)) == 2.0
     # Beside a file of another name it is no more than a neighbour.
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "style.safetensors")
-    assert scale_of(open_lora(LoraRequest(tmp_path / "style.safetensors"), SHAPES)) == 1.0
+    assert scale_of(open_lora(LoraRequest(tmp_path / "style.safetensors"), SHAPES, ALIASES)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,7 @@ def test_bad_configurations(tmp_path: Path, config: str, wanted: str) -> None:
     save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(ArtifactError, match=wanted):
-        open_lora(LoraRequest(tmp_path / "adapter_model.safetensors"), SHAPES)
+        open_lora(LoraRequest(tmp_path / "adapter_model.safetensors"), SHAPES, ALIASES)
 
 
 # Merging
@@ -403,7 +405,7 @@ def test_strength_zero_and_alpha_zero_touch_nothing(tmp_path: Path) -> None:
         opened(tmp_path, spelled(pairs_of(Q, alpha=0.0))),
     ):
         assert all(source is tensors[name] for name, source in merge_loras(tensors, [lora]).items())
-        assert trunk_layers_touched([lora], (0, 3)) == ()
+        assert trunk_layers_touched([lora], SHAPES) == ()
 
 
 def test_several_loras_add_up(tmp_path: Path) -> None:
@@ -439,7 +441,7 @@ def test_bits_do_not_hang_on_the_chunk_size(
     start = rng.standard_normal((rows, columns), np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "BLOCK_VALUES", block)
-        source = merge_loras({"a.weight": ArraySource(start)}, [open_lora(LoraRequest(path), shapes)])["a.weight"]
+        source = merge_loras({"a.weight": ArraySource(start)}, [open_lora(LoraRequest(path), shapes, {})])["a.weight"]
         made = [list(source.chunks(size)) for size in sizes]
     whole = np.concatenate(made[0])
     np.testing.assert_allclose(
@@ -466,30 +468,33 @@ def test_a_sum_beyond_float32_is_left_for_the_writer_to_refuse(tmp_path: Path) -
 def test_the_trunk_layers_that_change(tmp_path: Path) -> None:
     layers = ("layers.2.feed_forward.w1", Q, "layers.0.attention.to_q", "noise_refiner.0.attention.to_q")
     lora = opened(tmp_path, spelled(pairs_of(*layers, "layers.1.adaLN_modulation.0", "t_embedder.mlp.0")))
-    assert trunk_layers_touched([lora, lora], (1, 3)) == (
-        "layers.1.adaLN_modulation.0",
+    assert trunk_layers_touched([lora, lora], layers_of(1, 2)) == (
         "layers.1.attention.to_q",
+        "layers.1.adaLN_modulation.0",
         "layers.2.feed_forward.w1",
     )
-    assert trunk_layers_touched([lora], (3, 9)) == ()
-    assert trunk_layers_touched([], (0, 9)) == ()
+    assert trunk_layers_touched([lora], layers_of(3)) == ()
+    assert trunk_layers_touched([], SHAPES) == ()
     fused = opened(tmp_path, spelled(with_fused(shared_qkv())))
-    assert trunk_layers_touched([fused], (1, 2)) == tuple(sorted(QKV))
+    assert trunk_layers_touched([fused], layers_of(1)) == QKV
 
 
 @pytest.mark.parametrize(("layer", "same"), [("layers.0.attention.to_q", True), (Q, False)])
 def test_a_lora_on_the_trunk_makes_another_trunk(tmp_path: Path, tiny_path: Path, layer: str, *, same: bool) -> None:
     loaded = load_model(tiny_path)
-    shapes, trunk = loaded.checkpoint.shapes, loaded.model.spec.trunk_layers
+    shapes, trunk = loaded.checkpoint.shapes, loaded.model.network_shapes("trunk")
     rng = np.random.default_rng(0)
     rows, columns = shapes[f"{layer}.weight"]
     pair = Pair(rng.standard_normal((2, columns), np.float32), rng.standard_normal((rows, 2), np.float32))
     save_file(spelled({layer: pair}), tmp_path / "x.safetensors")
-    lora = open_lora(LoraRequest(tmp_path / "x.safetensors"), shapes)
+    lora = open_lora(LoraRequest(tmp_path / "x.safetensors"), shapes, {})
     tensors = merge_loras(loaded.checkpoint.tensors, [lora])
-    names = [name for name in shapes if name.startswith(tuple(f"layers.{index}." for index in range(*trunk)))]
-    assert (weights_digest(tensors, names) == weights_digest(loaded.checkpoint.tensors, names)) is same
+    assert (weights_digest(tensors, trunk) == weights_digest(loaded.checkpoint.tensors, trunk)) is same
     assert trunk_layers_touched([lora], trunk) == (() if same else (layer,))
+
+
+def layers_of(*numbers: int) -> list[str]:
+    return [name for name in SHAPES if name.startswith(tuple(f"layers.{number}." for number in numbers))]
 
 
 def shared_qkv() -> dict[str, Pair]:
@@ -598,7 +603,7 @@ def test_convolutions_need_their_kernel(tmp_path: Path) -> None:
 def test_absent_damaged_and_doubtful_files(tmp_path: Path) -> None:
     def message(path: Path) -> str:
         with pytest.raises(ArtifactError) as caught:
-            open_lora(LoraRequest(path), SHAPES)
+            open_lora(LoraRequest(path), SHAPES, ALIASES)
         return str(caught.value)
 
     assert "there is no LoRA" in message(tmp_path / "none.safetensors")

@@ -6,15 +6,15 @@ import pytest
 
 from golden import tiny_checkpoint
 from l2p_export.checkpoint.demo import demo_dimensions
+from l2p_export.families import known_as
 from l2p_export.families.qwen3.dimensions import TextEncoderDimensions, text_encoder_shapes
-from l2p_export.families.z_image_l2p import PUBLISHED
+from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import (
     VARIANTS,
     dimensions_from_shapes,
     expected_shapes,
     network_blocks,
     published_dimensions,
-    shape_faults,
 )
 from l2p_export.families.z_image_l2p.latent_shapes import latent_shapes
 from l2p_export.families.z_image_l2p.specs import model_spec, network_specs
@@ -36,7 +36,7 @@ def test_published_fingerprints_counts_and_totals(name: str) -> None:
     shapes, tensors, parameters = PUBLISHED_FILES[name]
     assert len(shapes) == tensors
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters
-    assert PUBLISHED[fingerprint(shapes)] == name
+    assert known_as(fingerprint(shapes)) == name
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values())
@@ -86,7 +86,7 @@ def test_everything_wrong_is_named_at_once() -> None:
     del shapes["layers.1.attention.to_q.weight"]
     shapes["cap_pad_token"] = (1, 97)
     shapes["lora.down"] = (4, 4)
-    faults = shape_faults(shapes, expected_shapes(dimensions_from_shapes(shapes)))
+    faults = ZImageModel(dimensions_from_shapes(shapes)).faults(shapes)
     assert faults == [
         "missing `layers.1.attention.to_q.weight`",
         "missing `layers.3`, all 15 tensors",

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from l2p_calib.plans.plan import PLANS
-from l2p_export.families.qwen3 import open_text_encoder
+from l2p_export.families.qwen3 import PUBLISHED, open_text_encoder
 from l2p_export.families.qwen3.dimensions import (
     TextEncoderDimensions,
     network_shapes,
@@ -24,8 +23,8 @@ from l2p_export.families.qwen3.dimensions import (
     read_config,
     text_encoder_shapes,
 )
-from l2p_export.families.z_image_l2p import PUBLISHED
 from l2p_export.graphs.export import weight_bytes
+from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.checkpoint import fingerprint
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError
 from parity.text_models import WIDTH, train_tokenizer, write_qwen3
@@ -162,10 +161,10 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 
 def test_weight_bytes(good: Path) -> None:
-    encoder = open_text_encoder(good, WIDTH)
-    full, half = (weight_bytes(encoder, "text_encoder", PLANS[plan]) for plan in ("fp32", "fp16"))
+    model = open_text_encoder(good, WIDTH).model
+    full, half = (weight_bytes(model, "text_encoder", plain_plan(model, plan)) for plan in ("fp32", "fp16"))
     assert full == 2 * half > 0
-    assert encoder.network.outputs[0].shape == ("B", "L", WIDTH)
+    assert model.network.outputs[0].shape == ("B", "L", WIDTH)
 
 
 def test_pipeline_folders(good: Path, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.stages import Home, StageRunner, find_stage, stages
 from l2p_export.build.bundle import plan_build
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import trace_key, trace_stage
+from l2p_export.precision.plans import plain_plan
 from l2p_runtime.errors import UsageError
 from l2p_runtime.progress import Silent
 
@@ -20,7 +20,7 @@ from l2p_runtime.progress import Silent
 @pytest.fixture(scope="module")
 def wanted(tiny_path: Path) -> list[ToTrace]:
     model = load_model(tiny_path, None, []).model
-    return [ToTrace(model, spec, PLANS["fp32"]) for spec in model.networks if spec.name in ("tail", "head")]
+    return [ToTrace(model, spec, plain_plan(model, "fp32")) for spec in model.networks if spec.name in ("tail", "head")]
 
 
 def trace(home: Home, item: ToTrace) -> tuple[bytes, list[str]]:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2p_calib.plans.plan import PLANS
 from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
 from l2p_export.graphs.export import trace_plan, traced_bytes
 from l2p_export.graphs.names import published_names
+from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import TransposedTensor, read_tensor
 
 
@@ -60,7 +60,7 @@ def test_published_size(network: str, parameters: int) -> None:
 
 def graph_of(model: ZImageModel, network: str, plan: str) -> onnx.ModelProto:
     spec = next(spec for spec in model.networks if spec.name == network)
-    return onnx.load_model_from_string(traced_bytes(trace_plan(model, spec, PLANS[plan])))
+    return onnx.load_model_from_string(traced_bytes(trace_plan(model, spec, plain_plan(model, plan))))
 
 
 def check_weights(model: ZImageModel, network: str, plan: str, graph: onnx.ModelProto) -> None:
@@ -74,7 +74,7 @@ def check_weights(model: ZImageModel, network: str, plan: str, graph: onnx.Model
         assert all(shapes[other] == shapes[name] for other in others)
         turned_shape = (shapes[name][-1], (1 + len(others)) * shapes[name][0])
         assert tuple(tensor.dims) == (shapes[name] if tensor.name == name else turned_shape)
-        assert onnx.TensorProto.DataType.Name(tensor.data_type) == names[PLANS[plan].dtype(name)]
+        assert onnx.TensorProto.DataType.Name(tensor.data_type) == names[plain_plan(model, plan).dtype(name)]
     turned = {tensor.name for tensor in weights}
     assert not [node for node in graph.graph.node if node.op_type == "Transpose" and turned & set(node.input)]
     matrices = {name for name in shapes if name.endswith(("to_out.0.weight", "w2.weight", "adaLN.weight"))}
