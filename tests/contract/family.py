@@ -22,8 +22,8 @@ from l2p_calib.ledger import threshold_of
 from l2p_calib.plans.plan import FLOAT8, PLANS
 from l2p_calib.statistics.torch_hooks import RESIDUAL, counting
 from l2p_engines.forecast.calls import PRECISIONS, CallSize, count_tokens, forward_flops, weight_bytes
+from l2p_export.families.costs import network_costs
 from l2p_export.graphs.export import export_graph
-from l2p_export.performance.costs import network_costs
 from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import ArrayTensor
 from l2p_runtime.backends.onnx import OnnxEngine

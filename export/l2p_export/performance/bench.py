@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.forecast.calls import CallSize, border_bytes, forward_flops
 from l2p_engines.forecast.cards import Card, find_card
 from l2p_engines.forecast.fitting import Bound, step_bounds
+from l2p_export.families.costs import network_costs
 from l2p_export.graphs.stored import bundle_model
-from l2p_export.performance.costs import network_costs
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
 from l2p_runtime.contract import NETWORKS, arithmetic

@@ -39,8 +39,8 @@ from l2p_engines.forecast.fitting import (
 from l2p_engines.profiles import load_profile
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.families import Model, known_as, published_model
+from l2p_export.families.costs import network_costs
 from l2p_export.families.qwen3 import open_text_encoder
-from l2p_export.performance.costs import network_costs
 from l2p_export.proof.reference import reference_bytes
 from l2p_export.tensors.checkpoint import fingerprint
 from l2p_export.tensors.metadata import sampling_defaults

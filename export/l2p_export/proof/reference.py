@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from l2p_engines.forecast.calls import CallSize, forward_flops, total_flops
-from l2p_export.performance.costs import network_costs
+from l2p_export.families.costs import network_costs
 from l2p_export.proof.cases import (
     CORNER_PIXELS_MAX,
     LEAST_FLOPS_MAX,

@@ -23,9 +23,9 @@ from l2p_engines.forecast.calls import (
 from l2p_engines.forecast.cards import find_card
 from l2p_engines.forecast.fitting import STEP_NETWORKS, Setting, find_settings, fit_call, smaller_calls, step_bounds
 from l2p_export.checkpoint.demo import demo_dimensions
+from l2p_export.families.costs import network_costs
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, published_dimensions
-from l2p_export.performance.costs import network_costs
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.memory import call_memory
 
