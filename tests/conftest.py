@@ -6,15 +6,19 @@ the command line as a user would, two at a time. With pytest-xdist the processes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from filelock import FileLock, Timeout
@@ -117,7 +121,7 @@ class Bundles:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             return result
-        packed = run_cli("pack", shared, "--out", self.root / kind)
+        packed = run_process("pack", shared, "--out", self.root / kind)
         return result if packed.returncode == 0 else packed
 
 
@@ -172,7 +176,59 @@ def write_profile(path: Path, patch: int) -> Path:
     return path
 
 
-def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `l2p-export` as a user does."""
+def run_process(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `l2p-export` as a user does, in a process of its own: 3 to 5 s where the command imports torch."""
     command = [sys.executable, "-m", "l2p_export", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=False, cwd=cwd)
+
+
+def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `l2p-export` in the test process, from the same entry point to the same exit code.
+
+    What it and its children write to stdout and stderr is caught where they write it, at the file descriptors. The
+    environment, the handlers of signals and the working directory are afterwards what they were. A warning is an
+    error here, as in any test. Only the main thread may call it: signals have handlers only there.
+    """
+    from l2p_export.cli.main import run
+
+    words = ["l2p-export", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with contextlib.ExitStack() as stack:
+        if cwd is not None:
+            stack.enter_context(contextlib.chdir(cwd))
+        stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(mock.patch.object(sys, "argv", words))
+        out, err = (stack.enter_context(_caught(name)) for name in ("stdout", "stderr"))
+        try:
+            run()
+        except SystemExit as end:
+            assert isinstance(end.code, int)  # noqa: PT017
+            code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out(), err())
+
+
+@contextlib.contextmanager
+def _caught(name: str) -> Iterator[Callable[[], str]]:
+    """Catch a standard stream and its file descriptor; what is given tells afterwards what was written."""
+    number = {"stdout": 1, "stderr": 2}[name]
+    real = getattr(sys, f"__{name}__")
+    before = getattr(sys, name)
+    before.flush()
+    text = ""
+    saved = os.dup(number)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), number)
+        stream = open(number, "w", encoding="utf-8", errors=real.errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        try:
+            yield lambda: text
+        finally:
+            setattr(sys, name, before)
+            stream.close()
+            os.dup2(saved, number)
+            os.close(saved)
+            file.seek(0)
+            text = file.read().decode("utf-8", "surrogateescape")
