@@ -67,12 +67,13 @@ $(WEIGHTS)/source/model_index.json: $(WEIGHTS)/first/model_index.json
 FAST := tests/unit/runtime tests/unit/calib tests/unit/engines $(addprefix tests/contract/test_,$(addsuffix .py, \
 	imports plan_cli judge_cli skips triton_page turns))
 
-# A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread.
+# A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread. Files are given
+# out in order, those of `unit` last, which are short: the default is by number of tests, and leaves the longest for the end.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu and not bundle" $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not bundle" $(FAST)
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow

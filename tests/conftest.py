@@ -1,7 +1,8 @@
 """Checkpoints and bundles that many tests share.
 
 A bundle takes about half a minute to build, most of it tracing, so the whole session builds each kind once, through
-the command line as a user would, two at a time. With pytest-xdist the processes share the work and what came of it.
+the command line, two at a time. With pytest-xdist the processes share the work and what came of it. docs/testing.md
+has more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -43,9 +43,9 @@ KINDS = {
     "tiny-16": (16, False, ("fp32", "fp16")),
     "tiny-16-fused": (16, True, ("fp32",)),
     "tiny-64": (64, False, ("fp32",)),
-    "tiny-128": (128, False, ("fp32",)),
     "demo-160": (160, None, ("fp32",)),
     "demo-16": (16, None, ("fp32", "fp16", "fp8")),
+    "tiny-128": (128, False, ("fp32",)),
 }
 """Kind of bundle to patch, fused spelling (None: the demo checkpoint) and precisions.
 
@@ -55,6 +55,16 @@ The fused one and the trained demo, `demo-16`, have a text encoder too. FP8 scal
 DEMO_PX = 128
 """The size that the 1k adapters of the demo learnt at; the judge's score means something there."""
 
+
+BUILDER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from l2p_engines.children import end_with
+end_with(int(sys.argv[3]))
+from conftest import Bundles
+Bundles(Path(sys.argv[2])).build_all()
+"""
 
 RIGHTS = ("root reads every file", "no right to mount a file system here", "onnxruntime-gpu is installed")
 """Reasons of skips that say what a machine is, rather than what it lacks."""
@@ -94,12 +104,14 @@ def _fail_for_what_is_missing(report: pytest.TestReport | pytest.CollectReport) 
 class Bundles:
     """Builds each kind of bundle once, on first use; later kinds build while earlier ones are tested.
 
-    All are built in one store, so that equal networks are traced once, and packed into bundles of their own.
+    All are built in one store, so that equal networks are traced once, and packed into bundles of their own. Builders
+    are processes beside the tests, which import torch once for all kinds; those of pytest-xdist's processes share the
+    work, by a lock a kind, and what came of it.
     """
 
     root: Path
     logs: dict[str, subprocess.CompletedProcess[str]] = field(default_factory=dict)
-    _done: dict[str, threading.Event] = field(default_factory=lambda: {kind: threading.Event() for kind in KINDS})
+    _builders: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def store(self) -> Path:
@@ -112,7 +124,14 @@ class Bundles:
 
     def path(self, kind: str) -> Path:
         """The finished bundle of a kind."""
-        assert self._done[kind].wait(timeout=550)
+        if kind not in self.logs:
+            deadline = time.monotonic() + 550
+            while not (log := self._log(kind)).exists():
+                ended = all(builder.poll() is not None for builder in self._builders)
+                assert not ended or log.exists(), [path.read_text() for path in self.root.glob("builder-*.txt")]
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            self.logs[kind] = subprocess.CompletedProcess(**json.loads(log.read_text()))
         result = self.logs[kind]
         assert result.returncode == 0, result.stderr
         return self.root / kind
@@ -125,26 +144,37 @@ class Bundles:
         self.path(kind)
         return path
 
-    def start(self) -> None:
-        for _ in range(2 // WORKERS or 1):
-            threading.Thread(target=self._build_all, daemon=True).start()
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        """While this lasts, builders work; what one leaves half done, another's goes on with."""
+        command = [sys.executable, "-c", BUILDER, str(Path(__file__).parent), str(self.root), str(os.getpid())]
+        for index in range(2 // WORKERS or 1):
+            with (self.root / f"builder-{os.getpid()}-{index}.txt").open("wb") as file:
+                self._builders.append(subprocess.Popen(command, stdout=file, stderr=file))
+        yield
+        for builder in self._builders:
+            builder.kill()
+            builder.wait()
 
-    def _build_all(self) -> None:
-        """Build or find each kind; one that another thread or process builds is come back to."""
-        while left := [kind for kind in KINDS if not self._done[kind].is_set()]:
+    def build_all(self) -> None:
+        """Build or find each kind; one that another process builds is come back to."""
+        while left := [kind for kind in KINDS if not self._log(kind).exists()]:
             for kind in left:
-                log = self.root / f"{kind}.json"
+                log = self._log(kind)
                 try:
-                    with FileLock(self.root / f"{kind}.lock", timeout=0, thread_local=False):
+                    with FileLock(log.with_suffix(".lock"), timeout=0):
                         if not log.exists():
                             result = self._build(kind)
                             facts = {"args": [], **{name: getattr(result, name) for name in OUTCOME}}
-                            log.write_text(json.dumps(facts))
-                        self.logs[kind] = subprocess.CompletedProcess(**json.loads(log.read_text()))
-                        self._done[kind].set()
+                            partial = log.with_suffix(".partial")
+                            partial.write_text(json.dumps(facts))
+                            partial.replace(log)
                 except Timeout:
                     continue
             time.sleep(0.2)
+
+    def _log(self, kind: str) -> Path:
+        return self.root / f"{kind}.json"
 
     def _build(self, kind: str) -> subprocess.CompletedProcess[str]:
         patch, fused, precisions = KINDS[kind]
@@ -162,16 +192,16 @@ class Bundles:
             size = f"{DEMO_PX}x{DEMO_PX}"
             measuring = ("calibrate", shared, "--samples", 4, "--size", size, "--out", statistics, "--quiet")
             for arguments in (command, measuring):
-                first = run_process(*arguments)
+                first = run_cli(*arguments)
                 if first.returncode:
                     return first
             command += ["--statistics", statistics]
         for precision in precisions:
             command += ["--precision", precision]
-        result = run_process(*command)
+        result = run_cli(*command)
         if result.returncode:
             return result
-        packed = run_process("pack", shared, "--out", self.root / kind)
+        packed = run_cli("pack", shared, "--out", self.root / kind)
         return result if packed.returncode == 0 else packed
 
 
@@ -187,7 +217,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundles]:
     """Bundles of every kind, built once a session."""
     if kept := os.environ.get("L2P_TEST_BUNDLES"):
         # Beside others: what older code has built is not what this code builds.
@@ -198,8 +228,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
         root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
     root.mkdir(exist_ok=True, parents=True)
     built = Bundles(root)
-    built.start()
-    return built
+    with built.building():
+        yield built
 
 
 def _digest_of_packages() -> str:
