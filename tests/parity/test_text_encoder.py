@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import Qwen3Model
 
+from conftest import Bundles
+from fakes.traces import copy_traces
 from l2p_calib.ledger import graph_stage_name
 from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.stages import Home, StageRunner
@@ -46,14 +48,18 @@ class Encoders:
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+def encoders(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     folder, out = tmp_path_factory.mktemp("qwen3"), tmp_path_factory.mktemp("out")
     published = write_qwen3(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = open_text_encoder(folder, WIDTH)
     plans = [PLANS["fp32"], PLANS["fp16"]]
+    # The bundle's encoder has the same sizes, so its trace is found.
+    bundles.path("tiny-16-fused")
+    copy_traces(bundles.store, out, "text_encoder.fp32")
     run = StageRunner(Home(out))
     parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
+    assert "trace text_encoder.fp32" not in run.made
     record = parts.record
     engines = {g.plan: OnnxEngine(out / g.graph, out / g.weights, record.network) for g in record.graphs}
     assert record.documents | {p for g in record.graphs for p in (g.graph, g.weights)} == {f.path for f in parts.files}

@@ -12,11 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import Bundles
 from l2p_calib.plans.plan import PLANS
+from l2p_engines.store.stages import Home, find_stage
 from l2p_export.checkpoint.demo import demo_dimensions
+from l2p_export.checkpoint.loading import load_model
+from l2p_export.families import Model
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
-from l2p_export.graphs.export import trace_plan, traced_bytes
+from l2p_export.graphs.export import trace_key, trace_plan, traced_bytes
 from l2p_export.graphs.names import published_names
 from l2p_export.tensors.sources import TransposedTensor, read_tensor
 
@@ -42,9 +46,22 @@ def test_transposed_weights(rows: int, columns: int, chunk_bytes: int) -> None:
     np.testing.assert_array_equal(read_tensor(turned), values.T)
 
 
+@pytest.mark.parametrize(("kind", "plan"), [("tiny-64", "fp32"), ("tiny-16", "fp16")])
+@pytest.mark.parametrize("network", ["stem", "tail"])
+def test_traced_graph(network: str, kind: str, plan: str, bundles: Bundles) -> None:
+    """As the builds of the session traced it."""
+    model = load_model(bundles.checkpoint(kind), None, []).model
+    spec = next(spec for spec in model.networks if spec.name == network)
+    stage = find_stage(Home(bundles.store), trace_key(model, spec, PLANS[plan]))
+    assert stage is not None
+    graph = onnx.load(bundles.store / stage.files[0].path, load_external_data=False)
+    check_weights(model, network, plan, graph)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["fp32", "bf16"])
 @pytest.mark.parametrize("network", ["stem", "tail"])
-def test_traced_graph(network: str, plan: str) -> None:
+def test_traced_graph_of_the_demo(network: str, plan: str) -> None:
     model = ZImageModel(demo_dimensions(64))
     check_weights(model, network, plan, graph_of(model, network, plan))
 
@@ -63,9 +80,9 @@ def graph_of(model: ZImageModel, network: str, plan: str) -> onnx.ModelProto:
     return onnx.load_model_from_string(traced_bytes(trace_plan(model, spec, PLANS[plan])))
 
 
-def check_weights(model: ZImageModel, network: str, plan: str, graph: onnx.ModelProto) -> None:
+def check_weights(model: Model, network: str, plan: str, graph: onnx.ModelProto) -> None:
     """Every weight is there once, external, of the plan's dtype; matrices are turned and no node turns one."""
-    names = {"float32": "FLOAT", "bfloat16": "BFLOAT16"}
+    names = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
     shapes = model.network_shapes(network)
     weights = [tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     assert Counter(name for tensor in weights for name in published_names(tensor.name)) == Counter(shapes.keys())
