@@ -402,8 +402,8 @@ def test_nan_keeps_nothing(tmp_path: Path) -> None:
 def test_nan_over_a_good_bundle_leaves_it(tmp_path: Path, profile: Path, bundles: Bundles) -> None:
     out = tmp_path / "bundle"
     shutil.copytree(bundles.path("tiny-16"), out)
-    copy_traces(bundles.store, out, "caption.fp32")
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    copy_traces(bundles.store, out, "caption.fp32")
     bad = write_spoilt(tmp_path / "nan.safetensors", "cap_embedder.1.weight", float("nan"))
     result = run_cli("build", bad, "--profile", profile, "--out", out)
     assert result.returncode == 4
