@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pathlib
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from typing import Any
 
 import pytest
 
@@ -18,6 +22,30 @@ import l2p_runtime
 OURS = {"l2p_export", "l2p_calib", "l2p_engines"}
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "transformers", "diffusers", "safetensors", "scipy"}
 HEAVY |= {"cuda", "ml_dtypes", "polygraphy", "tensorrt", "tensorrt_rtx", "tritonclient", "grpc", "google", "gevent"}
+
+PACKAGES = (l2p_calib, l2p_engines, l2p_export, l2p_runtime)
+
+FORKS = """
+import json, os, sys
+codes, before = json.load(sys.stdin), set(sys.modules)
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for code in codes:
+    pid = os.fork()
+    if pid == 0:
+        error = ""
+        try:
+            exec(code, {})
+        except BaseException as caught:
+            error = f"{code}: {type(caught).__name__}: {caught}"
+        names = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+        out.write(json.dumps({"loaded": names, "error": error}) + "\\n")
+        out.flush()
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+RUNTIME = sorted(module.name for module in pkgutil.walk_packages(l2p_runtime.__path__, "l2p_runtime."))
 
 
 def test_the_runtime_root_imports_the_standard_library_alone() -> None:
@@ -51,10 +79,10 @@ def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     assert not _loaded_by(code) & (HEAVY | {"numpy"})
 
 
-@pytest.mark.parametrize("module", sorted(m.name for m in pkgutil.walk_packages(l2p_runtime.__path__, "l2p_runtime.")))
-def test_no_runtime_module_imports_the_other_packages_or_a_framework(module: str) -> None:
-    loaded = _loaded_by(f"import {module}")
-    assert not loaded & (OURS | HEAVY | {"click"})
+def test_no_runtime_module_imports_the_other_packages_or_a_framework() -> None:
+    for module, result in zip(RUNTIME, _forked([f"import {name}" for name in RUNTIME]), strict=True):
+        assert not result["error"]
+        assert not set(result["loaded"]) & (OURS | HEAVY | {"click"}), module
 
 
 @pytest.mark.parametrize(
@@ -63,8 +91,10 @@ def test_no_runtime_module_imports_the_other_packages_or_a_framework(module: str
 )
 def test_imports_go_one_way(package: object, forbidden: set[str]) -> None:
     path, name = package.__path__, package.__name__  # type: ignore[attr-defined]
-    for module in pkgutil.walk_packages(path, f"{name}."):
-        assert not _loaded_by(f"import {module.name}") & forbidden
+    names = [module.name for module in pkgutil.walk_packages(path, f"{name}.")]
+    for module, result in zip(names, _forked([f"import {name}" for name in names]), strict=True):
+        assert not result["error"]
+        assert not set(result["loaded"]) & forbidden, module
 
 
 def test_importing_touches_no_file_and_no_environment() -> None:
@@ -98,18 +128,61 @@ def test_no_folder_beside_a_package_can_be_taken_for_a_library() -> None:
 
 
 def test_every_package_is_typed() -> None:
-    for package in (l2p_runtime, l2p_export, l2p_calib, l2p_engines):
+    for package in PACKAGES:
         assert any((pathlib.Path(p) / "py.typed").is_file() for p in package.__path__)
+
+
+def test_imports_make_no_circle() -> None:
+    # A circle breaks the command that enters it at the wrong module: `verify` did so where `build` did not.
+    graph = _imports()
+    assert len(graph) > 200
+    TopologicalSorter(graph).prepare()
+
+
+def _imports() -> dict[str, set[str]]:
+    """Each module of ours to those of ours that it imports when it is imported itself."""
+    roots = [pathlib.Path(str(package.__file__)).parent for package in PACKAGES]
+    files = {
+        ".".join(file.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for root in roots
+        for file in root.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        graph[name] = set()
+        for imported in _imported(ast.parse(file.read_text(encoding="utf-8")).body):
+            # Packages are imported before what is in them; a module's own are under way already.
+            parts = imported.split(".")
+            above = {".".join(parts[:length]) for length in range(1, len(parts) + 1)} & files.keys()
+            graph[name] |= {module for module in above if not f"{name}.".startswith(f"{module}.")}
+    return graph
+
+
+def _imported(body: list[ast.stmt]) -> Iterator[str]:
+    """Full names in the import statements that run with the module: not in functions, not for type checkers."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from _imported(node.orelse)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            yield from _imported([*node.body, *getattr(node, "orelse", []), *getattr(node, "handlers", [])])
+        elif isinstance(node, ast.ExceptHandler):
+            yield from _imported(node.body)
 
 
 def _loaded_by(code: str) -> set[str]:
     """Top-level packages that a fresh interpreter has loaded after `code`, beyond what it starts with."""
-    script = (
-        "import sys, json\n"
-        "before = set(sys.modules)\n"
-        f"{code}\n"
-        "names = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "print('\\n' + json.dumps(sorted(names)))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    return set(json.loads(result.stdout.splitlines()[-1]))
+    (result,) = _forked([code])
+    assert not result["error"], result["error"]
+    return set(result["loaded"])
+
+
+def _forked(codes: list[str]) -> list[dict[str, Any]]:
+    """What each code has loaded, or its error, in a fork of one fresh interpreter."""
+    command = [sys.executable, "-c", FORKS]
+    result = subprocess.run(command, input=json.dumps(codes), check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]

@@ -18,7 +18,8 @@ from fakes.traces import copy_traces
 from l2p_calib.ledger import graph_stage_name
 from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.stages import Home, StageRunner
-from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.build.text import add_text_encoder
+from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.families.qwen3.folder import torch_text_encoder
 from l2p_runtime.backends import open_backend
 from l2p_runtime.backends.host import HostDevice

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from l2p_calib.plans.plan import PLANS, LayerRule, PrecisionPlan
 from l2p_engines.store.stages import Home, StageRunner
-from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.build.text import add_text_encoder
+from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.precision import text as ranges
 from l2p_export.precision.text import plans_by_ranges
 from l2p_export.tensors.sources import read_tensor

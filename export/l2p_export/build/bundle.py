@@ -29,10 +29,11 @@ from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
 from l2p_engines.store.shared import open_store, register_bundle
 from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
+from l2p_export.build.text import add_text_encoder
 from l2p_export.checkpoint.demo import UNTRAINED, demo_model
 from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
 from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
-from l2p_export.families.qwen3 import TextEncoder, add_text_encoder, open_text_encoder
+from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
 from l2p_export.precision.plans import Asked, Planned, make_plans

@@ -19,7 +19,8 @@ from conftest import Bundles, run_cli
 from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.output import open_output
 from l2p_engines.store.stages import Home, StageRunner
-from l2p_export.families.qwen3 import add_text_encoder, open_text_encoder
+from l2p_export.build.text import add_text_encoder
+from l2p_export.families.qwen3 import open_text_encoder
 from l2p_export.proof.text import verify_text
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Engine, open_backend
