@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Model
 
 from conftest import Bundles
-from fakes.traces import copy_traces
+from fakes.traces import text_traces
 from l2p_calib.ledger import graph_stage_name
 from l2p_calib.plans.plan import PLANS
 from l2p_engines.store.stages import Home, StageRunner
@@ -55,11 +55,9 @@ def encoders(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Enco
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = open_text_encoder(folder, WIDTH)
     plans = [PLANS["fp32"], PLANS["fp16"]]
-    # The bundle's encoder has the same sizes, so its trace is found.
-    bundles.path("tiny-16-fused")
-    copy_traces(bundles.store, out, "text_encoder.fp32")
     run = StageRunner(Home(out))
-    parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
+    with text_traces(bundles, out):
+        parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
     assert "trace text_encoder.fp32" not in run.made
     record = parts.record
     engines = {g.plan: OnnxEngine(out / g.graph, out / g.weights, record.network) for g in record.graphs}
