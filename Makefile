@@ -6,11 +6,12 @@ PROMPT := a red circle to the left of a blue square
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-weights test test-slow test-gpu lint types bench bench-full bench-peers clean
+.PHONY: help demo demo-weights test test-fast test-slow test-gpu lint types bench bench-full bench-peers clean
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo model, draw two pictures and judge them"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
+	@echo "make test-fast  the tests that build no bundle and trace no network: under a minute"
 	@echo "make demo-weights | test-slow | test-gpu | lint | types | bench | bench-full | bench-peers | clean"
 
 .venv/python:
@@ -62,9 +63,17 @@ $(WEIGHTS)/source/model_index.json: $(WEIGHTS)/first/model_index.json
 	$(BIN)/l2p-export train source --init $(WEIGHTS)/first --scenes 40000 $(SIZES) --steps 3300 --batch 512 \
 		--out $(WEIGHTS)/source
 
-# A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread.
+# What traces no network.
+FAST := tests/unit/runtime tests/unit/calib tests/unit/engines $(addprefix tests/contract/test_,$(addsuffix .py, \
+	imports plan_cli judge_cli skips triton_page turns))
+
+# A file's tests stay in one process, so that its fixtures are made once; each process computes in one thread. Files are given
+# out in order, those of `unit` last, which are short: the default is by number of tests, and leaves the longest for the end.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not bundle" $(FAST)
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from safetensors import safe_open
 
-from conftest import run_cli
+from conftest import DEMO_PX, Bundles, run_cli
 from l2p_export.checkpoint.demo import DEMO, demo_model
 
 LARGEST_BYTES = 24 << 20
@@ -41,21 +40,13 @@ def test_the_weights_are_small_and_readable_by_all() -> None:
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the 1k demo."""
-    out = tmp_path_factory.mktemp("demo") / "demo.bundle"
-    made = run_cli("build", "--profile", "1k", "--out", out, "--quiet")
-    assert made.returncode == 0, made.stderr
-    return out
-
-
-def test_pictures_show_what_prompts_say(bundle: Path, tmp_path: Path) -> None:
+def test_pictures_show_what_prompts_say(bundles: Bundles, tmp_path: Path) -> None:
     """Of four easy prompts at the size that the adapters learnt at, three at least are right."""
     right = []
     for prompt in PROMPTS:
         picture = tmp_path / "picture.png"
-        made = run_cli("generate", bundle, "--prompt", prompt, "--size", "128x128", "--seed", "3", "--out", picture)
+        asked = ("--prompt", prompt, "--plan", "fp32", "--size", f"{DEMO_PX}x{DEMO_PX}", "--seed", "3")
+        made = run_cli("generate", bundles.path("demo-16"), *asked, "--out", picture)
         assert made.returncode == 0, made.stderr
         judged = run_cli("judge", picture, "--prompt", prompt, "--json")
         right.append(json.loads(judged.stdout)["passed"])

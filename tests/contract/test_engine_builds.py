@@ -106,7 +106,7 @@ def test_every_network_is_compiled_in_either_precision(workshop: Workshop, netwo
     assert request.weight_bytes <= built.size_bytes < request.weight_bytes + KERNEL_BYTES_MAX
 
 
-@pytest.mark.parametrize("network", ["trunk", "head"])
+@pytest.mark.parametrize("network", ["tail", "head"])
 def test_two_profiles_one_of_them_not_square_are_in_one_engine(workshop: Workshop, network: str) -> None:
     request = workshop.request(network, profiles=[SQUARE, WIDE])
     assert len(request.spec.profiles) == 2
@@ -169,7 +169,7 @@ def with_float8(source: Path, out: Path, *, external: bool) -> None:
         ("caption", True, "sm120"),
         ("stem", True, "sm89"),
         ("trunk", True, "sm89"),
-        ("trunk", False, "portable"),
+        ("tail", False, "portable"),
         ("tail", True, "sm120"),
     ],
 )

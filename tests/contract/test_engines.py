@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conftest import run_cli, write_profile
-from contract.test_store_cli import HEAD_BIAS, refuse, seed, snapshot
+from conftest import run_cli, seed_store, write_profile
+from contract.test_store_cli import HEAD_BIAS, refuse, snapshot
 from l2p_runtime.bundle import open_bundle, verify_files
 from l2p_runtime.contract import NETWORKS, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError
@@ -28,7 +28,7 @@ class Farm:
 
     def __init__(self, root: Path, store: Path) -> None:
         self.root, self.store = root, root / "store"
-        seed(store, self.store)
+        seed_store(store, self.store)
         for patch in (64, 128):
             write_profile(root / f"p{patch}.toml", patch)
 

@@ -47,8 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
     return made
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16"])
+@pytest.mark.parametrize(("dtype", "guidance"), [("uint8", 1.0), ("uint16", 3.0), ("float16", 3.0)])
 def test_the_same_pixels_as_on_the_host(device: CudaDevice, compiled: Path, dtype: str, guidance: float) -> None:
     call = CALL | {"dtype": dtype, "guidance": guidance, "negative_embeds": EMBEDS[::-1]}
     with Pipeline.open(compiled, backend="onnx", plan="fp32") as pipe:
@@ -102,7 +101,7 @@ def test_sizes_that_no_engine_takes_are_refused_first(
         with pytest.raises(UsageError, match=needle.replace("[", r"\[")):
             pipe.generate(**(CALL | call))
         assert fake_driver(device).launches == before
-        assert pipe.generate(**CALL).shape == (128, 64, 3)
+        assert pipe.generate(**(CALL | {"steps": 1})).shape == (128, 64, 3)
 
 
 def test_another_gpu_is_told_what_to_build(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conftest import run_cli, write_profile
+from conftest import run_cli, seed_store, write_profile
 from l2p_engines.store.shared import open_store
 from l2p_engines.store.stages import stages
 from l2p_runtime import Pipeline
@@ -50,23 +50,12 @@ class Home:
         return result
 
 
-def seed(source: Path, target: Path) -> None:
-    """Another store with every finished stage of `source`; its files are links: replace them, never write into them."""
-    target.mkdir()
-    os.link(source / "l2p-store.json", target / "l2p-store.json")
-    for stage in stages(source):
-        for name in (*(record.path for record in stage.files), f"stages/{stage.key}.json"):
-            (target / name).parent.mkdir(exist_ok=True)
-            if not (target / name).exists():
-                os.link(source / name, target / name)
-
-
 @pytest.fixture(scope="module")
 def adapters(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, str]]:
     """Bundles `one` and `other` of two checkpoints that differ in a bias of the head; what each build said."""
     home = Home(tmp_path_factory.mktemp("adapters"))
     checkpoint = bundles.checkpoint("tiny-16")
-    seed(bundles.store, home.store)
+    seed_store(bundles.store, home.store)
     write_profile(home.root / "mine.toml", 16)
     shutil.copyfile(checkpoint, home.root / "one.safetensors")
     state = load_file(checkpoint)
@@ -84,7 +73,7 @@ def home(adapters: tuple[Home, dict[str, str]], tmp_path: Path) -> Home:
     """A store that has all stages, and the bundle `one`, built there in no time."""
     source, mine = adapters[0], Home(tmp_path / "home")
     mine.root.mkdir()
-    seed(source.store, mine.store)
+    seed_store(source.store, mine.store)
     for name in ("one.safetensors", "other.safetensors", "mine.toml"):
         shutil.copyfile(source.root / name, mine.root / name)
     result = mine.build("one", *BOTH)
@@ -259,7 +248,7 @@ def test_a_new_bundle_of_known_stages_says_that_it_is_new(home: Home) -> None:
 
 
 def test_a_build_into_another_store_lets_the_first_one_go(home: Home) -> None:
-    seed(home.store, home.root / "second")
+    seed_store(home.store, home.root / "second")
     result = home.build("one", *BOTH, "--store", home.root / "second")
     assert result.returncode == 0, result.stderr
     shutil.rmtree(home.store)

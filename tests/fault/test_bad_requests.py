@@ -37,8 +37,9 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe(bundle: Path) -> Iterator[Pipeline]:
+    """One for all tests: what was refused leaves it as it was, and the last test of them draws with it."""
     with Pipeline.open(bundle) as opened:
         yield opened
 

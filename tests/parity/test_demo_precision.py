@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from torch import nn
 
-from conftest import run_cli, write_profile
+from conftest import DEMO_PX, Bundles, run_cli, seed_store
 from l2p_calib.fp8 import FP8_MAX
 from l2p_calib.plans.plan import FLOAT8, PLANS
 from l2p_calib.statistics.torch_hooks import counting
@@ -31,29 +31,14 @@ from l2p_export.proof.reference import run_reference
 from l2p_export.world.judge import judge
 from parity.models import relative_error
 
-NAMES = ("fp32", "fp16", "fp8", "fp8-plain")
-SIZE_PX = 128
-"""The size that the 1k adapters learnt at; the judge's score means something there."""
-
 Draw: TypeAlias = Callable[[str, int], tuple[NDArray[np.uint8], int]]
 """A plan and a number of prompts to their pictures [N,H,W,3] and how many of them the judge passed."""
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo under every plan, FP8 scales from pictures that it drew."""
-    root = tmp_path_factory.mktemp("precision")
-    profile, first, statistics = write_profile(root / "small.toml", 16), root / "first.bundle", root / "statistics.json"
-    precisions = [argument for plan in NAMES for argument in ("--precision", plan)]
-    commands: tuple[tuple[str | Path, ...], ...] = (
-        ("build", "--profile", profile, "--out", first),
-        ("calibrate", first, "--samples", "4", "--size", f"{SIZE_PX}x{SIZE_PX}", "--out", statistics),
-        ("build", "--profile", profile, *precisions, "--statistics", statistics, "--out", root / "all.bundle"),
-    )
-    for command in commands:
-        done = run_cli(*command, "--quiet")
-        assert done.returncode == 0, done.stderr
-    return root / "all.bundle"
+def bundle(bundles: Bundles) -> Path:
+    """The demo in three plans, FP8 scales from pictures that it drew."""
+    return bundles.path("demo-16")
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +89,10 @@ def test_most_linear_weights_are_in_float8(bundle: Path) -> None:
 
 
 def test_verify_compares_pictures(bundle: Path) -> None:
-    done = run_cli("verify", bundle, "--plan", "fp16", "--pictures", "2", "--size", f"{SIZE_PX}x{SIZE_PX}", "--json")
+    done = run_cli("verify", bundle, "--plan", "fp16", "--pictures", "2", "--size", f"{DEMO_PX}x{DEMO_PX}", "--json")
     assert done.returncode == 0, done.stderr
     *_, entry = json.loads(done.stdout)["ledger"]
-    assert (entry["stage"], entry["case"]) == ("fp32 pictures -> fp16 pictures", f"{SIZE_PX}x{SIZE_PX}")
+    assert (entry["stage"], entry["case"]) == ("fp32 pictures -> fp16 pictures", f"{DEMO_PX}x{DEMO_PX}")
     assert 45.0 <= entry["psnr_db"] < 100.0
     assert "of 2 right by the judge" in entry["reason"]
 
@@ -126,11 +111,22 @@ def test_pictures_need_another_plan_and_a_size_that_divides(bundle: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_plain_float8_is_built_from_the_same_statistics(bundles: Bundles, tmp_path: Path) -> None:
+    """A store that has all but this plan's graphs."""
+    seed_store(bundles.store, tmp_path / "store")
+    options = ("--precision", "fp8-plain", "--statistics", bundles.root / "demo-16.statistics.json", "--quiet")
+    homes = ("--store", tmp_path / "store", "--out", tmp_path / "plain.bundle")
+    done = run_cli("build", "--profile", bundles.root / "demo-16.toml", "--backend", "onnx", *options, *homes)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_sweep_asks_the_judge(bundle: Path, tmp_path: Path) -> None:
     """Of three prompts two are captions of the small world, and the demo draws both right."""
     prompts = ["a red circle to the left of a blue square", "a wooden chair beside a window", "a green triangle"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    size = ("--samples", "12", "--size", f"{SIZE_PX}x{SIZE_PX}", "--prompts", tmp_path / "prompts.txt")
+    size = ("--samples", "12", "--size", f"{DEMO_PX}x{DEMO_PX}", "--prompts", tmp_path / "prompts.txt")
     out = ("--out", tmp_path / "statistics.json", "--sensitivity", tmp_path / "sweep", "--gate", "0.002", "--json")
     done = run_cli("calibrate", bundle, *size, *out)
     assert done.returncode == 0, done.stderr
@@ -177,7 +173,7 @@ def _share(shapes: Mapping[str, tuple[int, ...]], dtype: Callable[[str], str], w
 
 
 def _draw(bundle: Path, plan: str, prompts: tuple[Prompt, ...]) -> NDArray[np.uint8]:
-    drawer = open_drawer(bundle, DrawOptions((SIZE_PX, SIZE_PX), plan=plan))
+    drawer = open_drawer(bundle, DrawOptions((DEMO_PX, DEMO_PX), plan=plan))
     return np.stack(list(drawer.draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts])))
 
 
