@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from conftest import Bundles, run_cli, write_profile
+from fakes.traces import copy_traces
 from golden import tiny_checkpoint
 from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output
@@ -402,6 +403,7 @@ def test_nan_over_a_good_bundle_leaves_it(tmp_path: Path, profile: Path, bundles
     out = tmp_path / "bundle"
     shutil.copytree(bundles.path("tiny-16"), out)
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    copy_traces(bundles.store, out, "caption.fp32")
     bad = write_spoilt(tmp_path / "nan.safetensors", "cap_embedder.1.weight", float("nan"))
     result = run_cli("build", bad, "--profile", profile, "--out", out)
     assert result.returncode == 4

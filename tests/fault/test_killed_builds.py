@@ -17,6 +17,7 @@ from conftest import Bundles, run_cli, write_profile
 from l2p_engines.store.stages import FOLDERS, stages
 from l2p_runtime.bundle import open_bundle
 
+PROGRAM = (sys.executable, "-m", "l2p_export")
 MOMENTS = 50
 IN_CI = 4
 
@@ -34,7 +35,7 @@ class Case:
     seconds: float
 
     def command(self, checkpoint: Path, folder: Path, *, shares: bool) -> list[str]:
-        command = [sys.executable, "-m", "l2p_export", "build", str(checkpoint), "--profile", str(self.profile)]
+        command = ["build", str(checkpoint), "--profile", str(self.profile)]
         command += ["--store", str(folder / "store")] if shares else []
         return [*command, "--out", str(folder / "out")]
 
@@ -52,7 +53,7 @@ def case(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Case:
     prepare(half, bundles, root / "whole", shares=True)
     manifest = (root / "whole" / "out" / "bundle.json").read_bytes()
     started = time.monotonic()
-    subprocess.run(half.command(half.new, root / "whole", shares=True), check=True, capture_output=True)
+    subprocess.run([*PROGRAM, *half.command(half.new, root / "whole", shares=True)], check=True, capture_output=True)
     seconds = time.monotonic() - started
     return Case(root, old, half.new, profile, manifest, (root / "whole" / "out" / "bundle.json").read_bytes(), seconds)
 
@@ -62,9 +63,10 @@ def prepare(case: Case, bundles: Bundles, folder: Path, *, shares: bool) -> None
     folder.mkdir()
     if shares:
         subprocess.run(["cp", "-r", str(bundles.store), str(folder / "store")], check=True)
-        subprocess.run(case.command(case.old, folder, shares=True), check=True, capture_output=True)
+        built = run_cli(*case.command(case.old, folder, shares=True))
+        assert built.returncode == 0, built.stderr
         for stage in stages(folder / "store"):
-            if (stage.kind, stage.label) == ("trace", "head.fp32"):
+            if (stage.kind, stage.label) == ("trace", "caption.fp32"):
                 (folder / "store" / "stages" / f"{stage.key}.json").unlink()
 
 
@@ -81,7 +83,7 @@ def test_a_killed_build_is_gone_on_with(moment: int, case: Case, bundles: Bundle
     command = case.command(case.new, folder, shares=shares)
 
     killed_after = random.Random(moment).uniform(0.0, case.seconds * (1 if shares else 3))  # noqa: S311 - no secret
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*PROGRAM, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
             process.communicate(timeout=killed_after)
         except subprocess.TimeoutExpired:
@@ -93,7 +95,7 @@ def test_a_killed_build_is_gone_on_with(moment: int, case: Case, bundles: Bundle
         assert without_store(manifest) in (without_store(case.old_manifest), without_store(case.new_manifest))
     finished = {stage.key: (home / "stages" / f"{stage.key}.json").stat().st_mtime_ns for stage in stages(home)}
 
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = run_cli(*command)
     assert again.returncode == 0, again.stderr
     assert without_store(manifest) == without_store(case.new_manifest)
     left = {stage.key: (home / "stages" / f"{stage.key}.json").stat().st_mtime_ns for stage in stages(home)}

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import Qwen3Model
 
+from conftest import Bundles
+from fakes.traces import text_traces
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
@@ -46,14 +48,16 @@ class Encoders:
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+def encoders(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     folder, out = tmp_path_factory.mktemp("qwen3"), tmp_path_factory.mktemp("out")
     published = write_qwen3(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = open_text_encoder(folder, WIDTH)
     plans = [plain_plan(ours.model, name) for name in ("fp32", "fp16")]
     run = StageRunner(Home(out))
-    parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
+    with text_traces(bundles, out):
+        parts = add_text_encoder(run, ours, plans, open_backend("onnx"), Silent())
+    assert "trace text_encoder.fp32" not in run.made
     record = parts.record
     engines = {g.plan: OnnxEngine(out / g.graph, out / g.weights, record.network) for g in record.graphs}
     assert record.documents | {p for g in record.graphs for p in (g.graph, g.weights)} == {f.path for f in parts.files}

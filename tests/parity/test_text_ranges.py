@@ -115,6 +115,8 @@ def test_a_usual_encoder_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_graph_has_the_layer_in_float32(folder: Path, tmp_path: Path) -> None:
+    # Two layers are built, one of each kind: each kind is traced, which takes seconds.
+    write_qwen3(folder, num_hidden_layers=3)
     encoder = stress(folder, STRESSES["values"])
     plans = [plain_plan(encoder.model, "fp16")]
     parts = add_text_encoder(StageRunner(Home(tmp_path)), encoder, plans, open_backend("onnx"), Silent())

@@ -28,7 +28,7 @@ NETWORKS = [
     pytest.param("stem", 12, 2, ("noise_refiner.0", "noise_refiner.1", "layers.0", "layers.1"), id="stem-of-2-and-2"),
     pytest.param("stem", 1, 0, (), id="stem-without-blocks"),
     pytest.param("trunk", 1, 1, ("layers.0",), id="trunk-of-1"),
-    pytest.param("trunk", 2, 1, ("layers.0", "layers.1"), id="trunk-of-2"),
+    pytest.param("trunk", 2, 1, ("layers.0", "layers.1"), id="trunk-of-2", marks=pytest.mark.slow),
     pytest.param(
         "tail",
         2,

@@ -16,6 +16,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import Bundles, run_cli
+from fakes.traces import text_traces
 from l2p_engines.store.output import open_output
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
@@ -165,13 +166,13 @@ def plain(bundles: Bundles) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(plain: Path, bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle with a text encoder added."""
     root, folder = tmp_path_factory.mktemp("text") / "with-text", tmp_path_factory.mktemp("qwen3")
     shutil.copytree(plain, root)
     write_qwen3(folder)
     encoder = open_text_encoder(folder, WIDTH)
-    with open_output(root) as output:
+    with open_output(root) as output, text_traces(bundles, root):
         manifest = open_bundle(root).manifest
         plans = [plain_plan(encoder.model, plan.base, plan.name) for plan in manifest.plans]
         parts = add_text_encoder(StageRunner(Home(root)), encoder, plans, open_backend("onnx"), Silent())

@@ -12,10 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import Bundles
+from l2p_engines.store.stages import Home, find_stage
 from l2p_export.checkpoint.demo import demo_dimensions
+from l2p_export.checkpoint.loading import load_model
+from l2p_export.families import Model
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
-from l2p_export.graphs.export import trace_plan, traced_bytes
+from l2p_export.graphs.export import trace_key, trace_plan, traced_bytes
 from l2p_export.graphs.names import published_names
 from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import TransposedTensor, read_tensor
@@ -42,9 +46,21 @@ def test_transposed_weights(rows: int, columns: int, chunk_bytes: int) -> None:
     np.testing.assert_array_equal(read_tensor(turned), values.T)
 
 
+@pytest.mark.parametrize("network", ["stem", "tail"])
+def test_traced_graph(network: str, bundles: Bundles) -> None:
+    """As a build of the session traced it."""
+    model = load_model(bundles.checkpoint("tiny-64"), None, []).model
+    spec = next(spec for spec in model.networks if spec.name == network)
+    stage = find_stage(Home(bundles.store), trace_key(model, spec, plain_plan(model, "fp32")))
+    assert stage is not None
+    graph = onnx.load(bundles.store / stage.files[0].path, load_external_data=False)
+    check_weights(model, network, "fp32", graph)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["fp32", "bf16"])
 @pytest.mark.parametrize("network", ["stem", "tail"])
-def test_traced_graph(network: str, plan: str) -> None:
+def test_traced_graph_of_the_demo(network: str, plan: str) -> None:
     model = ZImageModel(demo_dimensions(64))
     check_weights(model, network, plan, graph_of(model, network, plan))
 
@@ -63,7 +79,7 @@ def graph_of(model: ZImageModel, network: str, plan: str) -> onnx.ModelProto:
     return onnx.load_model_from_string(traced_bytes(trace_plan(model, spec, plain_plan(model, plan))))
 
 
-def check_weights(model: ZImageModel, network: str, plan: str, graph: onnx.ModelProto) -> None:
+def check_weights(model: Model, network: str, plan: str, graph: onnx.ModelProto) -> None:
     """Every weight is there once, external, of the plan's dtype; matrices are turned and no node turns one."""
     names = {"float32": "FLOAT", "bfloat16": "BFLOAT16"}
     shapes = model.network_shapes(network)

@@ -431,7 +431,7 @@ def test_a_source_that_lacks_a_tensor_is_refused(source: Source) -> None:
 
 
 def test_a_short_transfer_learns_colours(source: Source, tmp_path: Path) -> None:
-    """200 steps lower the loss, and samples have backgrounds of the corpus's colours."""
+    """120 steps lower the loss, and samples have backgrounds of the corpus's colours."""
     colours = {TEXTS[0]: (210, 60, 40), TEXTS[1]: (200, 110, 60)}
     rows = []
     for seed in range(8):
@@ -441,7 +441,7 @@ def test_a_short_transfer_learns_colours(source: Source, tmp_path: Path) -> None
         rows.append(write_image(tmp_path / "corpus", seed, pixels, text, seed))
     append_rows(tmp_path / "corpus", rows)
     corpus = open_corpus(tmp_path / "corpus")
-    spec = tiny_spec(200, sizes_px=(32,), learning_rate=2e-3, cooldown_steps=60, ema=0.97, shift=1.0)
+    spec = tiny_spec(120, sizes_px=(32,), learning_rate=2e-3, cooldown_steps=40, ema=0.97, shift=1.0)
     before = background_error(source, model_of(source), colours)
     model = transfer(source, corpus, spec, tmp_path / "a.safetensors", tmp_path / "work", Silent())
     lines = (tmp_path / "work" / "progress.csv").read_text().splitlines()[1:]
