@@ -41,7 +41,10 @@ def main() -> None:
 
 
 def write_sparse(path: Path) -> Path:
-    """The published header over zeros that take no disk: layers 5 to 24 in F32, the rest in BF16 (l2p.md 2.1)."""
+    """The published header over zeros that take no disk: layers 5 to 24 in F32, the rest in BF16.
+
+    Source: docs/model.md, "Checkpoints".
+    """
     dimensions = published_dimensions(VARIANT)
     trunk = tuple(f"layers.{index}." for index in dimensions.trunk)
     shapes = expected_shapes(dimensions)

@@ -1,8 +1,8 @@
 """What fewer tokens save: one block of the published width at the tokens of a 4096 x 4096 image, latent and pixel.
 
 The latent source cuts that image into 65,536 tokens, the 4k variant into 4,096; both read 64 caption tokens. Prints
-seconds of each, what is saved, and beside it the arithmetic and the paper's figure (l2p.md 6.1). A run takes about
-fifteen minutes on two cores; `--tokens` takes other counts.
+seconds of each, what is saved, and beside it the arithmetic and the paper's figure (docs/model.md, "Operations"). A run
+takes about fifteen minutes on two cores; `--tokens` takes other counts.
 """
 
 from __future__ import annotations

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from l2p_runtime.contract import (
-    LedgerEntry,
-)
-from l2p_runtime.errors import ArtifactError, ParityError
+from l2p_runtime.contract import BasePrecision, Comparison, LedgerEntry, arithmetic
+from l2p_runtime.errors import ParityError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import numpy as np
-    from numpy.typing import NDArray
-
-    Tensors = Mapping[str, NDArray[Any]]
     from numpy.typing import NDArray
 
 
@@ -33,59 +28,54 @@ class Threshold:
     reason: str
 
 
-THRESHOLDS: dict[str, Threshold] = {
+_FP16 = Threshold(2e-2, "float16 rounds at 5e-4 a step; 3e-3 measured on the tiny checkpoints")
+_FP8 = Threshold(2e-1, "FP8 rounds values by 2.6 %, and two blocks of random weights add up to 9.8 % of what they make")
+
+THRESHOLDS: dict[BasePrecision, Threshold] = {
     "fp32": Threshold(1e-5, "float32 sums in another order; 6e-7 measured on the tiny checkpoints, 2e-6 at width 3840"),
-    "fp16": Threshold(2e-2, "float16 rounds at 5e-4 a step; 3e-3 measured on the tiny checkpoints"),
+    "fp16": _FP16,
+    "fp16-plain": _FP16,
     "bf16": Threshold(1e-1, "bfloat16 rounds at 4e-3 a step; 1.2e-2 measured in torch on the demo checkpoints"),
-    "fp8": Threshold(
-        2e-1, "FP8 rounds values by 2.6 %, and two blocks of random weights add up to 9.8 % of what they make"
-    ),
+    "fp8": _FP8,
+    "fp8-attention": _FP8,
     "fp8-plain": Threshold(5e-1, "nothing is chosen: for comparison, not for use"),
 }
-"""Name of a plan, or base of it, to its gate, against torch float32 on the same inputs."""
+"""Base of a plan to its gate, against torch float32 on the same inputs."""
 
 WITHOUT_FP8 = ("head", "text_encoder", "stem.modulation")
 """Outputs that no FP8 plan rounds; they are judged as those of an FP16 plan."""
 
-_PREDICTIONS = {
-    "fp8": Threshold(
-        1e-1,
-        "tokens off by 4.5 % made 6.1e-2 of a prediction of half-trained adapters; of the demo's 8e-3 at most",
-    )
-}
-"""Name of a plan, or base of it, to the gate of predictions, where that is another one: most of a prediction is the
+_FP8_PREDICTION = Threshold(
+    1e-1, "tokens off by 4.5 % made 6.1e-2 of a prediction of half-trained adapters; of the demo's 8e-3 at most"
+)
+_PREDICTIONS: dict[BasePrecision, Threshold] = {"fp8": _FP8_PREDICTION, "fp8-attention": _FP8_PREDICTION}
+"""Base of a plan to the gate of predictions, where that is another one: most of a prediction is the
 noise that the pixel head reads from the image itself, but on grids that a model never learnt it hangs on tokens."""
 
 END_TO_END = "end-to-end"
 """What a ledger calls the whole prediction, where an entry otherwise names a network."""
 
 
-def threshold_of(plan: str, network: str = "") -> Threshold:
-    """The gate of a plan, by its name or the base of it.
+def threshold_of(base: BasePrecision, network: str = "") -> Threshold:
+    """The gate of plans of a base.
 
     Args:
-        plan: its name.
+        base: of the plan.
         network: what is compared, as the ledger calls it.
-
-    Raises:
-        ArtifactError: there is none.
     """
-    base = plan if plan in THRESHOLDS else plan.partition("-")[0]
-    if base not in THRESHOLDS:
-        raise ArtifactError(f"there is no threshold for plan `{plan}`", hint=f"known plans: {', '.join(THRESHOLDS)}")
     if network == END_TO_END and base in _PREDICTIONS:
         return _PREDICTIONS[base]
-    return THRESHOLDS["fp16" if base.startswith("fp8") and network in WITHOUT_FP8 else base]
+    return THRESHOLDS["fp16" if arithmetic(base) == "fp8" and network in WITHOUT_FP8 else base]
 
 
 def compare(
     expected: NDArray[np.float32],
     found: NDArray[np.float32],
+    comparison: Comparison,
     *,
-    stage: str,
     network: str,
     case: str,
-    plan: str,
+    base: BasePrecision,
     pixel_step: int = 1,
 ) -> LedgerEntry:
     """Measure one output against the expected one and judge it by the plan's threshold.
@@ -95,27 +85,27 @@ def compare(
     Args:
         expected: what should come out; every `pixel_step`-th row and column of it.
         found: what came out, whole.
-        stage: what the ledger calls the comparison.
-        network: likewise.
+        comparison: what the ledger says is compared.
+        network: as the ledger calls it.
         case: likewise.
-        plan: whose threshold holds.
+        base: of the plan whose threshold holds.
         pixel_step: 1 where all of the output is known.
     """
     import numpy as np
 
-    threshold = threshold_of(plan, network)
+    threshold = threshold_of(base, network)
     strange = int((~np.isfinite(found)).sum())
     found = found[..., ::pixel_step, ::pixel_step] if pixel_step > 1 else found
     if strange or found.shape != expected.shape:
         bad = "another shape" if found.shape != expected.shape else f"{strange} NaN or Inf"
-        return LedgerEntry(stage, network, case, "failed", f"the output has {bad}", threshold.relative)
+        return LedgerEntry(comparison, network, case, "failed", f"the output has {bad}", threshold.relative)
     wanted, got = expected.astype(np.float64), found.astype(np.float64)
     difference = got - wanted
     norm = float(np.linalg.norm(wanted))
     relative = float(np.linalg.norm(difference)) / norm if norm else float(np.linalg.norm(difference))
     scale = norm * float(np.linalg.norm(got))
     return LedgerEntry(
-        stage=stage,
+        comparison=comparison,
         network=network,
         case=case,
         status="passed" if relative <= threshold.relative else "failed",
@@ -128,8 +118,12 @@ def compare(
     )
 
 
-def require_passed(entries: Iterable[LedgerEntry]) -> None:
+def require_passed(entries: Iterable[LedgerEntry], bases: Mapping[str, BasePrecision]) -> None:
     """Gate: every comparison that was run has passed.
+
+    Args:
+        entries: of a ledger.
+        bases: name of each plan to its base, which decides the advice.
 
     Raises:
         ParityError: names each comparison that failed, with its figure.
@@ -138,7 +132,7 @@ def require_passed(entries: Iterable[LedgerEntry]) -> None:
     if not failed:
         return
     lines = [
-        f"{entry.network} in {entry.stage} on {entry.case}: "
+        f"{entry.network} in {entry.comparison} on {entry.case}: "
         + (
             f"relative error {entry.relative:.2e} over {entry.threshold:.0e}"
             if entry.relative is not None
@@ -147,7 +141,7 @@ def require_passed(entries: Iterable[LedgerEntry]) -> None:
         for entry in failed
     ]
     advice = "try --precision fp32, and report the figures above"
-    if all(" fp8" in entry.stage for entry in failed):
+    if all(arithmetic(bases[entry.comparison.plan]) == "fp8" for entry in failed):
         advice = "`calibrate --sensitivity` makes a plan that keeps the products which FP8 hurts most, for --plan"
     raise ParityError(
         f"{len(failed)} comparisons failed: {'; '.join(lines[:6])}",
@@ -165,26 +159,6 @@ def psnr_db(difference: NDArray[np.float64], peak: float) -> float:
     return 10.0 * math.log10(peak * peak / mean_square)
 
 
-def graph_stage_name(plan: str) -> str:
-    """What the ledger calls the comparison of a plan's graphs."""
-    return f"torch float32 -> {plan} graph"
-
-
-def engine_stage_name(plan: str, target: str) -> str:
-    """What the ledger calls the comparison of a plan's engines."""
-    return f"torch float32 -> {plan} {target} engine"
-
-
-def not_run(stage: str, cases: Sequence[str], reason: str) -> list[LedgerEntry]:
+def not_run(comparison: Comparison, cases: Sequence[str], reason: str) -> list[LedgerEntry]:
     """Ledger entries for cases, by name, that this machine did not run; never counted as passed."""
-    return [LedgerEntry(stage, END_TO_END, case, "not run", reason) for case in cases]
-
-
-def build_stage_name(plan: str, target: str) -> str:
-    """What the ledger calls the comparison of a plan's engines with their graphs, without running either."""
-    return f"{plan} graph -> {target} engine"
-
-
-def ranges_stage_name(plan: str) -> str:
-    """What a ledger calls the comparison of what was measured with what a plan's graphs hold."""
-    return f"float32 ranges -> {plan} graph"
+    return [LedgerEntry(comparison, END_TO_END, case, "not run", reason) for case in cases]

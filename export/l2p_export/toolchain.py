@@ -1,37 +1,52 @@
-"""Digest of the tools and code that decide a graph: other tools, other stages."""
+"""Digest of the tools and code that decide what a build makes: other tools, other stages."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
-from importlib import resources
+from collections.abc import Iterator
 from pathlib import Path
 
 from l2p_runtime import __version__
 
-# Code that no graph or digest depends on: a change in it makes nothing again.
-_APART = ("cli", "training")
+ROOMS = {
+    "l2p_export": ("build", "checkpoint", "families", "graphs", "precision", "proof", "tensors"),
+    "l2p_calib": ("fp8.py", "layout.py", "ledger.py", "plans", "prompts.py", "statistics"),
+    "l2p_runtime": ("captions.py", "contract", "noise.py", "positions.py", "tensorfile.py", "text.py"),
+}
+"""Package to the folders and files whose code decides a stage: graphs, plans, and the inputs and outcome of the proof.
 
+What other code does shows in no stage: command line, training, evaluation and serving only read what is built, and
+stages take in the identities of backends and engine builders.
+"""
 
-_TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "ml_dtypes")
+TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "ml_dtypes")
 
 
 def toolchain() -> dict[str, str]:
-    """Versions of what makes graphs, and the digest of this package's own code: other tools, other stages."""
-    versions = {name: _version(name) for name in _TOOLS}
+    """Versions of what makes graphs, and the digest of the code of `ROOMS`."""
+    versions = {name: _version(name) for name in TOOLS}
     return {"l2p-export": f"{__version__}+{_code_digest()}", **versions}
+
+
+def code_files() -> Iterator[tuple[str, Path]]:
+    """Every source file of `ROOMS`: its name, as `l2p_export/graphs/trace.py`, and where it lies."""
+    for package, rooms in ROOMS.items():
+        # Not `importlib.resources`: of an editable install it gives a multiplexed path, whose text is no path.
+        root = Path(str(importlib.import_module(package).__file__)).parent
+        for room in rooms:
+            place = root / room
+            for path in sorted(place.rglob("*.py")) if place.is_dir() else (place,):
+                yield f"{package}/{path.relative_to(root).as_posix()}", path
 
 
 @functools.cache
 def _code_digest() -> str:
     digest = hashlib.sha256()
-    for package in ("l2p_export", "l2p_calib"):
-        root = Path(str(resources.files(package)))
-        for path in sorted(root.rglob("*.py")):
-            if path.relative_to(root).parts[0] in _APART:
-                continue
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for name, path in code_files():
+        digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

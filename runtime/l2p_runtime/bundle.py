@@ -1,7 +1,7 @@
 """A bundle on disk: opened with suspicion, verified in full on request.
 
-Files carry their digest in their names, and replacing `bundle.json` is the only commit (design section 6). A file may
-lie in a store that bundles share, under the same path there.
+Files carry their digest in their names, and replacing `bundle.json` is the only commit (docs/design.md, "Bundle"). A
+file may lie in a store that bundles share, under the same path there.
 """
 
 from __future__ import annotations

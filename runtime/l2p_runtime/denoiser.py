@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from l2p_runtime.captions import pad_captions
 from l2p_runtime.positions import Policy, caption_tables, rope_tables
 
 if TYPE_CHECKING:
@@ -67,15 +68,9 @@ def encode_caption(
         columns: w, token columns of the image.
         policy: position policy.
     """
-    import numpy as np
-
     model, device = denoiser.model, denoiser.device
-    batch, tokens = len(prompt_embeds), model.padded(len(prompt_embeds[0]))
-    padded = np.zeros((batch, tokens, model.caption_width), np.float32)
-    mask = np.zeros((batch, tokens), np.bool_)
-    for index, embeds in enumerate(prompt_embeds):
-        padded[index, : len(embeds)] = embeds
-        mask[index, : len(embeds)] = True
+    padded, mask = pad_captions(model, prompt_embeds)
+    batch, tokens = mask.shape
     tables = rope_tables(model, rows, columns, tokens, policy)
     caption_cos, caption_sin = caption_tables(tables, tokens)
     caption = device.alloc((batch, tokens, model.width), "float32")

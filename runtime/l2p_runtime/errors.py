@@ -1,6 +1,7 @@
 """The one error tree: what was found, what was wanted, what to do, and the exit code that goes with it.
 
-Design section 8 fixes the codes: 0 done, 2 usage, 3 environment, 4 artifact, 5 parity, 70 our bug, 130/143 interrupted.
+The codes (docs/design.md, "Exit codes"): 0 done, 2 usage, 3 environment, 4 artifact, 5 parity, 70 our bug,
+130/143 interrupted.
 """
 
 from __future__ import annotations

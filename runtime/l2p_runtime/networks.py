@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from l2p_runtime.backends import Backend, Engine, backend_names, open_backend
@@ -10,9 +11,9 @@ from l2p_runtime.contract import (
     ENGINE_BACKENDS,
     NETWORKS,
     TEXT_ENCODER,
+    BasePrecision,
     EngineRecord,
     Manifest,
-    ModelSpec,
 )
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UsageError
 
@@ -21,8 +22,36 @@ if TYPE_CHECKING:
     from l2p_runtime.stripes import Stripe
 
 
-def open_for(bundle: Bundle, name: str, device: int, plan: str | None) -> tuple[Backend, str]:
-    """A backend that runs a bundle, and the plan that it runs.
+@dataclass(frozen=True, slots=True)
+class OpenedPlan:
+    """A precision plan of a bundle on an opened backend: what networks are loaded from, and run on."""
+
+    bundle: Bundle
+    backend: Backend
+    plan: str
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+        return self.bundle.manifest
+
+    @property
+    def base(self) -> BasePrecision:
+        """What the plan was made from."""
+        return self.manifest.plan(self.plan).base
+
+    @property
+    def runs_engines(self) -> bool:
+        """False on a backend that runs ONNX graphs."""
+        return self.backend.load_engine is not None
+
+    def of_plan(self, plan: str) -> OpenedPlan:
+        """Another plan of the same bundle on the same backend."""
+        return replace(self, plan=plan)
+
+
+def open_plan(bundle: Bundle, name: str, device: int, plan: str | None) -> OpenedPlan:
+    """Open a backend that runs a bundle, with the plan that it runs.
 
     Args:
         bundle: the bundle.
@@ -39,14 +68,14 @@ def open_for(bundle: Bundle, name: str, device: int, plan: str | None) -> tuple[
     if plan is not None:
         manifest.plan(plan)
     if name != "auto":
-        return _open(manifest, name, device, plan)
+        return _open(bundle, name, device, plan)
     reasons = []
     built_for = {record.target.split("-")[0].rstrip("0123456789.") for record in manifest.engines}
     for candidate in backend_names():
         if candidate in ENGINE_BACKENDS and candidate not in built_for:
             continue
         try:
-            return _open(manifest, candidate, device, plan)
+            return _open(bundle, candidate, device, plan)
         except (HostError, ArtifactError) as error:
             reasons.append(error)
     if len(reasons) == 1:
@@ -55,7 +84,7 @@ def open_for(bundle: Bundle, name: str, device: int, plan: str | None) -> tuple[
     raise HostError(f"no backend can run this bundle here: {told}", hint=_hint(reasons))
 
 
-def runnable_plans(manifest: Manifest, backend: Backend) -> list[str]:
+def runnable_plans(bundle: Bundle, backend: Backend) -> list[str]:
     """The bundle's plans that a backend has all files for, in their order.
 
     Raises:
@@ -63,9 +92,9 @@ def runnable_plans(manifest: Manifest, backend: Backend) -> list[str]:
     """
     missing: list[ArtifactError] = []
     found = []
-    for ref in manifest.plans:
+    for ref in bundle.manifest.plans:
         try:
-            _require_files(manifest, backend, ref.name)
+            _require_files(OpenedPlan(bundle, backend, ref.name))
             found.append(ref.name)
         except ArtifactError as error:
             missing.append(error)
@@ -74,41 +103,40 @@ def runnable_plans(manifest: Manifest, backend: Backend) -> list[str]:
     return found
 
 
-def load_network(bundle: Bundle, backend: Backend, network: str, plan: str) -> Engine:
+def load_network(opened: OpenedPlan, network: str) -> Engine:
     """One network, ready to run: its engine on an engine backend, else its graph.
 
     Raises:
         ArtifactError: the bundle has not that engine or graph, or it is damaged.
         HostError: it does not fit the device.
     """
-    manifest = bundle.manifest
-    spec = manifest.network(network)
+    bundle, backend, spec = opened.bundle, opened.backend, opened.manifest.network(network)
     if backend.load_engine is not None:
-        record = engine_record(manifest, backend, network, plan)
+        record = engine_record(opened, network)
         return backend.load_engine(bundle.path(record.engine), record, spec)
-    _require_graph(manifest, network, plan)
-    graph = manifest.graph(network, plan)
+    _require_graph(opened, network)
+    graph = opened.manifest.graph(network, opened.plan)
     return backend.load(bundle.path(graph.graph), bundle.path(graph.weights), spec)
 
 
-def engine_record(manifest: Manifest, backend: Backend, network: str, plan: str) -> EngineRecord:
+def engine_record(opened: OpenedPlan, network: str) -> EngineRecord:
     """The engine of a network that an engine backend runs.
 
     Raises:
         ArtifactError: the bundle has none for this GPU and library.
     """
-    if backend.target is None:
-        raise InternalError(f"backend `{backend.name}` runs no engines")
-    return manifest.engine(network, plan, backend.target)
+    if opened.backend.target is None:
+        raise InternalError(f"backend `{opened.backend.name}` runs no engines")
+    return opened.manifest.engine(network, opened.plan, opened.backend.target)
 
 
-def network_bytes(bundle: Bundle, backend: Backend, plan: str) -> dict[str, int]:
+def network_bytes(opened: OpenedPlan) -> dict[str, int]:
     """Network to the bytes of what is loaded for it: its engine, or its graph's weights; the text encoder's too."""
-    manifest = bundle.manifest
+    manifest = opened.manifest
     sizes = {record.path: record.size_bytes for record in manifest.files}
-    if backend.load_engine is None:
-        return {network: sizes[manifest.graph(network, plan).weights] for network in _networks(manifest)}
-    return {n: sizes[engine_record(manifest, backend, n, plan).engine] for n in _networks(manifest)}
+    if not opened.runs_engines:
+        return {network: sizes[manifest.graph(network, opened.plan).weights] for network in _networks(manifest)}
+    return {network: sizes[engine_record(opened, network).engine] for network in _networks(manifest)}
 
 
 def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:
@@ -128,9 +156,7 @@ def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:
 
 
 def require_sizes(
-    manifest: Manifest,
-    backend: Backend,
-    plan: str,
+    opened: OpenedPlan,
     batch: int,
     grid: tuple[int, int],
     caption_tokens: int,
@@ -139,9 +165,7 @@ def require_sizes(
     """Refuse a call that an engine was not built for, before anything is loaded for it.
 
     Args:
-        manifest: of the bundle.
-        backend: an engine backend; any other takes every size.
-        plan: precision plan.
+        opened: on an engine backend; any other takes every size.
         batch: images.
         grid: token rows and columns.
         caption_tokens: padded.
@@ -150,13 +174,13 @@ def require_sizes(
     Raises:
         UsageError: names the sizes that the engines take.
     """
-    if backend.load_engine is None:
+    if not opened.runs_engines:
         return
-    model, rows = manifest.model, {stripe.read_stop - stripe.read_first for stripe in stripes}
+    model, rows = opened.manifest.model, {stripe.read_stop - stripe.read_first for stripe in stripes}
     for network in NETWORKS:
-        record, spec = engine_record(manifest, backend, network, plan), manifest.network(network)
+        record, spec = engine_record(opened, network), opened.manifest.network(network)
         for stripe_rows in rows if network == "head" else (0,):
-            symbols = _symbols(model, batch, grid, caption_tokens, stripe_rows)
+            symbols = model.symbols(batch, grid, caption_tokens, stripe_rows)
             shapes = {tensor.name: tensor.resolve(symbols) for tensor in spec.inputs}
             if not any(profile.covers(shapes) for profile in record.profiles):
                 patch = model.patch_px
@@ -174,50 +198,35 @@ def _networks(manifest: Manifest) -> tuple[str, ...]:
     return (*NETWORKS, *((TEXT_ENCODER,) if manifest.text is not None else ()))
 
 
-def _open(manifest: Manifest, name: str, device: int, plan: str | None) -> tuple[Backend, str]:
+def _open(bundle: Bundle, name: str, device: int, plan: str | None) -> OpenedPlan:
     backend = open_backend(name, device)
     try:
         if plan is None:
-            return backend, runnable_plans(manifest, backend)[0]
-        _require_files(manifest, backend, plan)
+            return OpenedPlan(bundle, backend, runnable_plans(bundle, backend)[0])
+        opened = OpenedPlan(bundle, backend, plan)
+        _require_files(opened)
     except ArtifactError:
         backend.device.close()
         raise
-    return backend, plan
+    return opened
 
 
-def _require_files(manifest: Manifest, backend: Backend, plan: str) -> None:
-    for network in _networks(manifest):
-        if backend.load_engine is not None:
-            engine_record(manifest, backend, network, plan)
+def _require_files(opened: OpenedPlan) -> None:
+    for network in _networks(opened.manifest):
+        if opened.runs_engines:
+            engine_record(opened, network)
         else:
-            _require_graph(manifest, network, plan)
+            _require_graph(opened, network)
 
 
-def _require_graph(manifest: Manifest, network: str, plan: str) -> None:
-    if manifest.has_graph(network, plan):
+def _require_graph(opened: OpenedPlan, network: str) -> None:
+    if opened.manifest.has_graph(network, opened.plan):
         return
-    have = ", ".join(dict.fromkeys(record.target for record in manifest.engines))
+    have = ", ".join(dict.fromkeys(record.target for record in opened.manifest.engines))
     raise ArtifactError(
-        f"the bundle has no graph of `{network}` in plan `{plan}`: it was packed for {have}",
+        f"the bundle has no graph of `{network}` in plan `{opened.plan}`: it was packed for {have}",
         hint="run it on such a GPU with --backend rtx or tensorrt, or take the bundle that it was packed from",
     )
-
-
-def _symbols(
-    model: ModelSpec, batch: int, grid: tuple[int, int], caption_tokens: int, stripe_rows: int
-) -> dict[str, int]:
-    """The value of every symbol of the networks' shapes in a call."""
-    unit = model.head.row_multiple
-    rows, columns = grid
-    return {
-        "B": batch,
-        "h": rows // unit,
-        "w": columns // unit,
-        "t": caption_tokens // model.sequence_multiple,
-        "s": model.padded(rows * columns) + caption_tokens,
-        "r": stripe_rows // unit,
-    }
 
 
 def _ranges(record: EngineRecord, shapes: Mapping[str, Sequence[int]]) -> str:

@@ -9,13 +9,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from l2p_runtime.backends import Array, Backend, Engine
+from l2p_runtime.backends import Array, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
 from l2p_runtime.memory import call_memory, fused_call_memory, parse_bytes
-from l2p_runtime.networks import engine_record, head_rows_max, load_network, network_bytes, open_for, require_sizes
+from l2p_runtime.networks import (
+    OpenedPlan,
+    engine_record,
+    head_rows_max,
+    load_network,
+    network_bytes,
+    open_plan,
+    require_sizes,
+)
 from l2p_runtime.requests import (
     PixelDType,
     Rng,
@@ -48,18 +56,14 @@ class Pipeline:
 
     def __init__(
         self,
-        bundle: Bundle,
-        backend: Backend,
-        plan: str,
+        opened: OpenedPlan,
         memory_budget_bytes: int | None,
         *,
         owns_device: bool = False,
     ) -> None:
-        self.bundle = bundle
-        self.plan = plan
-        self._backend = backend
-        self._denoiser = Denoiser(bundle.manifest.model, backend.device, self._use)
-        self._weight_bytes = network_bytes(bundle, backend, plan)
+        self._opened_plan = opened
+        self._denoiser = Denoiser(opened.manifest.model, opened.backend.device, self._use)
+        self._weight_bytes = network_bytes(opened)
         self._text_bytes = self._weight_bytes.pop(TEXT_ENCODER, 0)
         self._engines: dict[str, Engine] = {}
         self._keeps_networks = False
@@ -99,26 +103,36 @@ class Pipeline:
         """
         budget = parse_bytes(str(memory_budget)) if memory_budget is not None else None
         bundle = open_bundle(Path(path), Path(store) if store is not None else None)
-        opened, name = open_for(bundle, backend, device, plan)
+        opened = open_plan(bundle, backend, device, plan)
         try:
-            pipeline = cls(bundle, opened, name, budget, owns_device=True)
+            pipeline = cls(opened, budget, owns_device=True)
             pipeline._load_what_fits()
         except BaseException:
-            opened.device.close()
+            opened.backend.device.close()
             raise
         return pipeline
 
     @classmethod
-    def on_backend(cls, bundle: Bundle, backend: Backend, plan: str, memory_budget_bytes: int | None = None) -> Self:
+    def on_backend(cls, opened: OpenedPlan, memory_budget_bytes: int | None = None) -> Self:
         """The same for a bundle and a backend that are open already; `close` leaves the device open.
 
         Raises:
             ArtifactError: the bundle lacks the plan's files for the backend.
             HostError: the largest network exceeds the budget.
         """
-        pipeline = cls(bundle, backend, plan, memory_budget_bytes)
+        pipeline = cls(opened, memory_budget_bytes)
         pipeline._load_what_fits()
         return pipeline
+
+    @property
+    def bundle(self) -> Bundle:
+        """The opened bundle."""
+        return self._opened_plan.bundle
+
+    @property
+    def plan(self) -> str:
+        """Name of the precision plan that runs."""
+        return self._opened_plan.plan
 
     def denoise(
         self,
@@ -268,7 +282,7 @@ class Pipeline:
         """Give all memory back; further calls are refused."""
         self._release_networks()
         if self._owns_device and not self._closed:
-            self._backend.device.close()
+            self._opened_plan.backend.device.close()
         self._closed = True
         self._encoded, self._tokenizer = {}, None
 
@@ -317,7 +331,7 @@ class Pipeline:
             self._release_networks()
         encoder = self._load(TEXT_ENCODER)
         try:
-            embeds = encode_prompts(encoder, tokenizer, texts, self._backend.device, truncate=truncate)
+            embeds = encode_prompts(encoder, tokenizer, texts, self._opened_plan.backend.device, truncate=truncate)
         finally:
             encoder.close()
         if makes_room:
@@ -370,7 +384,7 @@ class Pipeline:
         self._engines, self._keeps_networks = {}, False
 
     def _load(self, network: str) -> Engine:
-        return load_network(self.bundle, self._backend, network, self.plan)
+        return load_network(self._opened_plan, network)
 
     def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int, further_bytes: int = 0) -> tuple[Stripe, ...]:
         """Cut the head for a call; where all networks and the call do not fit together, the networks take turns.
@@ -386,13 +400,13 @@ class Pipeline:
             UsageError: engines were not built for this size.
         """
         model, sizes = self._denoiser.model, self._weight_bytes
-        manifest, backend, plan = self.bundle.manifest, self._backend, self.plan
-        fused = backend.load_engine is not None and plan != "fp32"
+        opened = self._opened_plan
+        fused = opened.runs_engines and opened.base != "fp32"
         need = (fused_call_memory if fused else call_memory)(model, batch, *grid, tokens)
         need = replace(need, buffers_bytes=need.buffers_bytes + further_bytes)
         head_rows = None
-        if backend.load_engine is not None:
-            head_rows = head_rows_max(engine_record(manifest, backend, "head", plan), batch, grid[1])
+        if opened.runs_engines:
+            head_rows = head_rows_max(engine_record(opened, "head"), batch, grid[1])
         stripes = None
         if self._keeps_networks:
             free = self._free_bytes()
@@ -403,13 +417,13 @@ class Pipeline:
             others = max(size for network, size in sizes.items() if network != "head")
             stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
             self._release_networks()
-        require_sizes(manifest, backend, plan, batch, grid, tokens, stripes)
+        require_sizes(opened, batch, grid, tokens, stripes)
         return stripes
 
     def _free_bytes(self) -> int:
         """What there is beside the networks that are kept."""
         if self._memory_budget_bytes is None:
-            return self._backend.device.available_bytes()
+            return self._opened_plan.backend.device.available_bytes()
         return self._memory_budget_bytes - (sum(self._weight_bytes.values()) if self._keeps_networks else 0)
 
     def _limit_bytes(self) -> int:
@@ -417,7 +431,7 @@ class Pipeline:
         if self._memory_budget_bytes is not None:
             return self._memory_budget_bytes
         held = sum(engine.memory_bytes() for engine in self._engines.values())
-        return self._backend.device.available_bytes() + held
+        return self._opened_plan.backend.device.available_bytes() + held
 
     def _policy(self, positions: str | Policy | None) -> str | Policy:
         return self.bundle.manifest.profiles[0].positions if positions is None else positions

@@ -6,7 +6,6 @@ The common imaging libraries write no 16-bit RGB, and the runtime depends on Num
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from l2p_runtime.errors import HostError, InternalError
+from l2p_runtime.files import atomic_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,17 +38,11 @@ def write_png(path: Path, pixels: NDArray[Any], text: Mapping[str, str]) -> None
         HostError: the file cannot be written.
     """
     _check(pixels)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with atomic_file(path) as file:
             _write(file, pixels, text, _LEVEL)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise HostError(f"cannot write `{path}`: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def encode_png(pixels: NDArray[Any], text: Mapping[str, str], *, level: int = _LEVEL) -> bytes:

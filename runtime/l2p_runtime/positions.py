@@ -2,7 +2,8 @@
 
 A token stands at (time, row, column). Caption token i at (1+i, 0, 0), its padding included; image tokens at
 (padded caption + 1, row, column); image pads at (0, 0, 0). The tables are computed in float64, stored as float32, and
-list image tokens, image pads, caption: the order of the sequence (l2p.md 1.1, design section 5).
+list image tokens, image pads, caption: the order of the sequence (docs/model.md, "Rotary positions", and
+docs/design.md, "Positions as data").
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sampling schedule: shifted flow matching with Euler steps (l2p.md 4.1)."""
+"""The sampling schedule: shifted flow matching with Euler steps (docs/model.md, "Schedule and sampler")."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_runtime.errors import ArtifactError, counted
+from l2p_runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,13 +132,20 @@ def header_bytes(
 def write_tensorfile(
     path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write small float32, int64 or bool arrays; large weights are streamed by the export instead."""
-    names = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
+    """Write float32, float16, bfloat16, int64, int16 or bool arrays; the file appears whole or not at all.
+
+    Weights that memory does not hold are streamed by the export instead.
+    """
+    import numpy as np
+
+    names = {
+        "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int16": "I16", "bool": "BOOL",
+    }  # fmt: skip
     header, _ = header_bytes([(name, names[str(a.dtype)], a.shape) for name, a in tensors.items()], metadata)
-    with path.open("wb") as file:
+    with atomic_file(path) as file:
         file.write(header)
         for array in tensors.values():
-            file.write(array.tobytes())
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _read_header(

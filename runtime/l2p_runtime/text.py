@@ -1,7 +1,8 @@
 """Prompts to embeddings, without torch: chat template, token numbers, and the text encoder's hidden states.
 
-Token numbers are those of transformers' `apply_chat_template` followed by its tokenizer (l2p.md 3): the template is
-filled in as text and tokenized whole, so special tokens that a prompt spells out count as such there and here.
+Token numbers are those of transformers' `apply_chat_template` followed by its tokenizer
+(docs/model.md, "Text encoder"): the template is filled in as text and tokenized whole, so special tokens that a prompt
+spells out count as such there and here.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def test_a_size_that_is_not_square_and_two_profiles_in_one_engine(farm: Farm, sm
 def test_verify_says_what_it_did_not_run(small: Path) -> None:
     result = run_cli("verify", small, "--json")
     assert result.returncode == 0, result.stderr
-    entries = [e for e in json.loads(result.stdout)["ledger"] if e["stage"].endswith("engine")]
+    entries = [e for e in json.loads(result.stdout)["ledger"] if e["comparison"]["subject"] == "engine"]
     assert {(entry["network"], entry["case"]) for entry in entries} >= {(network, "outputs") for network in NETWORKS}
     assert {entry["status"] for entry in entries} == {"not run"}
 

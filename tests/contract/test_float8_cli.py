@@ -198,7 +198,7 @@ def test_every_product_in_fp8(bundles: Bundles, tmp_path: Path, name: str, layer
 def check_ledger(built: Built, plan: str, rounded: tuple[str, ...]) -> None:
     """Everything passed, by thresholds of its own, and what is in FP8 is not a copy of the float16 graph."""
     stage = f"torch float32 -> {plan} graph"
-    entries = {(e.network, e.case): e for e in built.bundle.manifest.ledger if e.stage == stage}
+    entries = {(e.network, e.case): e for e in built.bundle.manifest.ledger if str(e.comparison) == stage}
     assert {entry.status for entry in entries.values()} == {"passed"}
     assert (entries["trunk", "padded"].threshold, entries["end-to-end", "padded"].threshold) == (0.2, 0.1)
     assert entries["head", "padded"].threshold == entries["stem.modulation", "padded"].threshold == 0.02

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from conftest import Bundles
 from fakes.cuda import FakeDriver, fake_device, fake_driver
 from fakes.engine_bundles import add_engines
 from fakes.tensorrt_runtime import FakeLibrary
+from l2p_engines.forecast.calls import CallSize
+from l2p_engines.forecast.cards import find_card
+from l2p_export.performance.bench import _bounds as bounds_of
 from l2p_export.performance.bench import bench
 from l2p_export.proof.verify import verify_bundle
-from l2p_runtime import Pipeline
+from l2p_runtime import Pipeline, pipeline
 from l2p_runtime.backends import cuda
 from l2p_runtime.backends.cuda import CudaDevice
 from l2p_runtime.bundle import open_bundle
@@ -54,7 +59,7 @@ def test_the_same_pixels_as_on_the_host(device: CudaDevice, compiled: Path, dtyp
     with Pipeline.open(compiled, backend="onnx", plan="fp32") as pipe:
         expected = pipe.generate(**call)
     with Pipeline.open(compiled) as pipe:
-        assert pipe._backend.name == "rtx"
+        assert pipe._opened_plan.backend.name == "rtx"
         assert pipe.plan == "fp32"
         found = pipe.generate(**call)
     assert found.dtype == expected.dtype
@@ -119,7 +124,7 @@ def test_another_gpu_is_told_what_to_build(compiled: Path, monkeypatch: pytest.M
         else:
             monkeypatch.setattr("l2p_runtime.backends.onnx_cuda.open_device", _no_gpu_build)
             with Pipeline.open(compiled, backend=name) as pipe:
-                assert pipe._backend.name == "onnx", "auto goes on to what runs"
+                assert pipe._opened_plan.backend.name == "onnx", "auto goes on to what runs"
         assert not fake_driver(device).held_bytes
 
 
@@ -135,9 +140,9 @@ def test_a_plan_without_engines_is_refused(device: CudaDevice, compiled: Path) -
 def test_verify_compares_engines_with_torch(device: CudaDevice, compiled: Path) -> None:
     ledger = verify_bundle(open_bundle(compiled), "rtx", None, Silent())
     stage = "torch float32 -> fp32 rtx1.7-sm89 engine"
-    run = [entry for entry in ledger if entry.stage == stage]
+    run = [entry for entry in ledger if str(entry.comparison) == stage]
     assert {entry.network for entry in run if entry.status == "passed"} >= {*NETWORKS, "end-to-end"}
-    graphs = [entry for entry in ledger if entry.stage.endswith(" graph")]
+    graphs = [entry for entry in ledger if entry.comparison.subject == "graph"]
     assert graphs
     assert {entry.status for entry in graphs} == {"not run"}
 
@@ -152,3 +157,33 @@ def test_bench_times_engines(device: CudaDevice, compiled: Path) -> None:
 
 def test_the_fake_is_a_driver() -> None:
     assert isinstance(fake_driver(fake_device()), FakeDriver)
+
+
+@pytest.mark.parametrize(("base", "forbidden"), [("fp32", "fused_call_memory"), ("fp16", "call_memory")])
+def test_memory_is_forecast_by_the_base_of_a_plan(
+    base: str, forbidden: str, device: CudaDevice, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan's name says nothing: `fp32-mine` may be a float16 plan."""
+    shutil.copytree(compiled, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "bundle.json"
+    data = json.loads(path.read_bytes().replace(b'"plan": "fp32"', b'"plan": "fp32-mine"'))
+    (plan,) = (plan for plan in data["plans"] if plan["name"] == "fp32")
+    plan |= {"name": "fp32-mine", "base": base}
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr(pipeline, forbidden, None)
+    with Pipeline.open(tmp_path / "bundle", plan="fp32-mine") as pipe:
+        assert pipe.generate(**CALL).shape == (128, 64, 3)
+
+
+def test_bounds_follow_the_base_of_a_plan(bundles: Bundles) -> None:
+    opened, call = open_bundle(bundles.path("tiny-16")), CallSize(64, 64, 32)
+    plans = tuple(
+        plan if plan.name == "fp32" else replace(plan, base="fp8-attention") for plan in opened.manifest.plans
+    )
+    swept = replace(opened, manifest=replace(opened.manifest, plans=plans))
+    assert bounds_of(opened, "fp16", call, find_card("RTX 3090"))
+    assert not bounds_of(swept, "fp16", call, find_card("RTX 3090")), "a card without FP8 does not run it"
+    fp16, fp8 = (bounds_of(item, "fp16", call, find_card("RTX 4090"))["trunk"] for item in (opened, swept))
+    assert fp8.compute_seconds is not None
+    assert fp16.compute_seconds is not None
+    assert fp8.compute_seconds < fp16.compute_seconds

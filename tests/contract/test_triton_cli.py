@@ -24,6 +24,7 @@ from l2p_export.serving.repository import RepositorySpec, template, write_reposi
 from l2p_runtime import UsageError
 from l2p_runtime.bundle import file_digest, file_record, open_bundle
 from l2p_runtime.contract import NETWORKS, manifest_to_bytes
+from l2p_runtime.files import is_partial_of, partial_path
 from l2p_runtime.progress import Silent
 from l2p_runtime.serving import Limits, ServiceSpec
 
@@ -127,6 +128,19 @@ def test_writing_again_changes_nothing_and_another_bundle_is_the_next_version(
         folders = sorted(entry.name for entry in (repository / "l2p").iterdir() if entry.is_dir())
         assert folders == [*versions, "warmup"]
         assert not [f for f in lint_repository(repository) if f.model == "l2p"]
+
+
+def test_what_a_killed_command_left_is_swept(bundles: Bundles, repository: Path) -> None:
+    left = [partial_path(repository / "l2p" / name) for name in ("config.pbtxt", "2", "warmup/width")]
+    left[0].write_bytes(b"half")
+    left[1].mkdir()
+    left[2].write_bytes(b"half")
+    foreign = partial_path(repository / "other" / "x")
+    foreign.parent.mkdir()
+    foreign.touch()
+    opened, spec = open_bundle(bundles.path("tiny-16-fused")), RepositorySpec(models=("l2p",))
+    assert not write_repository(opened, repository, spec, Silent()).new
+    assert [path for path in repository.rglob("*") if is_partial_of(path.name)] == [foreign]
 
 
 def test_a_damaged_copy_is_written_again(bundles: Bundles, repository: Path) -> None:

@@ -22,7 +22,8 @@ from l2p_export.proof.engine_layers import CASE as LAYER_PRECISION
 from l2p_export.proof.verify import verify_bundle
 from l2p_runtime.backends import cuda
 from l2p_runtime.bundle import open_bundle
-from l2p_runtime.contract import NETWORKS, LedgerEntry
+from l2p_runtime.contract import NETWORKS, LedgerEntry, build_comparison, engine_comparison
+from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import ParityError
 from l2p_runtime.progress import Silent
 
@@ -71,7 +72,7 @@ def test_layers_of_the_plans_dtype_pass(libraries: dict[str, FakeLibrary], bundl
     require_passed(ledger)
     found = precisions(ledger)
     assert found.keys() == set(NETWORKS)
-    assert {entry.stage for entry in found.values()} == {"fp16 graph -> rtx1.7-sm89 engine"}
+    assert {str(entry.comparison) for entry in found.values()} == {"fp16 graph -> rtx1.7-sm89 engine"}
     assert {(entry.status, entry.reason) for entry in found.values()} == {
         ("passed", "layers output float16 in 2, float32 in 1, int64 in 1")
     }
@@ -120,16 +121,20 @@ def test_the_table_says_what_layers_output(libraries: dict[str, FakeLibrary], bu
 
 def test_what_was_compared_is_not_listed_as_left_by_the_build(libraries: dict[str, FakeLibrary], bundle: Path) -> None:
     add_engines(bundle, "fp32")
-    other = LedgerEntry("fp32 graph -> rtx1.7-sm120 engine", "trunk", "outputs", "not run", "no GPU")
-    edit(bundle, lambda data: data["ledger"].append({name: getattr(other, name) for name in other.__slots__}))
+    other = LedgerEntry(build_comparison("fp32", "rtx1.7-sm120"), "trunk", "outputs", "not run", "no GPU")
+    edit(bundle, lambda data: data["ledger"].append(to_json(other)))
     ledger = verified(bundle, "rtx")
-    compared = {entry.network for entry in ledger if entry.stage == "torch float32 -> fp32 rtx1.7-sm89 engine"}
+    compared = {entry.network for entry in ledger if entry.comparison == engine_comparison("fp32", "rtx1.7-sm89")}
     assert compared >= set(NETWORKS)
-    left = {(entry.stage, entry.network, entry.case) for entry in ledger if entry.stage.startswith("fp32 graph ->")}
+    left = {
+        (str(entry.comparison), entry.network, entry.case)
+        for entry in ledger
+        if entry.comparison.baseline == "graph" and entry.comparison.plan == "fp32"
+    }
     assert left == {
         *(("fp32 graph -> rtx1.7-sm89 engine", network, "weight bytes") for network in NETWORKS),
         *(("fp32 graph -> rtx1.7-sm89 engine", network, LAYER_PRECISION) for network in NETWORKS),
-        (other.stage, "trunk", "outputs"),
+        (str(other.comparison), "trunk", "outputs"),
     }
 
 
@@ -138,7 +143,7 @@ def test_portable_engines_are_named_by_what_they_were_built_for(
 ) -> None:
     add_engines(bundle, "fp16", target="rtx1.7-portable", layers=[[FLOAT16]])
     ledger = verified(bundle, "rtx")
-    assert {entry.stage for entry in precisions(ledger).values()} == {"fp16 graph -> rtx1.7-portable engine"}
+    assert {str(entry.comparison) for entry in precisions(ledger).values()} == {"fp16 graph -> rtx1.7-portable engine"}
     assert not [entry for entry in ledger if entry.case == "outputs"]
 
 
@@ -156,7 +161,7 @@ def test_nothing_is_loaded_where_no_case_fits(libraries: dict[str, FakeLibrary],
     assert not libraries["rtx"].calls["deserialize_cuda_engine"]
     assert {entry.status for entry in ledger} == {"not run"}
     stage = "torch float32 -> fp32 rtx1.7-sm89 engine"
-    refused = {entry.case: entry.reason for entry in ledger if entry.stage == stage}
+    refused = {entry.case: entry.reason for entry in ledger if str(entry.comparison) == stage}
     assert refused.keys() == {"padded", "full", "16x16"}
     assert all("do not take" in reason or "no engine of the head takes" in reason for reason in refused.values())
     assert {entry.reason for entry in precisions(ledger).values()} == {
@@ -193,7 +198,7 @@ def test_a_head_that_cannot_be_cut_so_small_is_listed(libraries: dict[str, FakeL
 
     edit(bundle, shorten)
     ledger = verified(bundle, "rtx")
-    (full,) = (entry for entry in ledger if entry.case == "full" and "rtx1.7-sm89" in entry.stage)
+    (full,) = (entry for entry in ledger if entry.case == "full" and entry.comparison.target == "rtx1.7-sm89")
     assert (full.status, full.reason) == (
         "not run",
         "the engine of `head` takes 5 token rows at once, too few to cut 8",

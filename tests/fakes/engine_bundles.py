@@ -9,7 +9,7 @@ from typing import Any
 from fakes.tensorrt_runtime import write_engine
 from l2p_engines.builders.shapes import HeadBudget, engine_profiles, stripe_rows
 from l2p_runtime.bundle import file_digest, file_record, open_bundle
-from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, Profile, manifest_to_bytes
+from l2p_runtime.contract import NETWORKS, LedgerEntry, ModelSpec, Profile, build_comparison, manifest_to_bytes
 from l2p_runtime.errors import HostError
 
 
@@ -43,10 +43,12 @@ def add_engines(
         whole = {"graph_sha256": digests[graph.graph], "weights_sha256": digests[graph.weights]}
         records.append(replace(record, **whole))
         files.append(file_record(root, path, file_digest(path)))
-    stage = f"{plan} graph -> {target} engine"
-    ledger = [entry for entry in manifest.ledger if not entry.stage.endswith(" engine")]
+    comparison = build_comparison(plan, target)
+    ledger = [entry for entry in manifest.ledger if entry.comparison.subject != "engine"]
     for case in ("weight bytes", "outputs"):
-        ledger += [LedgerEntry(stage, network, case, "not run", "this build opened no engine") for network in NETWORKS]
+        ledger += [
+            LedgerEntry(comparison, network, case, "not run", "this build opened no engine") for network in NETWORKS
+        ]
     made = replace(
         manifest,
         engines=tuple(records),

@@ -107,7 +107,8 @@ def test_verify_compares_pictures(bundle: Path) -> None:
     done = run_cli("verify", bundle, "--plan", "fp16", "--pictures", "2", "--size", f"{SIZE_PX}x{SIZE_PX}", "--json")
     assert done.returncode == 0, done.stderr
     *_, entry = json.loads(done.stdout)["ledger"]
-    assert (entry["stage"], entry["case"]) == ("fp32 pictures -> fp16 pictures", f"{SIZE_PX}x{SIZE_PX}")
+    assert (entry["comparison"]["baseline_plan"], entry["comparison"]["plan"]) == ("fp32", "fp16")
+    assert (entry["comparison"]["subject"], entry["case"]) == ("pictures", f"{SIZE_PX}x{SIZE_PX}")
     assert 45.0 <= entry["psnr_db"] < 100.0
     assert "of 2 right by the judge" in entry["reason"]
 

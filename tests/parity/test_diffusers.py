@@ -201,7 +201,7 @@ def test_rope_tables_equal_diffusers(head_width: int, grid: tuple[int, int], cap
 
 
 def _positions(grid: tuple[int, int], caption_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """Time, row and column of every token, as l2p.md 1.1 lists them."""
+    """Time, row and column of every token, as docs/model.md, "Rotary positions", lists them."""
     rows, columns = grid
     for row in range(rows):
         for column in range(columns):
@@ -308,7 +308,7 @@ def _rotations(channels: list[int], lengths: list[int], theta: float) -> list[Te
 
 
 def _time_embedding_in_float64(times: Tensor, state: State) -> Tensor:
-    """l2p.md 1.1 in float64 throughout: sinusoid of 1000 t, linear, SiLU, linear."""
+    """docs/model.md, "Timestep", in float64 throughout: sinusoid of 1000 t, linear, SiLU, linear."""
     weights = {name: value.double() for name, value in state.items()}
     frequencies = torch.exp(torch.arange(128, dtype=torch.float64) * (-math.log(10000.0) / 128))
     angles = times.double()[:, None] * 1000.0 * frequencies

@@ -169,7 +169,8 @@ def test_queries_and_keys_are_measured_behind_the_rotation(attentive: Trunk) -> 
 
 def test_attention_in_float8_is_refused_where_it_is_decomposed() -> None:
     (attention,) = ZImageModel(D).layout("trunk").attentions
-    plan = PrecisionPlan("fp32", "float32", tuple(LayerRule(part.layer, FLOAT8, "") for part in attention.inputs))
+    rules = tuple(LayerRule(part.layer, FLOAT8, "") for part in attention.inputs)
+    plan = PrecisionPlan("fp32", "fp32", "float32", rules)
     with pytest.raises(InternalError, match=rf"no Attention that reads what `{ATTENTION}\.to_v\.weight` makes"):
         trace_plan(ZImageModel(D), network_spec(D, "trunk"), plan)
 

@@ -1,4 +1,4 @@
-"""The pixel head against the tables of l2p.md 1.2 and 6.2, stage by stage, and stripes against the whole."""
+"""The pixel head against the table of docs/model.md, "Pixel head", stage by stage, and stripes against the whole."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_scaled_blocks_are_the_same_in_float64(network: str) -> None:
 def test_a_scaled_graph_stores_scaled_weights_and_answers_alike(tmp_path: Path) -> None:
     """In float32 a power of two changes no digit of the weights, and joined ones are scaled each by its own."""
     scales = exponents(TRACED, "trunk", 1)
-    plan = PrecisionPlan("fp32-scaled", "float32", (), tuple(LayerScale(*item) for item in scales.items()))
+    plan = PrecisionPlan("fp32-scaled", "fp32", "float32", (), tuple(LayerScale(*item) for item in scales.items()))
     state = random_state(network_shapes(TRACED, "trunk"), seed=5)
     tensors = store(state, tmp_path / "weights.safetensors")
     inputs = trunk_inputs(TRACED)

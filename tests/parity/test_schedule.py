@@ -17,7 +17,7 @@ from l2p_runtime.schedule import model_time, sigmas
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The tables of l2p.md 4.1 have five decimals, so half of the last one is what they can tell.
+# The table of docs/model.md, "Schedule and sampler", has five decimals: half of the last one is what it can tell.
 PUBLISHED_DIGITS = 5.1e-6
 
 

@@ -58,7 +58,7 @@ def test_embeddings_equal_transformers(artist: Artist, pipeline: ZImagePipeline)
     for values, mask, expected in zip(ours.values, ours.mask, theirs, strict=True):
         assert mask.sum() == len(expected)
         assert (values[mask] - expected).abs().max() <= EMBEDS
-    assert len(theirs[2]) == 8  # what an empty prompt has with the published template (l2p.md 3)
+    assert len(theirs[2]) == 8  # an empty prompt in the published template: docs/model.md, "Text encoder"
 
 
 @pytest.mark.parametrize("size_px", [(128, 128), (64, 192), (80, 80)])
@@ -73,7 +73,7 @@ def test_images_equal_diffusers(artist: Artist, pipeline: ZImagePipeline, size_p
         height=height,
         width=width,
         num_inference_steps=4,
-        guidance_scale=2.0,  # v_pos + g (v_pos - v_neg): one less than ours (l2p.md 4.1)
+        guidance_scale=2.0,  # one less than ours: docs/model.md, "Schedule and sampler"
         latents=torch.from_numpy(np.stack(noises)),
         output_type="np",
     ).images

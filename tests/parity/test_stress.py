@@ -102,8 +102,8 @@ def test_half_of_the_defence_is_not_enough(good: State, tmp_path: Path) -> None:
     plan = measured_plan(PLANS["fp16"], measurements).plan
     assert relative_error(run_plan(loaded, plan, case), case["head.prediction"]) <= CLOSE
     for half in (
-        PrecisionPlan("fp16", "float16", plan.rules),
-        PrecisionPlan("fp16", "float16", plain_plan(loaded.model, "fp16").rules, plan.scales),
+        PrecisionPlan("fp16", "fp16", "float16", plan.rules),
+        PrecisionPlan("fp16", "fp16", "float16", plain_plan(loaded.model, "fp16").rules, plan.scales),
     ):
         assert any(overflows(half, item) for item in measurements)
         assert not np.isfinite(run_plan(loaded, half, case)).all()

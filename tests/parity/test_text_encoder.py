@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import Qwen3Model
 
-from l2p_calib.ledger import graph_stage_name
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
@@ -22,7 +21,7 @@ from l2p_export.precision.plans import plain_plan
 from l2p_runtime.backends import open_backend
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.backends.onnx import OnnxEngine
-from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.contract import LedgerEntry, graph_comparison
 from l2p_runtime.progress import Silent
 from l2p_runtime.text import CHAT_TEMPLATE, encode_prompts, load_tokenizer
 from parity.graphs import run
@@ -131,12 +130,12 @@ def test_the_graph_holds_no_last_layer_and_no_final_norm(encoders: Encoders) -> 
 
 
 def test_ledger(encoders: Encoders) -> None:
-    found = [(entry.stage, entry.case, entry.status) for entry in encoders.ledger]
+    found = [(entry.comparison, entry.case, entry.status) for entry in encoders.ledger]
     assert {entry.network for entry in encoders.ledger} == {"text_encoder"}
     assert found == [
         ("float32 ranges -> fp16 graph", "ranges", "passed"),
-        (graph_stage_name("fp32"), "text", "passed"),
-        (graph_stage_name("fp16"), "text", "passed"),
+        (graph_comparison("fp32"), "text", "passed"),
+        (graph_comparison("fp16"), "text", "passed"),
     ]
 
 

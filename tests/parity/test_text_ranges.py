@@ -108,7 +108,7 @@ def test_a_usual_encoder_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     encoder, names = open_text_encoder(folder, WIDTH), ("fp16", "fp16-plain", "bf16", "fp8")
     plans, entries = by_ranges(encoder, tmp_path / "out", *names)
     assert plans == [plain_plan(encoder.model, name) for name in names]
-    assert [entry.stage for entry in entries] == [
+    assert [str(entry.comparison) for entry in entries] == [
         f"float32 ranges -> {name} graph" for name in ("fp16", "fp16-plain", "fp8")
     ]
     assert {entry.case for entry in entries} == {"ranges"}

@@ -68,7 +68,7 @@ def test_layers_differ_enough_to_tell_them_apart() -> None:
 def test_a_layer_of_another_dtype_parts_the_run(tmp_path: Path) -> None:
     """Layers 1 to 4 are one run in float32, 5 follows in float16."""
     d = dimensions(7, 1)
-    plan = PrecisionPlan("mixed", "float32", (LayerRule("layers.5", "float16", "a test"),))
+    plan = PrecisionPlan("mixed", "fp32", "float32", (LayerRule("layers.5", "float16", "a test"),))
     state = random_state(network_shapes(d, "trunk"), seed=9)
     engine = export(d, "trunk", store(state, tmp_path / "weights.safetensors"), tmp_path, plan)
     inputs = network_inputs(d, "trunk", 2, 3, 4, 32)

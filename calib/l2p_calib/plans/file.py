@@ -1,6 +1,6 @@
 """Precision plans as files: every layer with its dtype, exponent, reason and evidence. Builds write them, people edit.
 
-{"schema": 1, "name": "fp16", "default": "float16", "headroom": 4.0,
+{"schema": 1, "name": "fp16", "base": "fp16", "default": "float16", "headroom": 4.0,
  "networks": [{"network": "trunk", "sha256": "..."}, ...],
  "layers": [{"layer": "layers.3.feed_forward.w3", "dtype": "float16", "exponent": -6, "reason": "...",
              "evidence": [{"point": "layers.3.feed_forward.w3:out", "peak": 12.5, "p999": 4.5, "calls": 9}],
@@ -28,8 +28,8 @@ from l2p_calib.plans.plan import (
     LayerScale,
     NamedPlan,
     PrecisionPlan,
-    base_plan,
 )
+from l2p_runtime.contract import BASE_PRECISIONS, BasePrecision, base_of_name
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, L2PError, UsageError
 
@@ -41,7 +41,7 @@ INPUT_SCALES = (2.0**-24, 65504.0)
 """The least and largest scale of an FP8 layer's inputs: graphs hold it in float16."""
 
 _FILE_BYTES_MAX = 64 << 20
-_NAME = re.compile(r"[a-z0-9]{2,8}(-[a-z0-9][a-z0-9_]{0,31})?")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(-[a-z0-9][a-z0-9_]{0,31}){0,3}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,15 @@ class PlanFile:
     """A whole plan, as a file holds it.
 
     Attributes:
-        name: its base, `fp16`, alone or with a dash and something of its own.
+        name: small letters, digits and dashes.
+        base: the plan of `PLANS` that it was made from. A file without it has a name that starts with its base.
         default: dtype of layers that are not listed.
         headroom: factor between the largest magnitude that was measured and the most that the dtype holds.
         networks: what it was made for; it is refused for others. A network that is left out takes any weights.
     """
 
     name: str
+    base: BasePrecision
     default: ComputeDType
     headroom: float
     networks: tuple[NetworkDigest, ...]
@@ -134,12 +136,14 @@ class PlanFile:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ArtifactError(f"schema version {self.schema}, this version reads {SCHEMA}")
-        base = base_plan(self.name)
-        if not _NAME.fullmatch(self.name) or base is None:
+        base = PLANS[self.base]
+        if not _NAME.fullmatch(self.name):
             raise ArtifactError(
                 f"a plan cannot be called {self.name[:80]!r}",
-                hint=f"call it {', '.join(PLANS)}, or one of these, a dash and a word of small letters and digits",
+                hint="use small letters, digits and underscores, in parts of at most 32 joined by dashes",
             )
+        if self.name in BASE_PRECISIONS and self.name != self.base:
+            raise ArtifactError(f"plan `{self.name}` states the base `{self.base}`", hint="call it otherwise")
         if self.default != base.default:
             raise ArtifactError(f"plan `{self.name}` has the default {self.default}, expected {base.default}")
         if self.headroom < 1:
@@ -154,13 +158,14 @@ class PlanFile:
                     f"`{entry.layer}` has the exponent {entry.exponent}: a scale of 0 or infinity in float16; "
                     f"expected {EXPONENTS.start} to {EXPONENTS.stop - 1}"
                 )
-            _check_float8(entry, base, self.name)
+            _check_float8(entry, base)
 
     @property
     def plan(self) -> PrecisionPlan:
         """What graphs are made by."""
         return PrecisionPlan(
             self.name,
+            self.base,
             self.default,
             tuple(LayerRule(e.layer, e.dtype, e.reason) for e in self.layers if e.dtype != self.default),
             tuple(LayerScale(e.layer, e.exponent) for e in self.layers if e.exponent),
@@ -190,11 +195,24 @@ def read_plan(path: Path) -> PlanFile:
     if path.stat().st_size > _FILE_BYTES_MAX:
         raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes, expected at most {_FILE_BYTES_MAX:,}")
     try:
-        return from_json(PlanFile, json.loads(path.read_bytes()))
+        return from_json(PlanFile, _with_base(json.loads(path.read_bytes())))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"plan `{path}` is not JSON: {error}", hint="correct it, or take the bundle's") from error
     except L2PError as error:
         raise ArtifactError(f"plan `{path}`: {error}", hint=error.hint or "correct it") from error
+
+
+def _with_base(parsed: object) -> object:
+    """What a file holds, with the base that files of earlier versions state by their plan's name."""
+    if not isinstance(parsed, dict) or "base" in parsed:
+        return parsed
+    name = parsed.get("name")
+    base = base_of_name(name) if isinstance(name, str) else None
+    if base is None:
+        raise ArtifactError(
+            "the plan does not state its base", hint=f'add one: "base": {", ".join(map(repr, BASE_PRECISIONS))}'
+        )
+    return {**parsed, "base": base}
 
 
 def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
@@ -262,7 +280,7 @@ def _check_attention(plan: PlanFile, attention: Attention) -> None:
         )
 
 
-def _check_float8(entry: LayerPlan, base: NamedPlan, name: str) -> None:
+def _check_float8(entry: LayerPlan, base: NamedPlan) -> None:
     if (entry.dtype == FLOAT8) != (entry.float8 is not None):
         what = "has no `float8` with an input_scale" if entry.dtype == FLOAT8 else "has `float8`"
         raise ArtifactError(
@@ -270,8 +288,8 @@ def _check_float8(entry: LayerPlan, base: NamedPlan, name: str) -> None:
         )
     if entry.float8 is not None and FLOAT8 not in base.dtypes:
         raise ArtifactError(
-            f"`{entry.layer}` is in {FLOAT8}, and the plan is called `{name}`",
-            hint="call it fp8, a dash and a word of small letters and digits: that is what it is judged by",
+            f"`{entry.layer}` is in {FLOAT8}, and the plan's base is `{base.name}`",
+            hint="state the base fp8 or fp8-attention: its thresholds judge what FP8 rounds",
         )
 
 

@@ -23,8 +23,8 @@ HEADROOM = 4.0
 timesteps bring larger ones."""
 
 USUAL_EXPONENT = -6
-"""What every branch is scaled by. The published model peaks at 63,000 there (landscape.md 2); 1,000 is far from both
-ends of float16."""
+"""What every branch is scaled by. The published model peaks at 63,000 there (docs/model.md, "Value ranges");
+1,000 is far from both ends of float16."""
 
 WEIGHT_PEAK_MIN = 2.0**-11
 """Scaled weights keep a largest magnitude of at least this: an eighth of it is still a normal float16 number."""
@@ -67,7 +67,7 @@ def measured_plan(base: NamedPlan, measurements: Sequence[Measurement], headroom
     plan = base.of(item.layout for item in measurements)
     layers = [entry for item in measurements for entry in measured_layers(plan, item, headroom)]
     digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
-    return PlanFile(base.name, base.default, headroom, digests, tuple(layers))
+    return PlanFile(base.name, base.base, base.default, headroom, digests, tuple(layers))
 
 
 def overflows(plan: PrecisionPlan, measurement: Measurement, limit: float = FLOAT16_MAX) -> list[tuple[str, float]]:

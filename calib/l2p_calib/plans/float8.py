@@ -45,12 +45,12 @@ def float8_plan(
     plan = base.of(item.layout for item in measurements)
     layers = [entry for item in measurements for entry in _layers(plan, item, headroom, kept or {})]
     digests = tuple(NetworkDigest(item.layout.network, item.sha256) for item in measurements)
-    return PlanFile(base.name, base.default, headroom, digests, tuple(layers))
+    return PlanFile(base.name, base.base, base.default, headroom, digests, tuple(layers))
 
 
 def _layers(base: PrecisionPlan, item: Measurement, headroom: float, kept: Mapping[str, str]) -> Iterator[LayerPlan]:
     """The layers of one network, and the inputs of attention that the plan's rules have in FP8."""
-    is_plain = base.name == PLAIN
+    is_plain = base.base == PLAIN
     if item.statistics is not None:
         require_finite(item.statistics)
     found = base_layers(base, item) if is_plain else measured_layers(base, item, headroom)

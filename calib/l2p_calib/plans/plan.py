@@ -1,7 +1,8 @@
-"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why (design section 10).
+"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why.
 
-A plan's name is that of its base, `fp32`, `fp16`, `fp8` or `bf16`, alone or followed by a dash and something of its
-own; the base says what a bundle is judged by.
+docs/design.md, "Precision", has the rules in short.
+
+A plan's name is free; its base says what a bundle is judged by.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from l2p_calib.layout import NetworkLayout
-from l2p_runtime.contract import PlanRef
+from l2p_runtime.contract import BasePrecision, PlanRef
 from l2p_runtime.contract.codec import to_json
 
 ComputeDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
@@ -69,9 +70,16 @@ class InputScale:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """Which dtype each layer's weights are stored in, and so computes in; scales of weights, and of inputs of FP8."""
+    """Which dtype each layer's weights are stored in, and so computes in; scales of weights, and of inputs of FP8.
+
+    Attributes:
+        name: free; files and manifests know the plan by it.
+        base: the plan of `PLANS` that it was made from; decides thresholds and what a GPU must have.
+        default: dtype of layers that no rule names.
+    """
 
     name: str
+    base: BasePrecision
     default: ComputeDType
     rules: tuple[LayerRule, ...] = ()
     scales: tuple[LayerScale, ...] = ()
@@ -124,7 +132,7 @@ class PrecisionPlan:
         """ONNX operator set of the plan's graphs.
 
         TensorRT for RTX refuses the float32 `Attention` operator of opset 23 and builds it decomposed at 20
-        (tensorrt.md 3); a float16 or bfloat16 graph keeps it whole.
+        (docs/design.md, "TensorRT facts"); a float16 or bfloat16 graph keeps it whole.
         """
         return OPSET_DECOMPOSED_ATTENTION if self.default == "float32" else OPSET_WHOLE_ATTENTION
 
@@ -132,7 +140,7 @@ class PrecisionPlan:
     def ref(self) -> PlanRef:
         """The plan's name and the digest of its content."""
         text = json.dumps(to_json(self), sort_keys=True)
-        return PlanRef(self.name, hashlib.sha256(text.encode()).hexdigest()[:16])
+        return PlanRef(self.name, digest=hashlib.sha256(text.encode()).hexdigest()[:16], base=self.base)
 
 
 Role = Literal["linear", "attention"]
@@ -149,10 +157,14 @@ class NamedPlan:
     """All that a plan's name says: the dtype of layers by their role, which a model's layouts give them.
 
     Attributes:
+        name: free, as of a plan.
+        base: the plan of `PLANS` that it is, or was made from.
+        default: dtype of layers.
         float8: roles whose layers are in FP8; all others have the default, but for those that are always float32.
     """
 
     name: str
+    base: BasePrecision
     default: ComputeDType
     float8: tuple[Role, ...] = ()
 
@@ -166,7 +178,7 @@ class NamedPlan:
             for role, parts in (("linear", layout.products), ("attention", inputs)):
                 if role in self.float8:
                     rules += [LayerRule(part.layer, FLOAT8, _REASONS[role]) for part in parts]
-        return PrecisionPlan(self.name, self.default, tuple(rules))
+        return PrecisionPlan(self.name, self.base, self.default, tuple(rules))
 
     @property
     def dtypes(self) -> tuple[ComputeDType, ...]:
@@ -175,24 +187,19 @@ class NamedPlan:
         return tuple(dict.fromkeys([*found, FLOAT8] if self.float8 else found))
 
 
-PLANS: dict[str, NamedPlan] = {
-    "fp32": NamedPlan("fp32", "float32"),
-    "fp16": NamedPlan("fp16", "float16"),
-    "fp16-plain": NamedPlan("fp16-plain", "float16"),
-    "fp8": NamedPlan("fp8", "float16", ("linear",)),
-    "fp8-attention": NamedPlan("fp8-attention", "float16", ("linear", "attention")),
-    "fp8-plain": NamedPlan("fp8-plain", "float16", ("linear",)),
-    "bf16": NamedPlan("bf16", "bfloat16"),
+PLANS: dict[BasePrecision, NamedPlan] = {
+    "fp32": NamedPlan("fp32", "fp32", "float32"),
+    "fp16": NamedPlan("fp16", "fp16", "float16"),
+    "fp16-plain": NamedPlan("fp16-plain", "fp16-plain", "float16"),
+    "fp8": NamedPlan("fp8", "fp8", "float16", ("linear",)),
+    "fp8-attention": NamedPlan("fp8-attention", "fp8-attention", "float16", ("linear", "attention")),
+    "fp8-plain": NamedPlan("fp8-plain", "fp8-plain", "float16", ("linear",)),
+    "bf16": NamedPlan("bf16", "bf16", "bfloat16"),
 }
 """The plans by name, as they are before anything is measured."""
 
-SWEPT = ("fp8", "fp8-attention")
+SWEPT: tuple[BasePrecision, ...] = ("fp8", "fp8-attention")
 """Plans that a sweep can start from."""
 
-MEASURED = ("fp16", *SWEPT, "fp8-plain")
+MEASURED: tuple[BasePrecision, ...] = ("fp16", *SWEPT, "fp8-plain")
 """Plans that a build completes from what it measures; the others are taken as they stand."""
-
-
-def base_plan(name: str) -> NamedPlan | None:
-    """The plan that one of this name is made from; None for a name that says nothing."""
-    return PLANS.get(name) or PLANS.get(name.partition("-")[0])

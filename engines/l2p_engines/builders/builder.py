@@ -29,6 +29,7 @@ from l2p_engines.forecast.calls import ENGINE_BUILD_BYTES, ENGINE_BUILD_FACTOR, 
 from l2p_runtime import errors
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError
+from l2p_runtime.files import commit_file, partial_path
 from l2p_runtime.memory import available_host_bytes
 
 PATIENCE_SECONDS = 1.0
@@ -62,10 +63,11 @@ def build_engine(
     if not request.graph.is_file():
         raise ArtifactError(f"there is no graph `{request.graph}`")
     _require_disk(request, out)
-    partial = out.with_name(f"{out.name}.partial")
+    # The worker makes the file: what it cannot write, it explains.
+    partial = partial_path(out)
     try:
         built = _Build(request, partial, progress, stalled_seconds).run()
-        partial.replace(out)
+        commit_file(partial, out)
     finally:
         # A file system that cannot be written refuses this too, and why the build failed is worth more.
         with suppress(OSError):

@@ -1,7 +1,8 @@
 """What the engine libraries' messages mean: a table from a message to its cause and its cure.
 
 The libraries fail by returning nothing and logging why, in words that say which check of theirs failed. Sources of the
-table: builds that were made to fail (tensorrt.md 3), and the trackers of the libraries and of projects that use them.
+table: builds that were made to fail (docs/design.md, "TensorRT facts"), and the trackers of the libraries and of
+projects that use them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading an engine's precision back after its build, as far as this machine can (design section 10).
+"""Reading an engine's precision back after its build, as far as this machine can (docs/design.md, "Read-back").
 
 Without a GPU an engine cannot be opened. What its size tells is how many bytes its weights are stored in, so that a
 build whose weights were widened, or narrowed, is found; what its kernels compute in stays unverified.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from l2p_engines.builders.request import EngineSpec
 from l2p_engines.forecast.calls import ENGINE_KERNEL_BYTES
-from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.contract import LedgerEntry, build_comparison
 from l2p_runtime.errors import ParityError
 
 WEIGHT_BYTES_THRESHOLD = 0.02
 """Largest part by which an engine without its kernels may differ from its weights: 0.2 % for 11.69 GB of float16 and
-0.5 % for 5.85 GB of float8 (tensorrt.md 3); a wrong dtype makes 50 % or more."""
+0.5 % for 5.85 GB of float8 (docs/design.md, "TensorRT facts"); a wrong dtype makes 50 % or more."""
 
 _UNVERIFIED = "compute precision not verified: that needs a GPU that opens the engine"
 
@@ -32,11 +32,12 @@ def read_back(spec: EngineSpec, weight_bytes: int, engine_bytes: int) -> LedgerE
     Raises:
         ParityError: the weights are stored in another precision than the graph's.
     """
-    stage, network, case = f"{spec.plan} graph -> {spec.target.spelling} engine", spec.network.name, "weight bytes"
+    comparison = build_comparison(spec.plan, spec.target.spelling)
+    network, case = spec.network.name, "weight bytes"
     kernel_bytes = ENGINE_KERNEL_BYTES * len(spec.profiles)
     if 2 * kernel_bytes > weight_bytes:
         reason = f"{_UNVERIFIED}; kernels hide weights of {weight_bytes:,} bytes"
-        return LedgerEntry(stage, network, case, "not run", reason)
+        return LedgerEntry(comparison, network, case, "not run", reason)
     extra_bytes = engine_bytes - weight_bytes
     relative = max(extra_bytes - kernel_bytes, -extra_bytes, 0) / weight_bytes
     if relative > WEIGHT_BYTES_THRESHOLD:
@@ -47,5 +48,5 @@ def read_back(spec: EngineSpec, weight_bytes: int, engine_bytes: int) -> LedgerE
         )
     reason = f"{_UNVERIFIED}; weights are stored in the graph's precision"
     return LedgerEntry(
-        stage, network, case, "passed", reason, threshold=WEIGHT_BYTES_THRESHOLD, relative=round(relative, 6)
+        comparison, network, case, "passed", reason, threshold=WEIGHT_BYTES_THRESHOLD, relative=round(relative, 6)
     )

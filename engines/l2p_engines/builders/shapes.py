@@ -31,7 +31,8 @@ def engine_profiles(
 ) -> tuple[EngineProfile, ...]:
     """The optimization profiles of one network's engine, in the order of the profiles.
 
-    Profiles that are the same for this network become one: kernels are compiled for each (tensorrt.md 3).
+    Profiles that are the same for this network become one: kernels are compiled for each
+    (docs/design.md, "TensorRT facts").
 
     Args:
         network: whose inputs they are.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from l2p_runtime.errors import HostError
+from l2p_runtime.files import write_bytes
 
 TIMINGS_BYTES_MAX = 1 << 30
 
@@ -32,7 +33,7 @@ def load_timings(config: Any, path: Path) -> None:
 
 
 def store_timings(config: Any, path: Path) -> None:
-    """Write what a build has timed, by one rename.
+    """Write what a build has timed; the file appears whole or not at all.
 
     Raises:
         HostError: the file cannot be written.
@@ -41,13 +42,9 @@ def store_timings(config: Any, path: Path) -> None:
     serialized = cache.serialize() if cache is not None else None
     if serialized is None:
         return
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_bytes(bytes(serialized))
-        partial.replace(path)
+        write_bytes(path, bytes(serialized))
     except OSError as error:
         raise HostError(
             f"cannot write the timing cache `{path}`: {error.strerror or error}", hint="choose another --timing-cache"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

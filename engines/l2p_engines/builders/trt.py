@@ -212,7 +212,7 @@ def require_settings(backend: EngineBackend, settings: EngineSettings) -> None:
     if backend == "tensorrt":
         return
     if settings.version_compatible:
-        # Tried on 1.7.1: the build looks for libnvinfer_lean.so.1, which no package holds (tensorrt.md 3).
+        # The build looks for libnvinfer_lean.so.1, which no package holds (docs/design.md, "TensorRT facts").
         raise UsageError(
             "TensorRT for RTX builds no engine that runs on other versions",
             hint="leave that setting out, or build for a target of backend tensorrt",

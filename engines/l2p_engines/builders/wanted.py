@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from l2p_engines.builders.builder import build_memory_bytes
 from l2p_engines.builders.readback import read_back
@@ -34,13 +34,28 @@ from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
-    from l2p_calib.plans.plan import PrecisionPlan
     from l2p_engines.store.stages import StageRunner
     from l2p_runtime.progress import Reporter
 
 HEAD_BYTES = 4 << 30
 """Device memory of one stripe of the pixel head where nothing else is asked for: a 4096 px image in one, 8192 px in
 three, on a card of 12 GiB beside the trunk's float16 weights when networks take turns."""
+
+
+class EnginePlan(Protocol):
+    """What a build must know of a precision plan."""
+
+    @property
+    def name(self) -> str:
+        """As manifests spell it."""
+
+    @property
+    def default(self) -> str:
+        """Dtype of layers that no rule names."""
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Every dtype that it computes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +126,7 @@ def engine_wishes(
 
 
 def require_engines_possible(
-    wishes: EngineWishes, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[PrecisionPlan]
+    wishes: EngineWishes, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[EnginePlan]
 ) -> None:
     """Refuse what no build can make, from profiles and plans alone.
 
@@ -164,7 +179,7 @@ def build_engines(
     wishes: EngineWishes,
     model: ModelSpec,
     profiles: Sequence[Profile],
-    plans: Sequence[PrecisionPlan],
+    plans: Sequence[EnginePlan],
     graphs: Sequence[tuple[NetworkSpec, GraphRecord]],
     files: Mapping[str, FileRecord],
     reporter: Reporter,
@@ -213,10 +228,10 @@ def _ledger(item: GraphToBuild, engine_bytes: int) -> Iterator[LedgerEntry]:
     read = read_back(spec, item.weights.size_bytes, engine_bytes)
     yield read
     reason = "this build opened no engine; `l2p-export verify` runs it on a machine that has the GPU"
-    yield LedgerEntry(read.stage, spec.network.name, "outputs", "not run", reason)
+    yield LedgerEntry(read.comparison, spec.network.name, "outputs", "not run", reason)
 
 
-def _head_budget(wishes: EngineWishes, model: ModelSpec, plan: PrecisionPlan) -> HeadBudget | None:
+def _head_budget(wishes: EngineWishes, model: ModelSpec, plan: EnginePlan) -> HeadBudget | None:
     if wishes.head_bytes is None and model.head.halo_rows is None:
         return None
     precision = "fp32" if plan.default == "float32" else "fp16"

@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
         told = build_error(f"`{spec.label}`", [*journal.errors, repr(error)], repr(error))
         send("error", [type(told).__name__, str(told), told.hint])
     sys.stderr.flush()
-    # Objects of a library that found no driver crash while the interpreter takes them down (tensorrt.md 2).
+    # Objects of a library that found no driver crash while the interpreter takes them down
+    # (docs/design.md, "TensorRT facts").
     os._exit(0)
 
 

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2p_engines.store.files import locked, sync_folder
+from l2p_engines.store.locks import locked
 from l2p_engines.store.stages import FOLDERS, STAGES, WORK, stages, sweep_work
 from l2p_runtime.bundle import BUILD_LOCK, STORE_POINTER, Bundle
 from l2p_runtime.contract import MANIFEST_NAME, Manifest, bundle_digest, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, ParityError, UsageError
+from l2p_runtime.files import is_partial_of, sweep_partials, write_bytes
 
-_MANIFEST_PARTIAL = f".{MANIFEST_NAME}.partial"
-_POINTER_PARTIAL = f"{STORE_POINTER}.partial"
 _FOLDERS = (*FOLDERS, STAGES, WORK)
-_OWN = (*_FOLDERS, MANIFEST_NAME, STORE_POINTER, BUILD_LOCK, _MANIFEST_PARTIAL, _POINTER_PARTIAL)
+_REPLACED = (MANIFEST_NAME, STORE_POINTER)
+_OWN = (*_FOLDERS, *_REPLACED, BUILD_LOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,7 @@ class OutputFolder:
             stage_keys: stages whose records stay, so that the next build finds them.
         """
         data = manifest_to_bytes(manifest)
-        partial = self.root / _MANIFEST_PARTIAL
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.root / MANIFEST_NAME)
-        sync_folder(self.root)
+        write_bytes(self.root / MANIFEST_NAME, data)
         self.tidy(stage_keys)
         return Bundle(self.root, manifest, bundle_digest(data), store)
 
@@ -98,7 +92,9 @@ def require_bundle_or_nothing(root: Path) -> None:
         raise UsageError(f"`{root}` is not a folder", hint="choose another --out")
     if root.is_dir():
         foreign = sorted(
-            e.name for e in root.iterdir() if e.name not in _OWN or (e.name in _FOLDERS and e.is_symlink())
+            e.name
+            for e in root.iterdir()
+            if (e.name not in _OWN and not is_partial_of(e.name, *_REPLACED)) or (e.name in _FOLDERS and e.is_symlink())
         )
         if foreign:
             raise UsageError(
@@ -152,8 +148,7 @@ def _sweep(root: Path, stage_keys: Collection[str]) -> None:
 def _sweep_leftovers(root: Path) -> None:
     """Remove what no finished stage and no manifest names: pieces that a stop left half-done."""
     sweep_work(root)
-    for partial in (_MANIFEST_PARTIAL, _POINTER_PARTIAL):
-        (root / partial).unlink(missing_ok=True)
+    sweep_partials(root, *_REPLACED)
     named = _named_files(root)
     if named is None:
         return

@@ -1,4 +1,6 @@
-"""A store: one folder whose stages and files many bundles share, so that a trunk is written once (design section 6).
+"""A store: one folder whose stages and files many bundles share, so that a trunk is written once.
+
+Its files (docs/design.md, "Bundle"):
 
 l2p-store.json             makes the folder a store
 bundles/DIGEST.PLACE.json  where a bundle lies that uses it; what no bundle uses can be pruned
@@ -16,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2p_engines.store.files import locked, write_json
+from l2p_engines.store.locks import locked
 from l2p_engines.store.stages import FOLDERS, STAGES, WORK, Home, Stage, stages, sweep_work
 from l2p_runtime.bundle import (
     STORE_BUNDLES,
@@ -28,6 +30,7 @@ from l2p_runtime.bundle import (
 )
 from l2p_runtime.contract import MANIFEST_NAME, FileRecord, Manifest, bundle_digest, manifest_from_bytes
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
+from l2p_runtime.files import write_bytes, write_json
 
 _LOCK = ".lock"
 _OWN = {_LOCK, STORE_BUNDLES, STORE_MARKER, STAGES, WORK, *FOLDERS}
@@ -72,7 +75,7 @@ def open_store(root: Path) -> Iterator[Home]:
         (root / STORE_BUNDLES).mkdir(exist_ok=True)
         (root / WORK).mkdir(exist_ok=True)
         if not marker.is_file():
-            write_json(marker, _SCHEMA, root / WORK)
+            write_json(marker, _SCHEMA, work=root / WORK)
     except OSError as error:
         raise HostError(
             f"cannot write the store `{root}`: {error.strerror or error}", hint="choose another --store"
@@ -92,15 +95,14 @@ def register_bundle(store: Home, bundle: Path, digest: str) -> None:
     place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:_PLACE_DIGITS]
     record = store.root / STORE_BUNDLES / f"{digest}.{place}.json"
     if _registered(record) != Path(folder):
-        write_json(record, {"path": folder}, work)
+        record.parent.mkdir(exist_ok=True)
+        write_json(record, {"path": folder}, work=work)
     pointer = bundle / STORE_POINTER
     old = pointer.read_bytes() if pointer.is_file() and not pointer.is_symlink() else b""
     lines = dict.fromkeys([os.fsencode(store.root), *old.split(b"\n")])
     new = b"\n".join([line for line in lines if line][:STORES_MAX]) + b"\n"
     if new != old:
-        partial = bundle / f"{STORE_POINTER}.partial"
-        partial.write_bytes(new)
-        partial.replace(pointer)
+        write_bytes(pointer, new)
 
 
 def list_store(root: Path) -> list[StoreEntry]:

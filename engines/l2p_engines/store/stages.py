@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from l2p_engines.store.files import locked, sync_folder, write_json
+from l2p_engines.store.locks import locked
 from l2p_runtime.bundle import BUILD_STAGES, FULL_HASH_BYTES, check_file, file_record
 from l2p_runtime.contract import FileRecord
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import ArtifactError, HostError, L2PError
+from l2p_runtime.files import commit_file, write_json
 
 STAGES, WORK = BUILD_STAGES, ".work"
 FOLDERS = ("graphs", "engines", "traces", "plans", "reference", "text")
@@ -232,10 +233,12 @@ def _publish(home: Home, stage: Stage, made: Made, work: Path) -> Stage:
     for file, sha256 in made.files:
         target = home.root / made.folder / file.name
         target.parent.mkdir(exist_ok=True)
-        file.replace(target)
+        # Synced here, before a record names it: files in a work folder may be written in any way.
+        commit_file(file, target)
         records.append(file_record(home.root, target, sha256, in_store=home.is_shared))
-    if made.files:
-        sync_folder(home.root / made.folder)
     finished = Stage(stage.schema, stage.key, stage.kind, stage.label, tuple(records), to_json(made.facts))
-    write_json(home.root / STAGES / f"{stage.key}.json", finished, work)
+    record = home.root / STAGES / f"{stage.key}.json"
+    record.parent.mkdir(exist_ok=True)
+    # Whatever lies in the folder of records is taken for one.
+    write_json(record, finished, work=work)
     return finished

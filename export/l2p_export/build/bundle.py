@@ -45,6 +45,7 @@ from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
 from l2p_runtime.bundle import Bundle
 from l2p_runtime.contract import (
+    BASE_PRECISIONS,
     SCHEMA,
     TEXT_ENCODER,
     FileRecord,
@@ -94,7 +95,7 @@ class BuildPlan:
     def plans(self) -> tuple[PrecisionPlan, ...]:
         """The plans of the bundle; those that are measured lack what that brings."""
         model = self.loaded.model
-        return (*(plain_plan(model, plan.name) for plan in self.asked.plans), *(file.plan for file in self.asked.files))
+        return (*(plain_plan(model, plan.base) for plan in self.asked.plans), *(file.plan for file in self.asked.files))
 
     @property
     def is_trained(self) -> bool:
@@ -243,12 +244,13 @@ def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: R
     wanted = [] if plan.jobs == 1 else _to_trace(plan, planned, run, digests)
     with tracing_ahead(run.home, wanted, plan.jobs):
         graphs, files = _graphs(plan, planned, run, digests, reporter)
-    proof = prove(run, references, graphs, {record.path: record for record in files}, backend, reporter)
+    bases = {item.plan.name: item.plan.base for item in planned}
+    proof = prove(run, references, graphs, bases, {record.path: record for record in files}, backend, reporter)
     del references  # holds what every case made
     files += [item.file for item in planned if item.file is not None]
     text = None
     if plan.text_encoder is not None:
-        text_plans = [plain_plan(plan.text_encoder.model, item.plan.name) for item in planned]
+        text_plans = [plain_plan(plan.text_encoder.model, item.plan.base, item.plan.name) for item in planned]
         text = add_text_encoder(run, plan.text_encoder, text_plans, backend, reporter)
     files += [*proof.files, *(text.files if text else ())]
     networks = {spec.name: spec for spec in (*loaded.model.networks, *((text.record.network,) if text else ()))}
@@ -321,10 +323,12 @@ def _to_trace(plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, d
 
 
 def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> Asked:
-    unknown = [name for name in precisions if name not in PLANS]
+    unknown = [name for name in precisions if name not in BASE_PRECISIONS]
     if unknown:
         raise UsageError(f"there is no precision `{unknown[0]}`", hint=f"precisions: {', '.join(PLANS)}")
-    names = list(dict.fromkeys(precisions or (() if plan_files else ("fp32",))))
+    asked = precisions or (() if plan_files else ("fp32",))
+    names = [base for base in BASE_PRECISIONS if base in asked]
+    names.sort(key=asked.index)
     files = tuple(read_plan(path) for path in plan_files)
     for index, file in enumerate(files):
         if file.name in (*names, *(other.name for other in files[:index])):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from l2p_calib.plans.plan import base_plan
 from l2p_engines.store.output import open_output, require_disk
-from l2p_engines.store.stages import WORK
-from l2p_runtime.contract import PORTABLE, EngineRecord, GraphRecord, Manifest, target_from_spelling
+from l2p_runtime.contract import (
+    PORTABLE,
+    Comparison,
+    EngineRecord,
+    GraphRecord,
+    Manifest,
+    PlanRef,
+    target_from_spelling,
+)
 from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
@@ -22,9 +28,9 @@ if TYPE_CHECKING:
 _COPY_BYTES = 8 << 20
 _SPARE_BYTES = 1 << 20
 
-TARGETS: dict[str, Callable[[str], bool]] = {
-    # ONNX Runtime has no bfloat16 kernels on the CPU (tensorrt.md 4).
-    "onnx-cpu": lambda plan: (base := base_plan(plan)) is None or base.default != "bfloat16",
+TARGETS: dict[str, Callable[[PlanRef], bool]] = {
+    # ONNX Runtime has no bfloat16 kernels on the CPU (docs/design.md, "ONNX Runtime facts").
+    "onnx-cpu": lambda plan: plan.base != "bf16",
 }
 """What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""
 
@@ -46,7 +52,7 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
     if target is None:
         kept = chosen
     elif target in TARGETS:
-        kept = [name for name in chosen if TARGETS[target](name)]
+        kept = [name for name in chosen if TARGETS[target](manifest.plan(name))]
     else:
         kept = list(dict.fromkeys(record.plan for record in engines))
     if not kept:
@@ -72,17 +78,23 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
                     f"the bundle has no graph of `{record.network}`: it was packed for engines",
                     hint="pack the bundle that it was packed from",
                 )
-    stages = tuple(f" {name} graph" for name in kept)
-    built = {f"{record.plan} graph -> {record.target} engine" for record in engines}
+    built = {(record.plan, record.target) for record in engines}
     return replace(
         manifest,
         plans=tuple(plan for plan in manifest.plans if plan.name in kept),
         graphs=graphs,
         text=text,
         files=tuple(replace(record, in_store=False) for record in manifest.files if record.path in used),
-        ledger=tuple(e for e in manifest.ledger if e.stage.endswith(stages) or e.stage in built),
+        ledger=tuple(entry for entry in manifest.ledger if _is_kept(entry.comparison, kept, built)),
         engines=engines,
     )
+
+
+def _is_kept(comparison: Comparison, plans: Sequence[str], engines: set[tuple[str, str]]) -> bool:
+    """Whether a copy with these plans, and engines by plan and target, holds what was compared."""
+    if comparison.target is not None:
+        return (comparison.plan, comparison.target) in engines
+    return comparison.plan in plans
 
 
 def _engines(manifest: Manifest, target: str | None, plans: Sequence[str]) -> tuple[EngineRecord, ...]:
@@ -132,29 +144,25 @@ def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> B
     with open_output(out) as output:
         require_disk(output.root, total + _SPARE_BYTES)
         with reporter.stage(f"copying into `{out}`", total) as advance:
-            partial = output.root / WORK / "copy"
-            partial.parent.mkdir(exist_ok=True)
             for record in manifest.files:
                 source, target = bundle.home(records[record.path]) / record.path, output.root / record.path
+                target.parent.mkdir(exist_ok=True)
                 # Beside what is there: an older copy stays whole, and a hard link keeps what it leads to.
-                if _copy(source, partial, advance) == record.sha256:
-                    target.parent.mkdir(exist_ok=True)
-                    partial.replace(target)
-                else:
-                    raise ArtifactError(
-                        f"`{source}` was changed after it was built: its digest differs", hint="build the bundle again"
-                    )
+                with atomic_file(target) as written:
+                    if _copy(source, written, advance) != record.sha256:
+                        raise ArtifactError(
+                            f"`{source}` was changed after it was built: its digest differs",
+                            hint="build the bundle again",
+                        )
         return output.commit(manifest, None, ())
 
 
-def _copy(source: Path, target: Path, advance: Callable[[int], None]) -> str:
+def _copy(source: Path, written: BinaryIO, advance: Callable[[int], None]) -> str:
     """Copy a file; the digest of what was copied."""
     digest = hashlib.sha256()
-    with source.open("rb") as read, target.open("wb") as written:
+    with source.open("rb") as read:
         while block := read.read(_COPY_BYTES):
             digest.update(block)
             written.write(block)
             advance(len(block))
-        written.flush()
-        os.fsync(written.fileno())
     return digest.hexdigest()

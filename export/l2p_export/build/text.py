@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from l2p_engines.store.stages import Made, Stage, StageRunner, named_by_content
 from l2p_export.graphs.export import graph_stage
 from l2p_export.precision.text import plans_by_ranges
-from l2p_export.proof.text import _prove
+from l2p_export.proof.text import prove_text
 from l2p_export.tensors.digests import weight_digests
 from l2p_runtime.contract import TEXT_ENCODER, FileRecord, GraphRecord, LedgerEntry, TextRecord
 from l2p_runtime.text import CHAT_TEMPLATE, MAX_TOKENS
@@ -57,7 +57,15 @@ def add_text_encoder(
         files += stage.files
         graphs.append(GraphRecord(TEXT_ENCODER, plan.name, plan.opset, stage.files[0].path, stage.files[1].path))
     tokenizer, template = _text_stage(run, encoder).files
-    case, ledger = _prove(run, encoder, graphs, {record.path: record for record in files}, backend, reporter)
+    case, ledger = prove_text(
+        run,
+        encoder,
+        graphs,
+        {plan.name: plan.base for plan in plans},
+        {record.path: record for record in files},
+        backend,
+        reporter,
+    )
     record = TextRecord(
         network=model.network,
         graphs=tuple(graphs),
@@ -79,6 +87,7 @@ def _text_stage(run: StageRunner, encoder: TextEncoder) -> Stage:
     def make(work: Path) -> Made:
         files = []
         for name, content in texts.items():
+            # The stage syncs its files before it is recorded.
             (work / name).write_bytes(content)
             files.append((named_by_content(work / name, name, digests[name]), digests[name]))
         return Made("text", tuple(files))

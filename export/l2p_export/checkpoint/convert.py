@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from l2p_engines.store.files import locked
+from l2p_engines.store.locks import locked
 from l2p_export.checkpoint.loading import trunk_digest
 from l2p_export.tensors.metadata import TRUNK_SHA256
 from l2p_export.tensors.quantized import canonical_dtype
 from l2p_export.tensors.writing import write_weights
 from l2p_runtime.errors import HostError
+from l2p_runtime.files import sweep_partials
 from l2p_runtime.tensorfile import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, a
         HostError: the disk has no room, or another import writes that file.
     """
     with locked(out.with_name(f".{out.name}.lock"), busy=f"another import is writing `{out}`"):
+        # An import that was killed has left as much as the whole file.
+        sweep_partials(out.parent, out.name)
         return _write_checkpoint(loaded, out, spelling, advance)
 
 
@@ -59,12 +62,7 @@ def _write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, 
     if needed > free:
         raise HostError(f"`{out.parent}` has {free:,} bytes free, the checkpoint needs {needed:,}")
     metadata = {**loaded.checkpoint.metadata, TRUNK_SHA256: digest}
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        write_weights(partial, tensors, {n: canonical_dtype(s) for n, s in tensors.items()}, advance, metadata)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_weights(out, tensors, {n: canonical_dtype(s) for n, s in tensors.items()}, advance, metadata)
     return digest
 
 

@@ -105,7 +105,7 @@ def checkpoint_record(loaded: LoadedModel, trunk_sha256: str | None = None) -> C
 
 
 def trunk_digest(loaded: LoadedModel) -> str:
-    """The digest that names a trunk (design section 5); reads the trunk's values.
+    """The digest that names a trunk (docs/design.md, "Trunk digest"); reads the trunk's values.
 
     Raises:
         ArtifactError: the checkpoint says that it was trained on another trunk.

@@ -22,6 +22,7 @@ from l2p_export.cli.console import (
 if TYPE_CHECKING:
     from l2p_calib.statistics.ranges import Statistics
     from l2p_export.precision.sweep import Swept
+    from l2p_runtime.contract import BasePrecision
 
 
 @click.command("calibrate")
@@ -64,7 +65,7 @@ def command(
     out: Path | None,
     sensitivity: Path | None,
     gate: float,
-    precision: str,
+    precision: BasePrecision,
     explain: str | None,
     store: Path | None,
     *,

@@ -166,11 +166,11 @@ def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
 def _check_machine(bundle: Bundle, options: dict[str, Any]) -> str:
     """The plan that would be run; refuses what drawing would refuse before it loads anything."""
     from l2p_runtime.memory import parse_bytes
-    from l2p_runtime.networks import open_for
+    from l2p_runtime.networks import open_plan
 
     if options["memory_budget"] is not None:
         parse_bytes(options["memory_budget"])
-    return open_for(bundle, options["backend"], 0, options["plan"])[1]
+    return open_plan(bundle, options["backend"], 0, options["plan"]).plan
 
 
 def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> None:

@@ -66,7 +66,7 @@ def _bundle_facts(path: Path, store: Path | None) -> dict[str, Any]:
             for record in manifest.engines
         },
         "ledger": {
-            f"{entry.stage}, {entry.network}, {entry.case}": entry.status
+            f"{entry.comparison}, {entry.network}, {entry.case}": entry.status
             if entry.relative is None
             else f"{entry.status}, relative error {entry.relative:.1e} of {entry.threshold:.0e}"
             for entry in manifest.ledger

@@ -1,6 +1,6 @@
 """`l2p-export`: finds the command, runs it, and turns every failure into a message and an exit code.
 
-stdout carries data, stderr carries progress and messages. Exit codes: design section 8.
+stdout carries data, stderr carries progress and messages. Exit codes: docs/design.md, "Exit codes".
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from l2p_export.training.transfer.spec import TransferSpec
 
 _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
-"""Side of the square images that the published adapters were trained on (l2p.md 5.2, 5.3)."""
+"""Side of the square images that the published adapters were trained on (docs/model.md, "Training recipe")."""
 
 
 device_option = click.option("--device", help="cpu, cuda or cuda:1; a GPU where there is one, by default.")

@@ -70,13 +70,13 @@ def command(
         print_json({"bundle": str(bundle), "digest": opened.digest, "ledger": to_json(ledger)})
     else:
         _print_table(ledger)
-    require_passed(ledger)
+    require_passed(ledger, {plan.name: plan.base for plan in opened.manifest.plans})
 
 
 def _print_table(ledger: Sequence[LedgerEntry]) -> None:
     """One line an entry; why, where it did not pass or has no figures."""
-    titles = ("stage", "case", "network")
-    rows = [titles, *((entry.stage, entry.case, entry.network) for entry in ledger)]
+    titles = ("comparison", "case", "network")
+    rows = [titles, *((str(entry.comparison), entry.case, entry.network) for entry in ledger)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
     head = " ".join(title.ljust(width) for title, width in zip(titles, widths, strict=True))
     click.echo(f"{head} {'relative':>9} {'limit':>7} {'max abs':>9} {'PSNR':>7}  status")
@@ -86,6 +86,6 @@ def _print_table(ledger: Sequence[LedgerEntry]) -> None:
             limit = f"{entry.threshold:.0e}" if entry.threshold is not None else ""
             figures = f"{entry.relative:>9.1e} {limit:>7} {entry.max_abs:>9.1e} {entry.psnr_db:>7.1f}"
         reason = "" if entry.status == "passed" and entry.relative is not None else f": {entry.reason}"
-        names = (entry.stage, entry.case, entry.network)
+        names = (str(entry.comparison), entry.case, entry.network)
         told = " ".join(name.ljust(width) for name, width in zip(names, widths, strict=True))
         click.echo(f"{told} {figures}  {entry.status}{reason}")

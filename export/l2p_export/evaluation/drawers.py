@@ -111,7 +111,7 @@ def check_prompts(drawer: Drawer, prompts: Sequence[tuple[str, str]]) -> None:
 
 
 def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
-    from l2p_runtime.networks import open_for
+    from l2p_runtime.networks import open_plan
     from l2p_runtime.requests import image_request
     from l2p_runtime.text import bundle_tokenizer
 
@@ -142,14 +142,14 @@ def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
         rng="philox",
         dtype="uint8",
     ).sampling
-    backend, plan = open_for(bundle, options.backend, 0, options.plan)
-    backend.device.close()
+    opened = open_plan(bundle, options.backend, 0, options.plan)
+    opened.backend.device.close()
     tokenizer = bundle_tokenizer(bundle)
 
     def draw(texts: Sequence[str], seeds: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         from l2p_runtime import Pipeline
 
-        with Pipeline.open(folder, options.backend, plan=plan, store=options.store) as pipe:
+        with Pipeline.open(folder, options.backend, plan=opened.plan, store=options.store) as pipe:
             for start in range(0, len(texts), PROMPTS_AT_ONCE):
                 *embeds, empty = pipe.encode([*texts[start : start + PROMPTS_AT_ONCE], ""])
                 for offset, values in enumerate(embeds):
@@ -166,7 +166,7 @@ def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
 
     settings = {
         "model_sha256": bundle.digest,
-        "plan": plan,
+        "plan": opened.plan,
         **_sampling_settings((height, width), chosen.steps, chosen.guidance, chosen.shift),
     }
     note = "" if manifest.checkpoint.trained else "the bundle's weights are untrained: its pictures are noise"

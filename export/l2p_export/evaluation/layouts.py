@@ -22,6 +22,7 @@ import numpy as np
 
 from l2p_export.training.loop.settings import require_settings
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
 from l2p_runtime.png import write_png
 
@@ -236,6 +237,6 @@ def _make_folder(folder: Path) -> None:
 def _write_text(path: Path, text: str) -> None:
     _make_folder(path.parent)
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error

@@ -10,9 +10,9 @@ from l2p_calib.ledger import END_TO_END, psnr_db
 from l2p_export.evaluation.drawers import Drawer, DrawOptions, open_drawer
 from l2p_export.evaluation.scores import Prompt, world_prompts
 from l2p_export.world.judge import judge, require_judge
-from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.contract import Comparison, LedgerEntry, pictures_comparison
 from l2p_runtime.errors import UnsupportedError, UsageError
-from l2p_runtime.networks import open_for, runnable_plans
+from l2p_runtime.networks import open_plan, runnable_plans
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
     from l2p_runtime.progress import Reporter
 
-FLOAT32 = "fp32"
 """The plan that others are compared with where a bundle has it."""
 
 SCORE_KEPT = 0.98
@@ -29,7 +28,7 @@ SCORE_KEPT = 0.98
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PictureJob:
     """Pictures that are to be drawn and compared.
 
     Attributes:
@@ -64,7 +63,7 @@ class Shown:
 
 def plan_comparison(
     bundle: Bundle, backend: str, plan: str | None, count: int, size_px: tuple[int, int] | None
-) -> Comparison:
+) -> PictureJob:
     """Check what can be compared; draws nothing.
 
     Args:
@@ -79,22 +78,22 @@ def plan_comparison(
         HostError: scikit-image is not installed, or no backend runs here.
     """
     require_judge()
-    opened, _ = open_for(bundle, backend, 0, plan)
-    names = runnable_plans(bundle.manifest, opened)
+    opened = open_plan(bundle, backend, 0, plan).backend
+    names = runnable_plans(bundle, opened)
     opened.device.close()
-    first = FLOAT32 if FLOAT32 in names else names[0]
+    first = next((name for name in names if bundle.manifest.plan(name).base == "fp32"), names[0])
     others = tuple(name for name in names if name != first and plan in (None, name))
     if not others:
         raise UsageError(
             f"pictures are compared with those of plan `{first}`, and no other is asked for",
             hint="leave --pictures out, or name another --plan that the bundle has",
         )
-    found = Comparison(opened.name, first, others, count, size_px)
+    found = PictureJob(opened.name, first, others, count, size_px)
     _drawer(bundle, found, first)
     return found
 
 
-def compare_pictures(bundle: Bundle, asked: Comparison, reporter: Reporter) -> list[LedgerEntry]:
+def compare_pictures(bundle: Bundle, asked: PictureJob, reporter: Reporter) -> list[LedgerEntry]:
     """Draw held-out captions of the small world under each plan, with the same seeds, and judge them.
 
     The first plan's pictures are held in memory, each of another plan until it was compared. What the backend does not
@@ -116,33 +115,33 @@ def compare_pictures(bundle: Bundle, asked: Comparison, reporter: Reporter) -> l
 
     drawer = _drawer(bundle, asked, asked.first)
     case = f"{drawer.width_px}x{drawer.height_px}"
-    stages = {name: f"{asked.first} pictures -> {name} pictures" for name in asked.others}
+    comparisons = {name: pictures_comparison(asked.first, name) for name in asked.others}
     try:
         exact = tuple(drawn(asked.first))
     except UnsupportedError as error:
-        return [LedgerEntry(stage, END_TO_END, case, "not run", str(error)) for stage in stages.values()]
+        return [LedgerEntry(item, END_TO_END, case, "not run", str(error)) for item in comparisons.values()]
     right_first = sum(_is_right(*pair) for pair in zip(exact, prompts, strict=True))
     entries = []
-    for name, stage in stages.items():
+    for name, comparison in comparisons.items():
         try:
             found = [
                 (_is_right(image, prompt), _psnr_db(image, wanted))
                 for image, prompt, wanted in zip(drawn(name), prompts, exact, strict=True)
             ]
         except UnsupportedError as error:
-            entries.append(LedgerEntry(stage, END_TO_END, case, "not run", str(error)))
+            entries.append(LedgerEntry(comparison, END_TO_END, case, "not run", str(error)))
             continue
         right, decibels = zip(*found, strict=True)
-        entries.append(entry_of(stage, case, Shown(sum(right), right_first, decibels)))
+        entries.append(entry_of(comparison, case, Shown(sum(right), right_first, decibels)))
     return entries
 
 
-def entry_of(stage: str, case: str, shown: Shown) -> LedgerEntry:
+def entry_of(comparison: Comparison, case: str, shown: Shown) -> LedgerEntry:
     """The entry of one plan: passed where nearly as many pictures are right as under the first."""
     decibels = sorted(shown.psnr_db)
     lost = shown.right_first - shown.right
     return LedgerEntry(
-        stage=stage,
+        comparison=comparison,
         network=END_TO_END,
         case=case,
         status="passed" if lost <= max(1.0, (1 - SCORE_KEPT) * shown.right_first) else "failed",
@@ -152,7 +151,7 @@ def entry_of(stage: str, case: str, shown: Shown) -> LedgerEntry:
     )
 
 
-def _drawer(bundle: Bundle, asked: Comparison, plan: str) -> Drawer:
+def _drawer(bundle: Bundle, asked: PictureJob, plan: str) -> Drawer:
     return open_drawer(bundle.root, DrawOptions(asked.size_px, backend=asked.backend, plan=plan, store=bundle.store))
 
 

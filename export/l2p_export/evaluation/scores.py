@@ -31,6 +31,7 @@ from l2p_export.world.judge import Verdict, judge
 from l2p_export.world.render import render
 from l2p_export.world.scenes import Description, draw_description, place
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
 from l2p_runtime.png import write_png
 
@@ -382,10 +383,7 @@ def _check_seeds(seed: int, count: int) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error

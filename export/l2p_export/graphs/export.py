@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from l2p_export.tensors.sources import JoinedTensor, ScaledTensor, TransposedTen
 from l2p_export.tensors.writing import write_weights
 from l2p_export.toolchain import toolchain
 from l2p_runtime.errors import ArtifactError, InternalError
+from l2p_runtime.files import write_bytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -95,7 +95,7 @@ def trace_stage(
         with reporter.stage(f"tracing `{network.name}` in {plan.name}"):
             data = traced_bytes(trace_plan(model, network, plan))
         digest = hashlib.sha256(data).hexdigest()
-        _write(work / "trace", data)
+        write_bytes(work / "trace", data)
         return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
 
     return run("trace", label, _traced(model, network, plan), make)
@@ -195,10 +195,10 @@ def write_graph(
     parts = {name: _scaled(weight_parts(name), tensors, plan) for name in eighths if weight_parts(name)}
     encoded = float8_sources(eighths, parts, input_scales or {})
     sources = {name: encoded.get(name) or _source(name, weight_parts(name), tensors, plan) for name in names}
-    partial = folder / f"{network}.{plan.name}.partial"
+    written = folder / f"{network}.{plan.name}.safetensors"
     dtypes = {name: _STORED[str(weights_of[name].dtype)] for name in names}
-    weights_sha256, places = write_weights(partial, sources, dtypes, advance)
-    weights = named_by_content(partial, f"{network}.{plan.name}.safetensors", weights_sha256)
+    weights_sha256, places = write_weights(written, sources, dtypes, advance)
+    weights = named_by_content(written, written.name, weights_sha256)
     graph_sha256, path = _save(graph, places, weights, folder / f"{network}.{plan.name}")
     _check(path)
     return GraphFiles(path, graph_sha256, weights, weights_sha256)
@@ -235,8 +235,8 @@ def _structure(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> di
 
 
 def _traced(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> dict[str, object]:
-    """All that decides a trace: it knows the scales of inputs as little as it knows weights, and no plan's name."""
-    nameless = replace(plan.of_layers(_layers(model, network.name)), name="", inputs=())
+    """All that decides a trace: not the values of weights and input scales, and neither name nor base of the plan."""
+    nameless = replace(plan.of_layers(_layers(model, network.name)), name="", base="fp32", inputs=())
     return _structure(model, network, plan) | {"plan": nameless}
 
 
@@ -318,7 +318,7 @@ def _save(graph: ir.Model, places: Mapping[str, TensorInfo], weights: Path, stem
     data = _serialized(graph)
     digest = hashlib.sha256(data).hexdigest()
     path = stem.with_name(f"{stem.name}.{digest[:DIGEST_DIGITS]}.onnx")
-    _write(path, data)
+    write_bytes(path, data)
     return digest, path
 
 
@@ -337,13 +337,6 @@ def _external(
     return ir.ExternalTensor(
         location=location, offset=offset, length=length, dtype=dtype, shape=shape, name=name, base_dir=""
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check(path: Path) -> None:

@@ -15,11 +15,3 @@ SCALE = "/scale"
 def published_names(name: str) -> list[str]:
     """The published names of what a graph stores as one weight."""
     return name.removesuffix(SUFFIX).split(JOINT)
-
-
-def published_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Published names and shapes of what a graph stores as one weight; none of a scale."""
-    if name.endswith(SCALE):
-        return {}
-    names = published_names(name)
-    return dict.fromkeys(names, shape if names == [name] else (shape[1] // len(names), shape[0]))

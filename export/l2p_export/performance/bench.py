@@ -16,9 +16,9 @@ from l2p_export.graphs.stored import bundle_model
 from l2p_export.performance.costs import network_costs
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Backend, Engine
-from l2p_runtime.contract import NETWORKS
+from l2p_runtime.contract import NETWORKS, arithmetic
 from l2p_runtime.errors import UsageError
-from l2p_runtime.networks import open_for
+from l2p_runtime.networks import open_plan
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.requests import check_size
 
@@ -109,17 +109,17 @@ def bench(
     check_size(model, *size_px)
     if not 1 <= caption_tokens <= model.caption_tokens_max:
         raise UsageError(f"the caption has {caption_tokens} tokens, expected 1 to {model.caption_tokens_max}")
-    opened, name = open_for(bundle, backend, 0, plan)
-    clock = _Clock(opened.device)
+    opened = open_plan(bundle, backend, 0, plan)
+    clock = _Clock(opened.backend.device)
     image = normal_noise(0, rows=(0, size_px[0]), cols=(0, size_px[1]))[None]
     embeds = normal_noise(1, channels=1, rows=(0, caption_tokens), cols=(0, model.caption_width))[0]
     steps: list[float] = []
     taken: list[dict[str, float]] = []
     clock.start_memory()
     started = time.perf_counter()
-    with Pipeline.on_backend(bundle, _timed(opened, clock), name, memory_budget_bytes) as pipe:
+    with Pipeline.on_backend(replace(opened, backend=_timed(opened.backend, clock)), memory_budget_bytes) as pipe:
         load_seconds = time.perf_counter() - started
-        with reporter.stage(f"{name} on {opened.name}", runs + 1, "calls") as advance:
+        with reporter.stage(f"{opened.plan} on {opened.backend.name}", runs + 1, "calls") as advance:
             for _ in range(runs + 1):
                 clock.seconds = dict.fromkeys(NETWORKS, 0.0)
                 begun = time.perf_counter()
@@ -129,11 +129,14 @@ def bench(
                 advance(1)
         stays = pipe.keeps_networks
     call = CallSize(*size_px, model.padded(caption_tokens))
-    bounds = _bounds(bundle, name, call, card or _card_of(opened.device))
+    device = opened.backend.device
+    bounds = _bounds(bundle, opened.plan, call, card or _card_of(device))
     networks = [Timing(n, tuple(run[n] for run in taken[1:]), bounds.get(n)) for n in NETWORKS]
     whole = Timing(STEP, tuple(steps[1:]), _total(bounds))
-    device = getattr(opened.device, "gpu_name", opened.device.name)
-    return Bench(opened.identity, device, name, call, load_seconds, (*networks, whole), clock.peak_bytes(), stays)
+    gpu = getattr(device, "gpu_name", device.name)
+    return Bench(
+        opened.backend.identity, gpu, opened.plan, call, load_seconds, (*networks, whole), clock.peak_bytes(), stays
+    )
 
 
 class _Clock:
@@ -203,13 +206,14 @@ def _card_of(device: Device) -> Card | None:
 
 
 def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dict[str, Bound]:
-    """The least time of each network; none without a card, or without graphs, whose weights say what is computed."""
+    """The minimum time of each network; none without a card, or without graphs, whose weights say what is computed."""
     manifest = bundle.manifest
-    if card is None or not card.runs(plan) or not all(manifest.has_graph(network, plan) for network in NETWORKS):
+    precision = arithmetic(manifest.plan(plan).base)
+    if card is None or not card.runs(precision) or not all(manifest.has_graph(network, plan) for network in NETWORKS):
         return {}
-    sizes = {name: bundle.path(manifest.graph(name, plan).weights).stat().st_size for name in NETWORKS}
+    sizes = {network: bundle.path(manifest.graph(network, plan).weights).stat().st_size for network in NETWORKS}
     flops = forward_flops(manifest.model, network_costs(bundle_model(bundle, plan)), call)
-    return step_bounds(card, plan, flops, sizes, border_bytes(manifest.model, call))
+    return step_bounds(card, precision, flops, sizes, border_bytes(manifest.model, call))
 
 
 def _total(bounds: Mapping[str, Bound]) -> Bound | None:

@@ -26,16 +26,16 @@ from l2p_calib.statistics.ranges import (
     require_finite,
     statistics_to_bytes,
 )
-from l2p_engines.store.files import locked
+from l2p_engines.store.locks import locked
 from l2p_export.graphs.names import published_names
-from l2p_export.graphs.stored import PLAN, bundle_digests, bundle_model
-from l2p_export.proof.cases import network_inputs
+from l2p_export.graphs.stored import bundle_digests, bundle_model, float32_plan
+from l2p_export.proof.cases import call_inputs, network_inputs
 from l2p_export.toolchain import toolchain
 from l2p_runtime import Pipeline, __version__
 from l2p_runtime.contract import NETWORKS
-from l2p_runtime.errors import ArtifactError, UsageError
+from l2p_runtime.errors import UsageError
+from l2p_runtime.files import sweep_partials, write_bytes, write_text
 from l2p_runtime.noise import normal_noise
-from l2p_runtime.positions import rope_tables
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 
 if TYPE_CHECKING:
@@ -137,10 +137,7 @@ def plan_calibration(
     model, manifest = bundle.manifest.model, bundle.manifest
     if samples < 1:
         raise UsageError(f"--samples is {samples}, expected 1 or more")
-    if PLAN not in {plan.name for plan in manifest.plans} or not manifest.has_graph("trunk", PLAN):
-        raise ArtifactError(
-            f"`{bundle.root}` has no {PLAN} graphs to measure", hint="build it with --precision fp32 in addition"
-        )
+    float32_plan(bundle)
     if prompts is not None and manifest.text is None:
         raise UsageError("prompts were given, and the bundle has no text encoder", hint="build it with --text-encoder")
     least = manifest.profiles[0]
@@ -187,7 +184,7 @@ def calibrate(
         _draw(plan, folder, reporter)
         parts = [_measure(plan, name, digests[name], model.layout(name), folder, reporter) for name in NETWORKS]
         found = Statistics(SCHEMA, plan.source, tuple(sorted(parts, key=lambda item: (item.network, item.sha256))))
-        _write(plan.out, statistics_to_bytes(found))
+        write_bytes(plan.out, statistics_to_bytes(found))
         if more is not None:
             more(folder, found)
     shutil.rmtree(work, ignore_errors=True)
@@ -205,7 +202,8 @@ def _work_folder(work: Path, plan: Calibration) -> Iterator[Path]:
         if path.is_file() and path.read_text(encoding="utf-8") != plan.settings:
             shutil.rmtree(work)
             work.mkdir()
-        _write(path, plan.settings.encode())
+        sweep_partials(work)
+        write_text(path, plan.settings)
         yield work
 
 
@@ -219,7 +217,7 @@ def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
     spec = plan.bundle.manifest.model
     steps = min(plan.bundle.manifest.sampling.steps, STEPS_MAX)
     with (
-        Pipeline.open(plan.bundle.root, "onnx", plan=PLAN, store=plan.bundle.store) as pipe,
+        Pipeline.open(plan.bundle.root, "onnx", plan=float32_plan(plan.bundle), store=plan.bundle.store) as pipe,
         reporter.stage("drawing", len(left), "samples") as advance,
     ):
         used = sorted({plan.samples[index].prompt for index in left})
@@ -240,21 +238,9 @@ def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
                 )
                 drawn = sample.seed, pixels.astype(np.float32).transpose(2, 0, 1) * 2 - 1
             noise = normal_noise(sample.seed, image_index=index + 1, rows=(0, size[0]), cols=(0, size[1]))
-            tokens = len(embeds[sample.prompt])
-            padded = np.zeros((1, spec.padded(tokens), spec.caption_width), np.float32)
-            padded[:, :tokens] = embeds[sample.prompt]
-            rows, columns = size[0] // spec.patch_px, size[1] // spec.patch_px
-            cosine, sine = rope_tables(spec, rows, columns, padded.shape[1])
-            case = {
-                "image": (sample.time * drawn[1] + (1 - sample.time) * noise)[np.newaxis].astype(np.float32),
-                "time": np.asarray([sample.time], np.float32),
-                "prompt_embeds": padded,
-                "caption_mask": np.arange(padded.shape[1])[np.newaxis] < tokens,
-                "rope_cos": cosine,
-                "rope_sin": sine,
-                "grid": np.asarray([rows, columns], np.int64),
-            }
-            _write_tensors(_case_path(folder, index), case)
+            image = (sample.time * drawn[1] + (1 - sample.time) * noise)[np.newaxis].astype(np.float32)
+            case = call_inputs(spec, image, sample.time, embeds[sample.prompt])
+            write_tensorfile(_case_path(folder, index), case)
             advance(1)
 
 
@@ -278,7 +264,7 @@ def _measure(
     done = folder / f"{network}.json"
     if done.is_file():
         return read_statistics(done).networks[0]
-    path = plan.bundle.path(plan.bundle.manifest.graph(network, PLAN).graph)
+    path = plan.bundle.path(plan.bundle.manifest.graph(network, float32_plan(plan.bundle)).graph)
     graph = onnx.load(str(path), load_external_data=False).graph
     names = [point.name for point in layout.points]
     values_bytes = _values_bytes(plan, network, layout)
@@ -288,7 +274,7 @@ def _measure(
         return lambda: _inputs(folder, network, index)
 
     def keep(index: int, made: Tensors) -> None:
-        _write_tensors(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
+        write_tensorfile(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
 
     with reporter.stage(f"measuring `{network}`", runs, "calls") as advance:
         points = point_values(graph, layout, published_names)
@@ -296,7 +282,7 @@ def _measure(
         counters = count_graph(path, points, samples, values_bytes, keep, advance)
     found = network_statistics(network, sha256, counters)
     require_finite(found)
-    _write(done, statistics_to_bytes(Statistics(SCHEMA, plan.source, (found,))))
+    write_bytes(done, statistics_to_bytes(Statistics(SCHEMA, plan.source, (found,))))
     return found
 
 
@@ -329,15 +315,3 @@ def _values_bytes(plan: Calibration, network: str, layout: NetworkLayout) -> int
 
 def _case_path(folder: Path, index: int) -> Path:
     return folder / f"{index}.safetensors"
-
-
-def _write_tensors(path: Path, values: Tensors) -> None:
-    partial = path.with_suffix(".partial")
-    write_tensorfile(partial, dict(values))
-    partial.replace(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -76,7 +76,7 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
             file = whole[plan.name]
             told += _told(file, layer) or (_explained(file.name, LayerPlan(layer, file.default, reason=_UNLISTED)),)
         elif model is not None:
-            plain = plain_plan(model, plan.name)
+            plain = plain_plan(model, plan.base)
             reason = next((rule.reason for rule in plain.rules if rule.names(layer)), "all layers of this plan are so")
             told.append(Explanation(plan.name, layer, plain.dtype(layer), plain.exponent(layer), reason))
     return tuple(told)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_calib.layout import layer_of_point
-from l2p_calib.ledger import ranges_stage_name
 from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
-from l2p_calib.plans.plan import MEASURED, NamedPlan, PrecisionPlan, base_plan
+from l2p_calib.plans.plan import MEASURED, PLANS, NamedPlan, PrecisionPlan
 from l2p_calib.statistics.ranges import (
     NetworkStatistics,
     Statistics,
@@ -32,9 +31,9 @@ from l2p_export.proof.cases import Case, case_inputs, small_cases
 from l2p_export.tensors.digests import WeightDigests
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import FileRecord, LedgerEntry, PlanRef
+from l2p_runtime.contract import BasePrecision, FileRecord, LedgerEntry, PlanRef, ranges_comparison
 from l2p_runtime.contract.codec import from_json
-from l2p_runtime.errors import ArtifactError, InternalError, ParityError
+from l2p_runtime.errors import ArtifactError, ParityError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,12 +112,9 @@ def make_plans(
     return tuple(_make_plan(run, item, measuring) for item in wanted)
 
 
-def plain_plan(model: Networks, name: str) -> PrecisionPlan:
-    """What the name of a plan says of a model's layers, whatever was measured."""
-    base = base_plan(name)
-    if base is None:
-        raise InternalError(f"plan `{name}` has no base")
-    return replace(base, name=name).of(model.layout(spec.name) for spec in model.networks)
+def plain_plan(model: Networks, base: BasePrecision, name: str = "") -> PrecisionPlan:
+    """What a plan of `PLANS` says of a model's layers, whatever was measured; by its own name or another one."""
+    return replace(PLANS[base], name=name or base).of(model.layout(spec.name) for spec in model.networks)
 
 
 def network_digests(digests: WeightDigests) -> dict[str, str]:
@@ -140,13 +136,13 @@ def network_points(model: Model, network: str) -> tuple[str, ...]:
 
 def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measuring) -> Planned:
     file = asked if isinstance(asked, PlanFile) else None
-    plan = asked.plan if isinstance(asked, PlanFile) else plain_plan(measuring.references.loaded.model, asked.name)
+    plan = asked.plan if isinstance(asked, PlanFile) else plain_plan(measuring.references.loaded.model, asked.base)
     if plan.default != "float16" and file is None:
         return Planned(plan)
     inputs = {
         "plan": plan,
         "file": file,
-        "is_measured": file is None and asked.name in MEASURED,
+        "is_measured": file is None and plan.base in MEASURED,
         "networks": measuring.digests,
         "cases": measuring.references.cases,
         "times": TIMES,
@@ -164,10 +160,11 @@ def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measur
         facts = _Facts(_judge(chosen, measurements), chosen)
         if whole is None:
             return Made(facts=facts)
-        partial = work / "plan"
-        partial.write_bytes(plan_to_bytes(whole))
-        digest = file_digest(partial)
-        return Made("plans", ((named_by_content(partial, f"{plan.name}.json", digest), digest),), facts)
+        written = work / "plan"
+        # The stage syncs its files before it is recorded.
+        written.write_bytes(plan_to_bytes(whole))
+        digest = file_digest(written)
+        return Made("plans", ((named_by_content(written, f"{plan.name}.json", digest), digest),), facts)
 
     stage = run("plan", plan.name, inputs, make)
     facts = from_json(_Facts, stage.facts)
@@ -269,14 +266,14 @@ def _judge(plan: PrecisionPlan, measurements: Sequence[Measurement]) -> tuple[Le
     entries = []
     beyond: list[str] = []
     for item in measurements:
-        stage, network = ranges_stage_name(plan.name), item.layout.network
+        comparison, network = ranges_comparison(plan.name), item.layout.network
         if item.statistics is None:
-            entries.append(LedgerEntry(stage, network, CASE, "not run", "nothing was measured of it"))
+            entries.append(LedgerEntry(comparison, network, CASE, "not run", "nothing was measured of it"))
             continue
         beyond += [f"{point} ({peak:.3g})" for point, peak in overflows(plan, item)]
         point, peak = largest(plan, item)
         told = f"{peak:.3g} at {point} is the most of {item.statistics.calls} calls" if point else "nothing in float16"
-        entries.append(LedgerEntry(stage, network, CASE, "passed", f"{told}; float16 holds {FLOAT16_MAX:.0f}"))
+        entries.append(LedgerEntry(comparison, network, CASE, "passed", f"{told}; float16 holds {FLOAT16_MAX:.0f}"))
     if beyond:
         shown = ", ".join(beyond[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
         raise ParityError(

@@ -31,17 +31,18 @@ from l2p_calib.sensitivity import (
     sensitivity_to_json,
     sweep,
 )
-from l2p_export.graphs.stored import PLAN, bundle_model
+from l2p_export.graphs.stored import bundle_model, float32_plan
 from l2p_export.precision.calibrate import STEPS_MAX, Calibration, sample_values
 from l2p_export.precision.sweep_plot import has_matplotlib, write_plot
 from l2p_export.precision.torch_backend import TorchNetworks
 from l2p_export.proof.cases import network_inputs
 from l2p_export.proof.compare import run_engine
 from l2p_runtime import Pipeline
-from l2p_runtime.contract import NETWORKS
+from l2p_runtime.contract import NETWORKS, BasePrecision
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.errors import UsageError
-from l2p_runtime.networks import load_network
+from l2p_runtime.files import write_bytes, write_text
+from l2p_runtime.networks import OpenedPlan, load_network
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def sweep_bundle(
     out: Path,
     gate: float,
     reporter: Reporter,
-    precision: str = "fp8",
+    precision: BasePrecision = "fp8",
 ) -> Swept:
     """Sweep what a plan has in FP8 of a bundle and write table, plot and plan.
 
@@ -164,7 +165,7 @@ class _Sweeper:
 
     def __init__(self, plan: Calibration, samples: Path, networks: TorchNetworks, cache: Path) -> None:
         self._plan, self._samples, self._networks, self._cache = plan, samples, networks, cache
-        self._backend = networks.backend()
+        self._opened = OpenedPlan(plan.bundle, networks.backend(), float32_plan(plan.bundle))
         self._descriptions = _descriptions(plan)
         self._exact: _Pictures | None = None
         self.scales: Mapping[str, float] = {}
@@ -172,7 +173,7 @@ class _Sweeper:
 
     def module(self, network: str) -> nn.Module:
         """A network in torch; loaded when it is first asked for."""
-        load_network(self._plan.bundle, self._backend, network, PLAN)
+        load_network(self._opened, network)
         return self._networks.engines[network].module
 
     def exact(self) -> _Pictures:
@@ -194,9 +195,7 @@ class _Sweeper:
             error, worst = relative_errors(sums)
             drawn = self._draw()
             found = Deviation(error, worst, min(map(_psnr_db, drawn.images, self.exact().images)), drawn.right)
-        written = path.with_suffix(".partial")
-        written.write_text(json.dumps(to_json(found), allow_nan=False), encoding="utf-8")
-        written.replace(path)
+        write_text(path, json.dumps(to_json(found), allow_nan=False))
         return found
 
     @contextmanager
@@ -217,7 +216,7 @@ class _Sweeper:
         first = min((NETWORKS.index(self.network_of[layer]) for layer in chosen), default=len(NETWORKS))
         for network in NETWORKS[first:]:
             engine = self._networks.engines[network]
-            out = run_engine(engine, self._backend.device, network_inputs(network, expected, made))
+            out = run_engine(engine, self._opened.backend.device, network_inputs(network, expected, made))
             made |= {f"{network}.{name}": value for name, value in out.items()}
         wanted = expected["head.prediction"].astype(np.float64)
         difference = made["head.prediction"] - wanted
@@ -239,7 +238,7 @@ class _Sweeper:
 
         sample, case = self._plan.samples[index], sample_values(self._samples, index)
         embeds = np.asarray(case["prompt_embeds"][0][case["caption_mask"][0]])
-        pipe = Pipeline.on_backend(self._plan.bundle, self._backend, PLAN)
+        pipe = Pipeline.on_backend(self._opened)
         pixels = pipe.generate(
             prompt_embeds=embeds,
             height=sample.height_px,
@@ -296,9 +295,7 @@ def _write_all(out: Path, found: Sensitivity, plan: PlanFile, reporter: Reporter
         f"{NAME}.json": plan_to_bytes(plan),
     }
     for name, data in files.items():
-        written = out / f"{name}.partial"
-        written.write_bytes(data)
-        written.replace(out / name)
+        write_bytes(out / name, data)
         yield out / name
     if has_matplotlib():
         write_plot(out / "sensitivity.png", found)

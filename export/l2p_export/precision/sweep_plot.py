@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_runtime.files import atomic_file
+
 if TYPE_CHECKING:
     from l2p_calib.sensitivity import Sensitivity
 
@@ -34,4 +36,5 @@ def write_plot(path: Path, found: Sensitivity) -> None:
     right.plot(*zip(*steps, strict=True), marker="o")
     right.axhline(found.gate, color="grey", linestyle="--")
     right.set(xlabel="groups kept in float16, the worst first", ylabel="relative error", title=f"gate {found.gate:g}")
-    FigureCanvasAgg(figure).print_png(str(path))
+    with atomic_file(path) as file:
+        FigureCanvasAgg(figure).print_png(file)

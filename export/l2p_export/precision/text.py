@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import ranges_stage_name
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM
 from l2p_calib.plans.plan import LayerRule
 from l2p_calib.prompts import read_prompts
@@ -22,7 +21,7 @@ from l2p_export.precision.plans import CASE
 from l2p_export.tensors.sources import read_tensor
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry
+from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry, ranges_comparison
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import ArtifactError, HostError, ParityError
 from l2p_runtime.memory import available_host_bytes
@@ -105,7 +104,7 @@ def plans_by_ranges(
     except HostError as error:
         told = str(error)
         return list(plans), tuple(
-            LedgerEntry(ranges_stage_name(plan.name), TEXT_ENCODER, CASE, "not run", told) for plan in narrow
+            LedgerEntry(ranges_comparison(plan.name), TEXT_ENCODER, CASE, "not run", told) for plan in narrow
         )
     peaks = from_json(_Facts, stage.facts).peaks
     raised = [_raised(plan, peaks) for plan in plans]
@@ -116,7 +115,7 @@ def _raised(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> PrecisionPlan:
     """The plan with a rule for each layer that is too large for float16, with a headroom."""
     if plan.default != "float16":
         return plan
-    if plan.name in PLAIN:
+    if plan.base in PLAIN:
         over = [item for item in peaks if item.peak > FLOAT16_MAX and not item.is_bound]
         beyond = [f"{item.layer}.{item.place} ({item.peak:.3g})" for item in over]
         if beyond:
@@ -143,7 +142,7 @@ def _entry(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> LedgerEntry:
     wide = dict.fromkeys(item.layer for item in peaks if plan.dtype(item.layer) == "float32")
     more = f"; in float32: {', '.join(wide)}" if wide else ""
     detail = f"{told} of {PROMPTS} prompts; float16 holds {FLOAT16_MAX:.0f}{more}"
-    return LedgerEntry(ranges_stage_name(plan.name), TEXT_ENCODER, CASE, "passed", detail)
+    return LedgerEntry(ranges_comparison(plan.name), TEXT_ENCODER, CASE, "passed", detail)
 
 
 def _needed_bytes(encoder: TextEncoder) -> int:

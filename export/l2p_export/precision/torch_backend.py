@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_export.graphs.names import published_names
+from l2p_export.graphs.stored import published_places, read_published
 from l2p_runtime.backends import Array, Backend, require_arrays
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.errors import HostError
@@ -97,12 +97,9 @@ def torch_module(model: Model, network: str, weights: Path) -> nn.Module:
         )
     with torch.device("meta"):
         module = model.module(network, lambda layer: torch.float32)
-    state = {}
-    for stored in file.tensors:
-        names, values = published_names(stored), file.read(stored)
-        for name, part in zip(
-            names, np.split(values, len(names), axis=1) if names != [stored] else [values], strict=True
-        ):
-            state[name] = torch.from_numpy(np.array(part.T if name != stored else part, np.float32, order="C"))
+    state = {
+        name: torch.from_numpy(np.array(read_published(file, place), np.float32, order="C"))
+        for name, place in published_places(file).items()
+    }
     module.load_state_dict(state, assign=True)
     return module.eval()

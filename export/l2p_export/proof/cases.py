@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from l2p_runtime.captions import pad_captions
 from l2p_runtime.contract import ModelSpec, Profile
 from l2p_runtime.positions import caption_tables, rope_tables
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     Tensors = Mapping[str, NDArray[Any]]
@@ -63,21 +65,41 @@ def case_inputs(model: ModelSpec, case: Case, seed: int) -> dict[str, NDArray[An
 
     from l2p_runtime.noise import normal_noise
 
-    padded = model.padded(case.caption_tokens)
     rows, columns = (0, case.rows * model.patch_px), (0, case.columns * model.patch_px)
-    embeds = np.zeros((1, padded, model.caption_width), np.float32)
-    embeds[:, : case.caption_tokens] = normal_noise(
-        seed, image_index=1, channels=1, rows=(0, case.caption_tokens), cols=(0, model.caption_width)
-    )
-    cosine, sine = rope_tables(model, case.rows, case.columns, padded)
+    caption = (0, case.caption_tokens), (0, model.caption_width)
+    (embeds,) = normal_noise(seed, image_index=1, channels=1, rows=caption[0], cols=caption[1])
+    image = normal_noise(seed, rows=rows, cols=columns)[np.newaxis]
+    return call_inputs(model, image, 0.3 + 0.4 * (seed % 2), embeds)
+
+
+def call_inputs(
+    model: ModelSpec, image: NDArray[np.float32], time: float, prompt_embeds: NDArray[np.float32]
+) -> dict[str, NDArray[Any]]:
+    """The inputs of one denoising call: those of its networks, and the token grid.
+
+    Args:
+        model: patch size, padding and rotary axes.
+        image: noisy pixels [1,3,H,W].
+        time: t = 1 - sigma.
+        prompt_embeds: [L,C], without padding.
+
+    Returns:
+        `image`, `time` [1], `prompt_embeds` [1,T,C], `caption_mask` [1,T], `rope_cos` and `rope_sin` [S,R] float32, and
+        `grid` int64 [2]: token rows and columns.
+    """
+    import numpy as np
+
+    rows, columns = (size // model.patch_px for size in image.shape[2:])
+    padded, mask = pad_captions(model, [prompt_embeds])
+    cosine, sine = rope_tables(model, rows, columns, mask.shape[1])
     return {
-        "image": normal_noise(seed, rows=rows, cols=columns)[np.newaxis],
-        "time": np.asarray([0.3 + 0.4 * (seed % 2)], np.float32),
-        "prompt_embeds": embeds,
-        "caption_mask": np.arange(padded)[np.newaxis] < case.caption_tokens,
+        "image": image,
+        "time": np.asarray([time], np.float32),
+        "prompt_embeds": padded,
+        "caption_mask": mask,
         "rope_cos": cosine,
         "rope_sin": sine,
-        "grid": np.asarray([case.rows, case.columns], np.int64),
+        "grid": np.asarray([rows, columns], np.int64),
     }
 
 

@@ -9,7 +9,7 @@ from l2p_calib.ledger import END_TO_END, compare
 from l2p_export.proof.cases import network_inputs
 from l2p_export.proof.stored import pixel_step
 from l2p_runtime.backends import Device, Engine
-from l2p_runtime.contract import NETWORKS, LedgerEntry, NetworkSpec
+from l2p_runtime.contract import NETWORKS, BasePrecision, Comparison, LedgerEntry, NetworkSpec
 from l2p_runtime.stripes import Stripe
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def compare_networks(
-    stage: str,
-    plan: str,
+    comparison: Comparison,
+    base: BasePrecision,
     networks: Mapping[str, NetworkSpec],
     references: Mapping[str, Tensors],
     load: Callable[[str], Engine],
@@ -34,8 +34,8 @@ def compare_networks(
     nothing is loaded.
 
     Args:
-        stage: what the ledger calls the comparison.
-        plan: name of the plan, which names the threshold too.
+        comparison: what the ledger says is compared.
+        base: of the plan, which decides the threshold.
         networks: inputs and outputs of each network.
         references: case name to its inputs and torch float32 outputs.
         load: opens the plan's graph or engine of a network; one is open at a time.
@@ -51,7 +51,7 @@ def compare_networks(
     def judge(label: str, output: str, name: str, found: NDArray[Any]) -> LedgerEntry:
         reference = references[name]
         step = pixel_step(reference) if output == "head.prediction" else 1
-        return compare(reference[output], found, stage=stage, network=label, case=name, plan=plan, pixel_step=step)
+        return compare(reference[output], found, comparison, network=label, case=name, base=base, pixel_step=step)
 
     for network in NETWORKS:
         engine = load(network)

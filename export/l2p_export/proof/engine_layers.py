@@ -1,4 +1,4 @@
-"""What an opened engine computes in, layer by layer, beside what its plan says (design section 10).
+"""What an opened engine computes in, layer by layer, beside what its plan says (docs/design.md, "Read-back").
 
 A library shows the layers that it kept, and of what it fused the borders alone. So a dtype that is shown proves that
 the plan reached the kernels, and one that is not proves something only where every layer is listed.
@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from l2p_calib.ledger import build_stage_name
-from l2p_calib.plans.plan import base_plan
+from l2p_calib.plans.plan import PLANS
 from l2p_runtime.backends.trt_layers import LayerPrecision
-from l2p_runtime.contract import LedgerEntry, target_from_spelling
+from l2p_runtime.contract import LedgerEntry, PlanRef, build_comparison, target_from_spelling
 
 CASE = "layer precision"
 """What the ledger calls the reading of an engine's layers."""
@@ -26,12 +25,12 @@ _FLOATS = ("float4_e2m1fn", "float8_e4m3fn", "bfloat16", "float16", "float32")
 _OTHERS = ("int64", "int32", "int8", "uint8", "bool")
 
 
-def judge_layers(network: str, plan: str, target: str, layers: Sequence[LayerPrecision]) -> LedgerEntry:
+def judge_layers(network: str, plan: PlanRef, target: str, layers: Sequence[LayerPrecision]) -> LedgerEntry:
     """Compare the dtypes that an engine's layers output with its plan's.
 
     Args:
         network: the engine's.
-        plan: name of the plan.
+        plan: the engine's.
         target: the engine's, as `rtx1.7-sm89`.
         layers: as the library tells them.
 
@@ -40,27 +39,25 @@ def judge_layers(network: str, plan: str, target: str, layers: Sequence[LayerPre
         all layers are listed and none outputs another. Failed where all are listed, and none outputs a dtype of the
         plan but float32: the library fell back. Not run where the layers do not tell.
     """
-    status, reason = _judge(plan, target, layers)
-    return LedgerEntry(build_stage_name(plan, target), network, CASE, status, reason)
+    status, reason = _judge(PLANS[plan.base].dtypes, target, layers)
+    return LedgerEntry(build_comparison(plan.name, target), network, CASE, status, reason)
 
 
 def layers_not_read(network: str, plan: str, target: str) -> LedgerEntry:
     """The entry of an engine that no stored case was run on, and that was not opened for its layers alone."""
     reason = "no stored case was run on this engine, and it was not opened"
-    return LedgerEntry(build_stage_name(plan, target), network, CASE, "not run", reason)
+    return LedgerEntry(build_comparison(plan, target), network, CASE, "not run", reason)
 
 
 def _judge(
-    plan: str, target: str, layers: Sequence[LayerPrecision]
+    dtypes: Sequence[str], target: str, layers: Sequence[LayerPrecision]
 ) -> tuple[Literal["passed", "failed", "not run"], str]:
     counts = Counter(dtype for layer in layers for dtype in set(layer.outputs))
     found = [dtype for dtype in _FLOATS if counts[dtype]]
     told = _counted(layers, counts)
-    base = base_plan(plan)
-    if not found or base is None:
-        why = "the dtypes of this plan are not known here" if found else "the library tells no layer's precision"
-        return "not run", f"{why}: {told}"
-    wanted = [dtype for dtype in _FLOATS if dtype in base.dtypes]
+    if not found:
+        return "not run", f"the library tells no layer's precision: {told}"
+    wanted = [dtype for dtype in _FLOATS if dtype in dtypes]
     is_listed = target_from_spelling(target).backend == "tensorrt" and _all_listed(layers)
     if wanted == ["float32"]:
         if is_listed and found == wanted:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import END_TO_END, graph_stage_name, not_run, require_passed, threshold_of
+from l2p_calib.ledger import END_TO_END, not_run, require_passed, threshold_of
 from l2p_engines.store.stages import Made, StageRunner, named_by_content
 from l2p_export.proof.cases import (
     Case,
@@ -17,7 +17,15 @@ from l2p_export.proof.reference import References
 from l2p_export.proof.stored import write_case
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import NETWORKS, FileRecord, GraphRecord, LedgerEntry, ReferenceCase
+from l2p_runtime.contract import (
+    NETWORKS,
+    BasePrecision,
+    FileRecord,
+    GraphRecord,
+    LedgerEntry,
+    ReferenceCase,
+    graph_comparison,
+)
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import UnsupportedError
 
@@ -50,6 +58,7 @@ def prove(
     run: StageRunner,
     references: References,
     graphs: Sequence[GraphRecord],
+    bases: Mapping[str, BasePrecision],
     files: Mapping[str, FileRecord],
     backend: Backend,
     reporter: Reporter,
@@ -60,6 +69,7 @@ def prove(
         run: keeps stages.
         references: cases and what is expected of them.
         graphs: of every network and plan.
+        bases: name of each plan to its base, which decides thresholds.
         files: path to record of the graphs' files.
         backend: runs the graphs.
         reporter: shows the calls.
@@ -73,7 +83,9 @@ def prove(
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "cases": cases,
         "left": [[reason, left] for reason, left in too_large],
-        "thresholds": {plan: [threshold_of(plan, network) for network in (*NETWORKS, END_TO_END)] for plan in plans},
+        "thresholds": {
+            plan: [threshold_of(bases[plan], network) for network in (*NETWORKS, END_TO_END)] for plan in plans
+        },
         "backend": backend.identity,
         "tools": toolchain(),
     }
@@ -83,15 +95,15 @@ def prove(
             entry
             for plan in plans
             for reason, left in too_large
-            for entry in not_run(graph_stage_name(plan), left, reason)
+            for entry in not_run(graph_comparison(plan), left, reason)
         ]
         if not cases:
             return Made(facts=_Facts((), tuple(ledger)))
         results = references.results()
         for plan in plans:
             of_plan = {record.network: record for record in graphs if record.plan == plan}
-            ledger += _compare(run, loaded, plan, of_plan, files, backend, results, reporter)
-        require_passed(ledger)
+            ledger += _compare(run, loaded, plan, bases[plan], of_plan, files, backend, results, reporter)
+        require_passed(ledger, bases)
         stored, made = _store(cases, results, work, loaded.model.spec.patch_px)
         return Made("reference", tuple(made), _Facts(tuple(stored), tuple(ledger)))
 
@@ -104,6 +116,7 @@ def _compare(
     run: StageRunner,
     loaded: LoadedModel,
     plan: str,
+    base: BasePrecision,
     graphs: Mapping[str, GraphRecord],
     files: Mapping[str, FileRecord],
     backend: Backend,
@@ -116,12 +129,12 @@ def _compare(
         record = graphs[network]
         return backend.load(run.path(files[record.graph]), run.path(files[record.weights]), networks[network])
 
-    stage = graph_stage_name(plan)
+    comparison = graph_comparison(plan)
     with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
         try:
-            return compare_networks(stage, plan, networks, references, load, backend.device, advance)
+            return compare_networks(comparison, base, networks, references, load, backend.device, advance)
         except UnsupportedError as error:
-            return not_run(stage, list(references), str(error))
+            return not_run(comparison, list(references), str(error))
 
 
 def _store(
@@ -131,10 +144,10 @@ def _store(
     for seed, case in enumerate(cases):
         if not case.stored:
             continue
-        partial = work / case.name
-        write_case(partial, references[case.name], seed)
-        digest = file_digest(partial)
-        path = named_by_content(partial, f"{case.name}.safetensors", digest)
+        written = work / case.name
+        write_case(written, references[case.name], seed)
+        digest = file_digest(written)
+        path = named_by_content(written, f"{case.name}.safetensors", digest)
         size = (case.rows * patch_px, case.columns * patch_px)
         stored.append(ReferenceCase(case.name, f"reference/{path.name}", *size, case.caption_tokens))
         files.append((path, digest))

@@ -94,9 +94,7 @@ def _wanted(bundle: Bundle, case: ReferenceCase, *, by_seed: bool) -> dict[str, 
     """Dtype and shape of every tensor of the file, from the networks' inputs and outputs; nothing is allocated."""
     manifest, model = bundle.manifest, bundle.manifest.model
     rows, columns = case.height_px // model.patch_px, case.width_px // model.patch_px
-    caption, unit = model.padded(case.caption_tokens), model.head.row_multiple
-    sizes = {"B": 1, "s": model.padded(rows * columns) + caption, "t": caption // model.sequence_multiple}
-    sizes |= {"h": rows // unit, "w": columns // unit, "r": rows // unit}
+    sizes = model.symbols(1, (rows, columns), model.padded(case.caption_tokens), rows)
     # The stem's rotary tables are those of the whole sequence; the caption network reads the end of them.
     inputs = {spec.name: spec for name in ("caption", "stem") for spec in manifest.network(name).inputs}
     del inputs["caption"]

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.ledger import compare, graph_stage_name, require_passed, threshold_of
+from l2p_calib.ledger import compare, require_passed, threshold_of
 from l2p_engines.store.stages import Made, StageRunner, named_by_content
 from l2p_export.families.qwen3.folder import torch_text_encoder
 from l2p_export.proof.compare import run_engine
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
-from l2p_runtime.contract import TEXT_ENCODER, FileRecord, GraphRecord, LedgerEntry, TextRecord
+from l2p_runtime.contract import (
+    TEXT_ENCODER,
+    BasePrecision,
+    Comparison,
+    FileRecord,
+    GraphRecord,
+    LedgerEntry,
+    TextRecord,
+    graph_comparison,
+)
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import ArtifactError, UnsupportedError
 from l2p_runtime.memory import available_host_bytes
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from l2p_export.families.qwen3.folder import TextEncoder
     from l2p_runtime.backends import Backend
     from l2p_runtime.bundle import Bundle
+    from l2p_runtime.networks import OpenedPlan
     from l2p_runtime.progress import Reporter
 
     Tensors = Mapping[str, NDArray[Any]]
@@ -44,36 +54,36 @@ class _Facts:
     ledger: tuple[LedgerEntry, ...]
 
 
-def verify_text(bundle: Bundle, backend: Backend, stage: str, plan: str) -> list[LedgerEntry]:
+def verify_text(opened: OpenedPlan, comparison: Comparison) -> list[LedgerEntry]:
     """Run the stored case of a bundle's text encoder under one plan; nothing without an encoder.
 
     Args:
-        bundle: the bundle.
-        backend: what runs its graph or its engine.
-        stage: what the ledger calls the comparison.
-        plan: name of the plan.
+        opened: the bundle's plan, and the backend that runs its graph or its engine.
+        comparison: what the ledger says is compared.
 
     Raises:
         ArtifactError: the reference file is damaged.
     """
-    text = bundle.manifest.text
+    text = opened.manifest.text
     if text is None:
         return []
     if text.reference is None:
         reason = "no stored reference; the encoder did not fit the memory of the machine that built the bundle"
-        return [_not_run(stage, reason)]
-    case = _read_case(bundle, text)
-    engine = load_network(bundle, backend, TEXT_ENCODER, plan)
+        return [_not_run(comparison, reason)]
+    case = _read_case(opened.bundle, text)
+    engine = load_network(opened, TEXT_ENCODER)
     try:
-        return [_compare(case, run_engine(engine, backend.device, _inputs(case)), stage, plan)]
+        made = run_engine(engine, opened.backend.device, _inputs(case))
+        return [_compare(case, made, comparison, opened.base)]
     finally:
         engine.close()
 
 
-def _prove(
+def prove_text(
     run: StageRunner,
     encoder: TextEncoder,
     graphs: Sequence[GraphRecord],
+    bases: Mapping[str, BasePrecision],
     files: Mapping[str, FileRecord],
     backend: Backend,
     reporter: Reporter,
@@ -84,7 +94,7 @@ def _prove(
     inputs = {
         "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
         "fits": fits,
-        "thresholds": {record.plan: threshold_of(record.plan, TEXT_ENCODER) for record in graphs},
+        "thresholds": {record.plan: threshold_of(bases[record.plan], TEXT_ENCODER) for record in graphs},
         "backend": backend.identity,
         "tools": toolchain(),
     }
@@ -92,27 +102,27 @@ def _prove(
     def make(work: Path) -> Made:
         if not fits:
             reason = f"the text encoder in float32 takes about {needed:,} bytes here, more than are free"
-            return Made(facts=_Facts(tuple(_not_run(graph_stage_name(record.plan), reason) for record in graphs)))
+            return Made(facts=_Facts(tuple(_not_run(graph_comparison(record.plan), reason) for record in graphs)))
         with reporter.stage("text reference in torch float32", 1, "calls") as advance:
             case = _reference(encoder)
             advance(1)
         ledger = []
         for record in graphs:
             with reporter.stage(f"text ledger {record.plan}", 1, "calls") as advance:
-                stage = graph_stage_name(record.plan)
+                comparison = graph_comparison(record.plan)
                 paths = run.path(files[record.graph]), run.path(files[record.weights])
                 try:
                     engine = backend.load(*paths, encoder.model.network)
                 except UnsupportedError as error:
-                    ledger.append(_not_run(stage, str(error)))
+                    ledger.append(_not_run(comparison, str(error)))
                     continue
                 try:
                     made = run_engine(engine, backend.device, _inputs(case))
-                    ledger.append(_compare(case, made, stage, record.plan))
+                    ledger.append(_compare(case, made, comparison, bases[record.plan]))
                 finally:
                     engine.close()
                 advance(1)
-        require_passed(ledger)
+        require_passed(ledger, bases)
         write_tensorfile(work / CASE, case)
         digest = file_digest(work / CASE)
         path = named_by_content(work / CASE, f"{CASE}.safetensors", digest)
@@ -122,8 +132,8 @@ def _prove(
     return stage.files, from_json(_Facts, stage.facts).ledger
 
 
-def _not_run(stage: str, reason: str) -> LedgerEntry:
-    return LedgerEntry(stage, TEXT_ENCODER, CASE, "not run", reason)
+def _not_run(comparison: Comparison, reason: str) -> LedgerEntry:
+    return LedgerEntry(comparison, TEXT_ENCODER, CASE, "not run", reason)
 
 
 def _reference(encoder: TextEncoder) -> dict[str, NDArray[Any]]:
@@ -145,11 +155,11 @@ def _inputs(case: Tensors) -> dict[str, NDArray[Any]]:
     return {"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]}
 
 
-def _compare(case: Tensors, made: Tensors, stage: str, plan: str) -> LedgerEntry:
+def _compare(case: Tensors, made: Tensors, comparison: Comparison, base: BasePrecision) -> LedgerEntry:
     """Rows of padding are thrown away by the runtime, and are not compared."""
     real = case["attention_mask"] != 0
     expected, found = case["prompt_embeds"][real], made["prompt_embeds"][real]
-    return compare(expected, found, stage=stage, network=TEXT_ENCODER, case=CASE, plan=plan)
+    return compare(expected, found, comparison, network=TEXT_ENCODER, case=CASE, base=base)
 
 
 def _read_case(bundle: Bundle, text: TextRecord) -> dict[str, NDArray[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.ledger import END_TO_END, build_stage_name, engine_stage_name, graph_stage_name, not_run
+from l2p_calib.ledger import END_TO_END, not_run
 from l2p_export.proof.compare import compare_networks
 from l2p_export.proof.engine_layers import judge_layers, layers_not_read
 from l2p_export.proof.stored import read_case
@@ -17,14 +17,26 @@ from l2p_runtime.backends.trt_engine import TrtEngine
 from l2p_runtime.contract import (
     NETWORKS,
     TEXT_ENCODER,
+    Comparison,
     EngineRecord,
     LedgerEntry,
     Manifest,
     NetworkSpec,
     ReferenceCase,
+    build_comparison,
+    engine_comparison,
+    graph_comparison,
 )
 from l2p_runtime.errors import HostError, UnsupportedError, UsageError
-from l2p_runtime.networks import engine_record, head_rows_max, load_network, open_for, require_sizes, runnable_plans
+from l2p_runtime.networks import (
+    OpenedPlan,
+    engine_record,
+    head_rows_max,
+    load_network,
+    open_plan,
+    require_sizes,
+    runnable_plans,
+)
 from l2p_runtime.stripes import Stripe, plan_stripes
 
 if TYPE_CHECKING:
@@ -51,84 +63,87 @@ def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Repo
         UsageError: no such plan.
         HostError: the backend cannot run here.
     """
-    opened, first = open_for(bundle, backend, 0, plan)
-    plans = [first] if plan else runnable_plans(bundle.manifest, opened)
-    ledger = [entry for name in plans for entry in _verify_plan(bundle, opened, name, reporter)]
-    return [*ledger, *_left(bundle.manifest, opened, plan, ledger)]
+    opened = open_plan(bundle, backend, 0, plan)
+    plans = [opened.plan] if plan else runnable_plans(bundle, opened.backend)
+    ledger = [entry for name in plans for entry in _verify_plan(opened.of_plan(name), reporter)]
+    return [*ledger, *_left(bundle.manifest, opened.backend, plan, ledger)]
 
 
-def _verify_plan(bundle: Bundle, backend: Backend, plan: str, reporter: Reporter) -> list[LedgerEntry]:
+def _verify_plan(opened: OpenedPlan, reporter: Reporter) -> list[LedgerEntry]:
     """The ledger of one plan's graphs, or of its engines where the backend runs these."""
-    manifest, target = bundle.manifest, backend.target
-    stage = graph_stage_name(plan) if target is None else engine_stage_name(plan, target.spelling)
+    manifest, target, plan = opened.manifest, opened.backend.target, opened.plan
+    comparison = graph_comparison(plan) if target is None else engine_comparison(plan, target.spelling)
     networks = {spec.name: spec for spec in manifest.networks}
     references, stripes, refused = {}, {}, []
     for case in manifest.references:
         try:
-            stripes[case.name] = _stripes(manifest, backend, plan, case)
+            stripes[case.name] = _stripes(opened, case)
         except UsageError as error:
-            refused += not_run(stage, [case.name], str(error))
+            refused += not_run(comparison, [case.name], str(error))
         else:
-            references[case.name] = read_case(bundle, case)
+            references[case.name] = read_case(opened.bundle, case)
     layers: list[LedgerEntry] = []
-    reading = _reading_layers(backend, plan, layers)
+    reading = _reading_layers(opened, layers)
 
     def load(network: str) -> Engine:
-        return load_network(bundle, reading, network, plan)
+        return load_network(reading, network)
 
     with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
         try:
-            found = compare_networks(stage, plan, networks, references, load, backend.device, advance, stripes)
-            found += verify_text(bundle, reading, stage, plan)
+            found = compare_networks(
+                comparison, opened.base, networks, references, load, opened.backend.device, advance, stripes
+            )
+            found += verify_text(reading, comparison)
         except UnsupportedError as error:
-            found = not_run(stage, list(references), str(error))
-    return [*found, *refused, *layers, *_layers_not_read(manifest, backend, plan, layers)]
+            found = not_run(comparison, list(references), str(error))
+    return [*found, *refused, *layers, *_layers_not_read(opened, layers)]
 
 
-def _stripes(manifest: Manifest, backend: Backend, plan: str, case: ReferenceCase) -> tuple[Stripe, ...]:
+def _stripes(opened: OpenedPlan, case: ReferenceCase) -> tuple[Stripe, ...]:
     """How the pixel head is cut in a case: into what its engine takes at once; a graph takes it whole.
 
     Raises:
         UsageError: the engines do not take this size.
     """
-    model = manifest.model
+    model = opened.manifest.model
     rows, columns = case.height_px // model.patch_px, case.width_px // model.patch_px
     stripes: tuple[Stripe, ...] = (Stripe(0, rows, 0, rows),)
-    if backend.target is not None:
-        rows_max = head_rows_max(engine_record(manifest, backend, "head", plan), 1, columns)
+    if opened.runs_engines:
+        rows_max = head_rows_max(engine_record(opened, "head"), 1, columns)
         try:
             stripes = plan_stripes(model.head, rows, 1, rows_max)
         except HostError as error:
             raise UsageError(
                 f"the engine of `head` takes {rows_max} token rows at once, too few to cut {rows}"
             ) from error
-    require_sizes(manifest, backend, plan, 1, (rows, columns), model.padded(case.caption_tokens), stripes)
+    require_sizes(opened, 1, (rows, columns), model.padded(case.caption_tokens), stripes)
     return stripes
 
 
-def _reading_layers(backend: Backend, plan: str, entries: list[LedgerEntry]) -> Backend:
-    """The backend, adding to `entries` what every engine that it opens computes in."""
-    open_engine = backend.load_engine
+def _reading_layers(opened: OpenedPlan, entries: list[LedgerEntry]) -> OpenedPlan:
+    """The same plan, adding to `entries` what every engine that is opened computes in."""
+    open_engine = opened.backend.load_engine
     if open_engine is None:
-        return backend
+        return opened
+    plan = opened.manifest.plan(opened.plan)
 
-    def opened(path: Path, record: EngineRecord, spec: NetworkSpec) -> Engine:
+    def read(path: Path, record: EngineRecord, spec: NetworkSpec) -> Engine:
         engine = open_engine(path, record, spec)
         if isinstance(engine, TrtEngine):
             entries.append(judge_layers(spec.name, plan, record.target, engine.layers()))
         return engine
 
-    return replace(backend, load_engine=opened)
+    return replace(opened, backend=replace(opened.backend, load_engine=read))
 
 
-def _layers_not_read(manifest: Manifest, backend: Backend, plan: str, read: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+def _layers_not_read(opened: OpenedPlan, read: Sequence[LedgerEntry]) -> list[LedgerEntry]:
     """Entries for the engines of a plan that nothing was run on."""
-    if backend.target is None:
+    if not opened.runs_engines:
         return []
     done = {entry.network for entry in read}
-    networks = (*NETWORKS, *((TEXT_ENCODER,) if manifest.text is not None else ()))
+    networks = (*NETWORKS, *((TEXT_ENCODER,) if opened.manifest.text is not None else ()))
     return [
-        layers_not_read(network, plan, engine_record(manifest, backend, network, plan).target)
+        layers_not_read(network, opened.plan, engine_record(opened, network).target)
         for network in networks
         if network not in done
     ]
@@ -136,35 +151,39 @@ def _layers_not_read(manifest: Manifest, backend: Backend, plan: str, read: Sequ
 
 def _left(manifest: Manifest, backend: Backend, plan: str | None, ledger: Sequence[LedgerEntry]) -> list[LedgerEntry]:
     """What the bundle's own ledger holds of the plan, or of all, and this machine did not run."""
-    run = {entry.stage for entry in ledger}
+    run = {entry.comparison for entry in ledger}
     cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
-    chosen = {graph_stage_name(ref.name) for ref in manifest.plans if plan in (None, ref.name)}
+    chosen = {graph_comparison(ref.name) for ref in manifest.plans if plan in (None, ref.name)}
     replaced = _outputs_compared(manifest, backend, ledger)
     left = [
         entry
         for entry in manifest.ledger
-        if (entry.stage in chosen and (entry.stage not in run or entry.case not in cases))
+        if (entry.comparison in chosen and (entry.comparison not in run or entry.case not in cases))
         or (
-            entry.stage.endswith(" engine")
-            and (plan is None or entry.stage.startswith(f"{plan} "))
-            and (entry.stage, entry.network, entry.case) not in replaced
+            entry.comparison.subject == "engine"
+            and plan in (None, entry.comparison.plan)
+            and (entry.comparison, entry.network, entry.case) not in replaced
         )
     ]
-    once = dict.fromkeys((e.stage, END_TO_END if e.stage in chosen else e.network, e.case, e.status) for e in left)
+    once = dict.fromkeys(
+        (e.comparison, END_TO_END if e.comparison in chosen else e.network, e.case, e.status) for e in left
+    )
     return [
-        LedgerEntry(stage, network, case, "not run", f"not run here; `{status}` when the bundle was built")
-        for stage, network, case, status in once
+        LedgerEntry(comparison, network, case, "not run", f"not run here; `{status}` when the bundle was built")
+        for comparison, network, case, status in once
     ]
 
 
-def _outputs_compared(manifest: Manifest, backend: Backend, ledger: Sequence[LedgerEntry]) -> set[tuple[str, str, str]]:
-    """Stage, network and case of what the build left to the GPU, and was compared here."""
+def _outputs_compared(
+    manifest: Manifest, backend: Backend, ledger: Sequence[LedgerEntry]
+) -> set[tuple[Comparison, str, str]]:
+    """Comparison, network and case of what the build left to the GPU, and was compared here."""
     if backend.target is None:
         return set()
-    compared = {(entry.stage, entry.network) for entry in ledger if entry.status != "not run"}
+    compared = {(entry.comparison, entry.network) for entry in ledger if entry.status != "not run"}
     return {
-        (build_stage_name(record.plan, record.target), record.network, BUILT_OUTPUTS)
+        (build_comparison(record.plan, record.target), record.network, BUILT_OUTPUTS)
         for record in manifest.engines
-        if (engine_stage_name(record.plan, backend.target.spelling), record.network) in compared
+        if (engine_comparison(record.plan, backend.target.spelling), record.network) in compared
         and record == manifest.engine(record.network, record.plan, backend.target)
     }

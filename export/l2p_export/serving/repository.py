@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_engines.store.files import locked
+from l2p_engines.store.locks import locked
 from l2p_export.build.pack import pack, pack_manifest
 from l2p_export.serving.configs import (
     DIGEST,
@@ -46,6 +46,7 @@ from l2p_runtime.contract import (
     target_from_spelling,
 )
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, UsageError
+from l2p_runtime.files import atomic_folder, sweep_partials, write_bytes
 from l2p_runtime.memory import parse_bytes
 from l2p_runtime.requests import check_size
 from l2p_runtime.serving import Limits, ServiceSpec
@@ -136,6 +137,8 @@ def write_repository(
         shared: Path | None = None
         for name, config in configs.items():
             folder = root / name
+            for place in (folder, folder / WARM_UP_FOLDER):
+                sweep_partials(place)
             if not _is_current(folder, digest, spec.bundle_at):
                 new.append(name)
                 with _new_version(folder) as version:
@@ -270,6 +273,7 @@ def _fill_network_version(version: Path, bundle: Bundle, records: Sequence[Engin
     digests = {file.path: file.sha256 for file in bundle.manifest.files}
     for record in records:
         written = version / plan_file(record)
+        # The folder of the version is synced with all that is in it.
         shutil.copyfile(bundle.path(record.engine), written)
         if file_digest(written) != digests[record.engine]:
             raise HostError(f"`{written}` was not written as it was read", hint="check the disk")
@@ -283,18 +287,10 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-@contextmanager
-def _new_version(folder: Path) -> Iterator[Path]:
+def _new_version(folder: Path) -> AbstractContextManager[Path]:
     """A folder to fill; it becomes the next version when that is done."""
-    number = _latest(folder) + 1
-    partial = folder / f".{number}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(folder / str(number))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return atomic_folder(folder / str(_latest(folder) + 1))
 
 
 def _drop_old_versions(folder: Path) -> None:
@@ -352,6 +348,4 @@ def _write(path: Path, data: bytes) -> None:
     """Replace a file whole."""
     if path.is_file() and path.read_bytes() == data:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_bytes(path, data)

@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """MD5 over tensor names and shapes, which identifies a published architecture (l2p.md 2.3).
+    """MD5 over tensor names and shapes, which identifies a published architecture (docs/model.md, "Fingerprints").
 
     For every tensor the name and `name:d0_d1_...`; all sorted and joined by commas. Blind to values and dtypes.
     """

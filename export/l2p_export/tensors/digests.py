@@ -27,7 +27,8 @@ class WeightDigests:
     Attributes:
         groups: name of a group, and the digest over its tensors in sorted order: name in UTF-8, a zero byte, values as
             little-endian float32. Files that store equal values in other dtypes or spellings agree.
-        trunk_sha256: the trunk digest, over values rounded to BF16 (design section 5); empty without a trunk.
+        trunk_sha256: the trunk digest, over values rounded to BF16 (docs/design.md, "Trunk digest"); empty without a
+            trunk.
     """
 
     groups: tuple[tuple[str, str], ...]
@@ -108,7 +109,8 @@ def _digests(
 def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) -> str:
     """SHA-256 over tensors in sorted order, values rounded to BF16, so that F32 and BF16 copies agree.
 
-    Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16 (design section 5).
+    Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16
+    (docs/design.md, "Trunk digest").
     """
     import ml_dtypes
 

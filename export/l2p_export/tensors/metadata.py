@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in its text metadata (design section 7)."""
+"""What a checkpoint says of itself in its text metadata (docs/design.md, "Profiles")."""
 
 from __future__ import annotations
 

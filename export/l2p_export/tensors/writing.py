@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.fp8 import encoded
 from l2p_runtime.errors import ArtifactError
+from l2p_runtime.files import atomic_file
 from l2p_runtime.tensorfile import TensorInfo, header_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def write_weights(
 ) -> tuple[str, dict[str, TensorInfo]]:
     """Write tensors one after the other, converted chunk by chunk, and look for NaN and Inf on the way.
 
+    The file appears whole or not at all.
+
     Args:
         path: file to write; replaced if it is there.
         tensors: published name to source, in the order to write.
@@ -45,7 +47,7 @@ def write_weights(
     """
     header, places = header_bytes([(name, dtypes[name], source.shape) for name, source in tensors.items()], metadata)
     digest = hashlib.sha256(header)
-    with path.open("wb") as file:
+    with atomic_file(path) as file:
         file.write(header)
         for name, source in tensors.items():
             for chunk in source.chunks():
@@ -53,8 +55,6 @@ def write_weights(
                 digest.update(data)
                 file.write(data)
                 advance(len(data))
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest(), places
 
 

@@ -1,4 +1,7 @@
-"""Flow matching: the noise levels that training draws, and the Euler steps that a sampler takes (l2p.md 4.1)."""
+"""Flow matching: the noise levels that training draws, and the Euler steps that a sampler takes.
+
+Source: docs/model.md, "Schedule and sampler".
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def sample(
         predict: (mixed, time [B], with the caption or without) to x0 - noise.
         noise: unit normal values.
         steps: calls with the caption.
-        guidance: s in v_without + s (v_with - v_without); 1 makes no calls without a caption (l2p.md 4.1).
+        guidance: s in v_without + s (v_with - v_without); 1 makes no calls without a caption
+            (docs/model.md, "Schedule and sampler").
         shift: of the schedule.
     """
     x, levels = noise, sigmas(steps, shift)

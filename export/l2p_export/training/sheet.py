@@ -17,6 +17,7 @@ from l2p_export.training.loop.loop import PROGRESS_NAME
 from l2p_export.world.judge import judge
 from l2p_export.world.scenes import Description, draw_description
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import atomic_file
 from l2p_runtime.noise import normal_noise
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def write_plot(folder: Path) -> None:
         right.plot(points[:, 0], points[:, 2], label="held-out captions")
         right.legend()
     right.set(xlabel="step", ylabel="right, by the judge", ylim=(0, 1))
-    FigureCanvasAgg(figure).print_png(str(folder / PLOT_NAME))
+    with atomic_file(folder / PLOT_NAME) as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def show_samples(folder: Path, step: int, images: NDArray[np.uint8], descriptions: Sequence[Description]) -> None:
@@ -95,7 +97,9 @@ def show_samples(folder: Path, step: int, images: NDArray[np.uint8], description
         writer.writerow((step, f"{passed[:half].mean():.4f}", f"{passed[half:].mean():.4f}"))
     columns = min(SHEET_COLUMNS, len(images))
     rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
-    Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape])).save(folder / "samples.png")
+    sheet = Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape]))
+    with atomic_file(folder / "samples.png") as file:
+        sheet.save(file, "PNG")
     write_plot(folder)
 
 

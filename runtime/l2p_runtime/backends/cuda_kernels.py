@@ -48,7 +48,7 @@ class CudaKernels:
         self._table = upload(_noise_table())
 
     def noise(self, out: CudaArray, seed: int, image_index: int) -> None:
-        """Fill out [3,H,W] float32 with the standard normal noise of a seed (design section 9).
+        """Fill out [3,H,W] float32 with the standard normal noise of a seed (docs/design.md, "Seed contract").
 
         Raises:
             UsageError: the seed or the index is out of range.

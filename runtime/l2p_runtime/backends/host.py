@@ -72,7 +72,7 @@ class HostDevice:
 
 
 def noise(out: NDArray[np.float32], seed: int, image_index: int) -> None:
-    """Fill out [3,H,W] with the standard normal noise of a seed (design section 9)."""
+    """Fill out [3,H,W] with the standard normal noise of a seed (docs/design.md, "Seed contract")."""
     from l2p_runtime.noise import normal_noise
 
     channels, rows, columns = out.shape

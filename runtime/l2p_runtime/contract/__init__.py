@@ -14,6 +14,15 @@ from l2p_runtime.contract.engine import (
     short_version,
     target_from_spelling,
 )
+from l2p_runtime.contract.ledger import (
+    Comparison,
+    LedgerEntry,
+    build_comparison,
+    engine_comparison,
+    graph_comparison,
+    pictures_comparison,
+    ranges_comparison,
+)
 from l2p_runtime.contract.manifest import (
     MANIFEST_NAME,
     NETWORKS,
@@ -23,7 +32,6 @@ from l2p_runtime.contract.manifest import (
     EngineRecord,
     FileRecord,
     GraphRecord,
-    LedgerEntry,
     Manifest,
     PlanRef,
     ReferenceCase,
@@ -33,10 +41,12 @@ from l2p_runtime.contract.manifest import (
     manifest_to_bytes,
 )
 from l2p_runtime.contract.model import HeadSpec, ModelSpec, Positions, RotarySpec
+from l2p_runtime.contract.precision import BASE_PRECISIONS, Arithmetic, BasePrecision, arithmetic, base_of_name
 from l2p_runtime.contract.profile import Profile, Range, Sampling
 from l2p_runtime.contract.tensors import DType, NetworkSpec, TensorSpec, split_dim
 
 __all__ = [
+    "BASE_PRECISIONS",
     "CAPABILITIES",
     "ENGINE_BACKENDS",
     "LIBRARY_TITLES",
@@ -45,7 +55,10 @@ __all__ = [
     "PORTABLE",
     "SCHEMA",
     "TEXT_ENCODER",
+    "Arithmetic",
+    "BasePrecision",
     "CheckpointRecord",
+    "Comparison",
     "DType",
     "EngineBackend",
     "EngineProfile",
@@ -68,10 +81,17 @@ __all__ = [
     "Target",
     "TensorSpec",
     "TextRecord",
+    "arithmetic",
+    "base_of_name",
+    "build_comparison",
     "bundle_digest",
     "engine_backend",
+    "engine_comparison",
+    "graph_comparison",
     "manifest_from_bytes",
     "manifest_to_bytes",
+    "pictures_comparison",
+    "ranges_comparison",
     "require_capability",
     "short_version",
     "split_dim",

@@ -1,4 +1,7 @@
-"""What an engine is built for and what it runs on, as bundles say it (design sections 2 and 7)."""
+"""What an engine is built for and what it runs on, as bundles say it.
+
+The words are those of docs/design.md, "Words" and "Profiles".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bundle.json`: everything a bundle says about itself (design section 6)."""
+"""`bundle.json`: everything a bundle says about itself (docs/design.md, "Bundle")."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.contract.engine import PORTABLE, EngineProfile, Target, short_version, target_from_spelling
+from l2p_runtime.contract.ledger import LedgerEntry, comparison_of_text
 from l2p_runtime.contract.model import ModelSpec
+from l2p_runtime.contract.precision import BasePrecision, base_of_name
 from l2p_runtime.contract.profile import Profile, Sampling
 from l2p_runtime.contract.tensors import NetworkSpec
 from l2p_runtime.errors import ArtifactError, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of `bundle.json`. Schema 1 still opens: it named comparisons by texts, and plans' bases by their names."""
 MANIFEST_NAME = "bundle.json"
 NETWORKS = ("caption", "stem", "trunk", "tail", "head")
 """The networks of one denoising call, in the order the data takes."""
@@ -61,11 +63,13 @@ class PlanRef:
     """A precision plan by name, with the digest of its content.
 
     Attributes:
+        base: what it was made from; decides thresholds and what a GPU must have.
         file: path of the whole plan, layer by layer; None for one that its name says all of.
     """
 
     name: str
     digest: str
+    base: BasePrecision
     file: str | None = None
 
 
@@ -115,7 +119,7 @@ class CheckpointRecord:
     """Where the weights come from.
 
     Attributes:
-        fingerprint: MD5 over tensor names and shapes, published spelling (l2p.md 2.3).
+        fingerprint: MD5 over tensor names and shapes, published spelling (docs/model.md, "Fingerprints").
         known_as: the published model with that fingerprint; empty when unknown.
         trained: False for the seeded demo weights, which draw noise.
         licence: as stated in the checkpoint; empty when it states none.
@@ -207,31 +211,6 @@ class TextRecord:
             )
         if sorted(record.plan for record in self.graphs) != sorted(plan.name for plan in plans):
             raise ArtifactError("the text encoder has graphs for other plans than the bundle")
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerEntry:
-    """How far one stage is from the one before it on one case.
-
-    Attributes:
-        stage: the two stages compared, as in `torch float32 -> fp16 graph`.
-        network: one of `NETWORKS`, `text_encoder`, or `end-to-end`.
-        relative: L2 norm of the difference over that of the expected values.
-        psnr_db: peak signal to noise, the peak being the largest expected magnitude, of pictures 255; 999 if equal.
-        threshold: the largest `relative` that passes.
-        reason: why the threshold is what it is, what was found where there is none, or why nothing was run.
-    """
-
-    stage: str
-    network: str
-    case: str
-    status: Literal["passed", "failed", "not run"]
-    reason: str
-    threshold: float | None = None
-    max_abs: float | None = None
-    relative: float | None = None
-    cosine: float | None = None
-    psnr_db: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,16 +362,35 @@ def manifest_from_bytes(data: bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{MANIFEST_NAME}` is not JSON: {error}", hint="build the bundle again") from error
     schema = parsed.get("schema") if isinstance(parsed, dict) else None
-    if schema != SCHEMA:
+    if schema not in (1, SCHEMA):
         raise ArtifactError(
-            f"`{MANIFEST_NAME}` has schema version {schema!r}, this version reads {SCHEMA}",
+            f"`{MANIFEST_NAME}` has schema version {schema!r}, this version reads 1 and {SCHEMA}",
             hint="open it with the version of l2p-export that built it, or build it again",
         )
     try:
-        return from_json(Manifest, parsed)
+        return from_json(Manifest, _upgraded(parsed) if schema == 1 else parsed)
     except UsageError as error:
         # Specs that are a caller's fault elsewhere are the file's fault here.
         raise ArtifactError(f"`{MANIFEST_NAME}`: {error}", hint="build the bundle again") from error
+
+
+def _upgraded(parsed: dict[str, object]) -> dict[str, object]:
+    """A manifest of schema 1 in the terms of this version; what has another form than expected is left as it is."""
+
+    def plan(item: dict[str, object]) -> dict[str, object]:
+        base = base_of_name(str(item.get("name")))
+        return item if base is None else {**item, "base": base}
+
+    def entry(item: dict[str, object]) -> dict[str, object]:
+        others = {key: value for key, value in item.items() if key != "stage"}
+        return {"comparison": to_json(comparison_of_text(str(item["stage"]))), **others} if "stage" in item else item
+
+    upgraded = {**parsed, "schema": SCHEMA}
+    for key, change in (("plans", plan), ("ledger", entry)):
+        found = parsed.get(key)
+        if isinstance(found, list):
+            upgraded[key] = [change(item) if isinstance(item, dict) else item for item in found]
+    return upgraded
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

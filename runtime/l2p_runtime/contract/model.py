@@ -65,7 +65,7 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Family, variant and dimensions of one model (design sections 2 and 5).
+    """Family, variant and dimensions of one model (docs/design.md, "Words" and "Networks").
 
     Attributes:
         trunk_layers: first layer of the trunk and the one after its last.
@@ -116,6 +116,30 @@ class ModelSpec:
     def padded(self, tokens: int) -> int:
         """`tokens` rounded up to the sequence multiple."""
         return -(-tokens // self.sequence_multiple) * self.sequence_multiple
+
+    def symbols(self, batch: int, grid: tuple[int, int], caption_tokens: int, head_rows: int) -> dict[str, int]:
+        """The value of every symbol of the networks' shapes in a denoising call.
+
+        Args:
+            batch: images.
+            grid: token rows and columns.
+            caption_tokens: padded.
+            head_rows: token rows that the pixel head reads at once, halo included.
+
+        Returns:
+            B batch, h and w rows and columns in units of `head.row_multiple`, t caption tokens in units of
+            `sequence_multiple`, s the whole sequence, r head rows in units of `head.row_multiple`.
+        """
+        unit = self.head.row_multiple
+        rows, columns = grid
+        return {
+            "B": batch,
+            "h": rows // unit,
+            "w": columns // unit,
+            "t": caption_tokens // self.sequence_multiple,
+            "s": self.padded(rows * columns) + caption_tokens,
+            "r": head_rows // unit,
+        }
 
 
 def _require_sizes(**sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""A profile: the shapes an engine is built for, and sampling defaults (design section 7)."""
+"""A profile: the shapes an engine is built for, and sampling defaults (docs/design.md, "Profiles")."""
 
 from __future__ import annotations
 

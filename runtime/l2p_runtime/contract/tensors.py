@@ -55,7 +55,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """One exportable part with its inputs and outputs (design section 5)."""
+    """One exportable part with its inputs and outputs (docs/design.md, "Networks")."""
 
     name: str
     inputs: tuple[TensorSpec, ...]

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 
 from l2p_calib.ledger import EQUAL_PSNR_DB, compare, require_passed
-from l2p_runtime.contract import LedgerEntry
+from l2p_runtime.contract import BASE_PRECISIONS, BasePrecision, LedgerEntry, graph_comparison
 from l2p_runtime.errors import ParityError
 
 EXPECTED = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
 
 
-def _compare(found: np.ndarray, plan: str = "fp32") -> LedgerEntry:
-    return compare(EXPECTED, found, stage="a -> b", network="head", case="c", plan=plan)
+GRAPH = graph_comparison("mine")
+BASES: dict[str, BasePrecision] = {"mine": "fp32", "careful": "fp8"}
+
+
+def _compare(found: np.ndarray, base: BasePrecision = "fp32") -> LedgerEntry:
+    return compare(EXPECTED, found, GRAPH, network="head", case="c", base=base)
 
 
 def test_equal_outputs_pass() -> None:
@@ -46,15 +50,15 @@ def test_another_shape_fails() -> None:
 
 
 def test_black_where_there_was_a_picture_fails_everywhere() -> None:
-    for plan in ("fp32", "fp16"):
-        assert _compare(np.zeros_like(EXPECTED), plan).status == "failed"
+    for base in BASE_PRECISIONS:
+        assert _compare(np.zeros_like(EXPECTED), base).status == "failed"
 
 
 def test_the_gate_names_what_failed() -> None:
-    require_passed([_compare(EXPECTED.copy()), LedgerEntry("s", "head", "c", "not run", "too large")])
-    with pytest.raises(ParityError, match=r"head in a -> b on c: relative error 1\.0"):
-        require_passed([_compare(np.zeros_like(EXPECTED))])
-    rounded = LedgerEntry("torch float32 -> fp8 graph", "trunk", "c", "failed", "r", 0.2, relative=0.3)
+    require_passed([_compare(EXPECTED.copy()), LedgerEntry(GRAPH, "head", "c", "not run", "too large")], BASES)
+    with pytest.raises(ParityError, match=r"head in torch float32 -> mine graph on c: relative error 1\.0"):
+        require_passed([_compare(np.zeros_like(EXPECTED))], BASES)
+    rounded = LedgerEntry(graph_comparison("careful"), "trunk", "c", "failed", "r", 0.2, relative=0.3)
     with pytest.raises(ParityError) as caught:
-        require_passed([rounded])
+        require_passed([rounded], BASES)
     assert "`calibrate --sensitivity` makes a plan" in caught.value.hint

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,18 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(HostError, match="No space left"):
         write_png(target, np.zeros((2, 2, 3), np.uint8), {})
     assert target.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_writers_with_one_process_id_leave_one_whole_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers on one folder: each writer is the first process of its own."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    images = [np.full((300, 200, 3), value, np.uint8) for value in (0, 255)]
+    whole = {encode_png(image, {}) for image in images}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            list(pool.map(lambda image: write_png(tmp_path / "x.png", image, {}), images))
+            assert (tmp_path / "x.png").read_bytes() in whole
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
@@ -30,6 +33,30 @@ def test_the_library_reads_ours(tmp_path: Path) -> None:
     write_tensorfile(tmp_path / "x.safetensors", tensors, {"k": "v"})
     for name, value in load_file(tmp_path / "x.safetensors").items():
         np.testing.assert_array_equal(value, tensors[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64", "int16", "bool"])
+def test_every_dtype_and_layout_is_written(tmp_path: Path, dtype: str) -> None:
+    values = (np.arange(12).reshape(3, 4) % 5 - 2).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    tensors = {"rows": values, "columns": values.T, "steps": values[::2, ::3], "one": values[1, 1], "none": values[:0]}
+    write_tensorfile(tmp_path / "x.safetensors", {name: np.asarray(value) for name, value in tensors.items()})
+    found = load_torch(tmp_path / "x.safetensors")
+    for name, value in tensors.items():
+        assert str(found[name].dtype) == f"torch.{dtype}"
+        assert found[name].tolist() == value.tolist()
+
+
+def test_a_file_that_cannot_be_finished_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensorfile(tmp_path / "x.safetensors", {"x": np.ones(3, np.float32)})
+    before = (tmp_path / "x.safetensors").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensorfile(tmp_path / "x.safetensors", {"x": np.zeros(3, np.float32)})
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 def test_data_starts_on_a_page(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from l2p_export.proof.text import verify_text
 from l2p_runtime import Pipeline
 from l2p_runtime.backends import Engine, open_backend
 from l2p_runtime.bundle import open_bundle
-from l2p_runtime.contract import NETWORKS, NetworkSpec, manifest_from_bytes, manifest_to_bytes
+from l2p_runtime.contract import NETWORKS, NetworkSpec, graph_comparison, manifest_from_bytes, manifest_to_bytes
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.networks import OpenedPlan
 from l2p_runtime.progress import Silent
 from l2p_runtime.text import CHAT_TEMPLATE, PROMPT_CHARACTERS_MAX, Tokenizer, load_tokenizer
 from parity.text_models import WIDTH, published_tokenizer, published_tokens, train_tokenizer, write_qwen3
@@ -172,7 +173,7 @@ def bundle(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = open_text_encoder(folder, WIDTH)
     with open_output(root) as output:
         manifest = open_bundle(root).manifest
-        plans = [plain_plan(encoder.model, plan.name) for plan in manifest.plans]
+        plans = [plain_plan(encoder.model, plan.base) for plan in manifest.plans]
         parts = add_text_encoder(StageRunner(Home(root)), encoder, plans, open_backend("onnx"), Silent())
         everything = tuple(sorted((*manifest.files, *parts.files), key=lambda item: item.path))
         ledger = (*manifest.ledger, *parts.ledger)
@@ -234,7 +235,7 @@ class Watch:
 
     def __init__(self, pipe: Pipeline) -> None:
         self.events: list[str] = []
-        load = pipe._backend.load
+        load = pipe._opened_plan.backend.load
 
         def watched(graph: Path, weights: Path, spec: Any) -> Any:
             self.events.append(f"load {spec.name}")
@@ -244,7 +245,7 @@ class Watch:
             engine.run = lambda *args: (self.events.append(f"run {spec.name}"), run(*args))[1]
             return engine
 
-        pipe._backend = replace(pipe._backend, load=watched)
+        pipe._opened_plan = replace(pipe._opened_plan, backend=replace(pipe._opened_plan.backend, load=watched))
 
 
 def test_all_prompts_are_encoded_and_the_encoder_released_before_denoising(bundle: Path) -> None:
@@ -300,21 +301,21 @@ def test_networks_that_cannot_come_back_are_told_and_tried_again(bundle: Path) -
     with Pipeline.open(bundle) as pipe:
         expected = pipe.generate("fox", **arguments)
     with Pipeline.open(bundle) as pipe:
-        backend = pipe._backend
+        opened = pipe._opened_plan
 
         def load(graph: Path, weights: Path, spec: NetworkSpec) -> Engine:
             if spec.name == "trunk":
                 raise HostError("no memory")
-            return backend.load(graph, weights, spec)
+            return opened.backend.load(graph, weights, spec)
 
-        pipe._backend = replace(backend, load=load)
+        pipe._opened_plan = replace(opened, backend=replace(opened.backend, load=load))
         pipe._memory_budget_bytes = sum(pipe._weight_bytes.values()) + record_bytes(pipe) - 1
         with pytest.raises(HostError, match="no memory"):
             pipe.encode(["fox"])
         assert not pipe._engines, "what was loaded before the trunk is closed"
         with pytest.raises(HostError, match="no memory"):
             pipe.generate("fox", **arguments)
-        pipe._backend = backend
+        pipe._opened_plan = opened
         assert np.array_equal(pipe.generate("fox", **arguments), expected)
 
 
@@ -362,10 +363,11 @@ def test_a_changed_tokenizer_is_noticed(bundle: Path, tmp_path: Path) -> None:
 def test_the_stored_case_verifies(bundle: Path, plain: Path) -> None:
     opened, backend = open_bundle(bundle), open_backend("onnx")
     for plan in ("fp32", "fp16"):
-        assert [(e.network, e.case, e.status) for e in verify_text(opened, backend, "here", plan)] == [
-            ("text_encoder", "text", "passed")
-        ]
-    assert verify_text(open_bundle(plain), backend, "here", "fp32") == []
+        assert [
+            (e.network, e.case, e.status)
+            for e in verify_text(OpenedPlan(opened, backend, plan), graph_comparison(plan))
+        ] == [("text_encoder", "text", "passed")]
+    assert verify_text(OpenedPlan(open_bundle(plain), backend, "fp32"), graph_comparison("fp32")) == []
 
 
 def test_the_command(bundle: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""LoRA files merged into a checkpoint before anything is exported (design section 8, `--lora FILE:STRENGTH`).
+"""LoRA files merged into a checkpoint before anything is exported.
+
+Users ask for it by `--lora FILE:STRENGTH` (docs/design.md, "Command line").
 
 request = parse_lora("style.safetensors:0.8")
 lora = open_lora(request, checkpoint.shapes, family.aliases(checkpoint.shapes))

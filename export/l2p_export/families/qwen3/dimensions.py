@@ -1,6 +1,7 @@
 """What a Hugging Face folder says of its Qwen3 text encoder: sizes, rotary base, epsilon, tensors.
 
-Source: l2p.md 3. Values that would make another network than `networks.py` builds are refused by name.
+Source: docs/model.md, "Text encoder". Values that would make another network than `networks.py` builds are
+refused by name.
 """
 
 from __future__ import annotations

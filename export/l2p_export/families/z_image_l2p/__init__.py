@@ -43,7 +43,7 @@ PUBLISHED: Mapping[str, str] = {
     "e6094ba663b7c10011eb47db072ead0b": "L2P 10K",
     "fc3a8a1247fe185ce116ccbe0e426c28": "Z-Image (latent)",
 }
-"""Fingerprint of a published checkpoint to its name (l2p.md 2.3)."""
+"""Fingerprint of a published checkpoint to its name (docs/model.md, "Fingerprints")."""
 
 
 @dataclass(frozen=True, slots=True)

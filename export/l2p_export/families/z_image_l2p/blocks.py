@@ -1,8 +1,9 @@
 """Transformer blocks of Z-Image, written for export: real arithmetic, static heads, no data-dependent branch.
 
 A layer computes in the dtype of its own weight, so a precision plan is nothing but the dtypes of the parameters;
-norms keep the dtype of what they read, the rotation runs in float32 (l2p.md 1.1). Where a plan scales a branch by a
-power of two, the norm behind it undoes that: its epsilon is scaled with its input, and it runs in float32.
+norms keep the dtype of what they read, the rotation runs in float32 (docs/model.md, "Transformer"). Where a
+plan scales a branch by a power of two, the norm behind it undoes that: its epsilon is scaled with its input, and it
+runs in float32.
 Parameter names are the published ones.
 """
 

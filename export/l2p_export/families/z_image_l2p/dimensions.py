@@ -1,6 +1,7 @@
 """Every dimension of an L2P checkpoint, read from its tensor shapes, and the shape table they imply.
 
-Source: l2p.md 1.1, 1.2, 2.1, 6.2. Names are the published ones: split q/k/v, no prefix.
+Source: docs/model.md, "Transformer", "Pixel head" and "Tensor names". Names are the published ones: split
+q/k/v, no prefix.
 """
 
 from __future__ import annotations
@@ -203,7 +204,10 @@ def shared_trunk(cut: range, equal_layers: tuple[int, ...]) -> tuple[int, int]:
 
 
 def published_dimensions(variant: str) -> Dimensions:
-    """Dimensions of the published 1k, 4k, 8k and 10k checkpoints (l2p.md 1.1, 1.2, 6.2)."""
+    """Dimensions of the published 1k, 4k, 8k and 10k checkpoints.
+
+    Source: docs/model.md, "Variants", "Transformer" and "Pixel head".
+    """
     patch_px = next(patch for patch, name in VARIANTS.items() if name == variant)
     narrow = {"_8k": Stage("_8k", 3, 16, 16), "_10k_a": Stage("_10k_a", 3, 16, 16), "0": Stage("0", 16, 16, 16)}
     narrow |= {"0b": Stage("0b", 32, 32, 16), "1": Stage("1", 64, 64, 32), "2": Stage("2", 128, 128, 64)}

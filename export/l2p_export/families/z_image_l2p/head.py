@@ -1,4 +1,7 @@
-"""The pixel head: a U-Net on the noisy image that takes the tail's tokens at its bottleneck (l2p.md 1.2, 6.2)."""
+"""The pixel head: a U-Net on the noisy image that takes the tail's tokens at its bottleneck.
+
+Source: docs/model.md, "Pixel head".
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,9 @@ class PixelHead(nn.Module):
 
 
 def _five_for_two(x: Tensor, axis: int) -> Tensor:
-    """Enlarge an axis of even size by 2.5, nearest: the bottleneck of the 160 px head stands at 64 px (l2p.md 6.2)."""
+    """Enlarge an axis of even size by 2.5, nearest: the bottleneck of the 160 px head stands at 64 px.
+
+    Source: docs/model.md, "Pixel head".
+    """
     first, second = torch.unflatten(x, axis, (-1, 2)).unbind(axis + 1)
     return torch.stack([first, first, first, second, second], dim=axis + 1).flatten(axis, axis + 1)

@@ -1,7 +1,7 @@
 """The latent source of the family: Z-Image, batched, from the blocks that the pixel networks are made of.
 
 A batch holds captions of one padded length and images of one size, so there are no lists and no masks; padded rows
-hold the learned vectors and take part in attention, as published (l2p.md 1.1).
+hold the learned vectors and take part in attention, as published (docs/model.md, "Tokens, pads and captions").
 """
 
 from __future__ import annotations

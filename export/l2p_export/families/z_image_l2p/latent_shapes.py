@@ -1,6 +1,7 @@
 """Shape tables of what an L2P model is made from: the latent Z-Image transformer and the Qwen3 text encoder.
 
-Source: l2p.md 2.3 and 3. They identify source checkpoints by fingerprint, from the header alone.
+Source: docs/model.md, "Tensor names", "Text encoder" and "Fingerprints". They identify source checkpoints by
+fingerprint, from the header alone.
 """
 
 from __future__ import annotations

@@ -100,7 +100,10 @@ def _branches(block: str) -> Iterator[Branch]:
 
 
 def _products(block: str) -> Iterator[Product]:
-    """Linears of attention and feed-forward: not the embedders, the modulation or the head (design section 10)."""
+    """Linears of attention and feed-forward: not the embedders, the modulation or the head.
+
+    Source: docs/design.md, "Precision".
+    """
     for part in "qkv":
         yield Product(f"{block}.attention.to_{part}", f"{block}.attention.to_q:in", f"{block} qkv")
     yield Product(f"{block}.attention.to_out.0", f"{block}.attention.to_out.0:in", f"{block} out")

@@ -1,4 +1,4 @@
-"""The five networks of one denoising call, cut from one L2P transformer (design section 5).
+"""The five networks of one denoising call, cut from one L2P transformer (docs/design.md, "Networks").
 
     network   inputs                                              outputs
     caption   prompt_embeds [B,T,C] caption_mask [B,T] rope [T,R]  caption [B,T,D]

@@ -9,7 +9,8 @@ FAMILY = "z_image_l2p"
 SEQUENCE_MULTIPLE = 32
 CAPTION_TOKENS_MAX = 512
 HALO_ROWS = 3
-"""Token rows of context on each side of a stripe: 3 p covers 3 (2^levels - 1), the U-Net's reach (design section 5)."""
+"""Token rows of context on each side of a stripe: 3 p covers 3 (2^levels - 1), the U-Net's reach
+(docs/design.md, "Head stripes")."""
 
 
 def model_spec(d: Dimensions) -> ModelSpec:
@@ -44,7 +45,7 @@ def model_spec(d: Dimensions) -> ModelSpec:
 
 
 def network_specs(d: Dimensions) -> tuple[NetworkSpec, ...]:
-    """Inputs and outputs of the five networks, in the order the data takes (design section 5).
+    """Inputs and outputs of the five networks, in the order the data takes (docs/design.md, "Networks").
 
     Symbols: B batch, h and w token rows and columns (halved for the 160 px head), t caption tokens / 32, s sequence
     length, r token rows of a head stripe.

@@ -1,4 +1,4 @@
-"""The spellings a `z_image_l2p` file may use, brought to the published one (l2p.md 2.2)."""
+"""The spellings a `z_image_l2p` file may use, brought to the published one (docs/model.md, "Spellings")."""
 
 from __future__ import annotations
 

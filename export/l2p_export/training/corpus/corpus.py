@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.files import write_bytes
 from l2p_runtime.noise import checked_seed
 
 if TYPE_CHECKING:
@@ -139,13 +140,10 @@ def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, 
     data = buffer.getvalue()
     name = f"{IMAGES_NAME}/{index // SHARD_IMAGES:02}/{index:08}.png"
     path = folder / name
-    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        write_bytes(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
     return Row(name, text, seed, hashlib.sha256(data).hexdigest())
 
@@ -179,7 +177,7 @@ def written_rows(folder: Path) -> int:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        path.write_bytes(whole)
+        write_bytes(path, whole)
     return whole.count(b"\n")
 
 

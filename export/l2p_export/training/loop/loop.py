@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from l2p_engines.store.files import locked
+from l2p_engines.store.locks import locked
 from l2p_export.training.loop.distributed import ALONE, Team, gathered, without_exchange
 from l2p_export.training.loop.masters import (
     Weights,
@@ -31,6 +31,7 @@ from l2p_export.training.loop.masters import (
 )
 from l2p_export.training.loop.states import latest_state, save_state
 from l2p_runtime.errors import ArtifactError, CancelledError, HostError, L2PError, UsageError
+from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
 
 if TYPE_CHECKING:
@@ -369,6 +370,4 @@ def _trim_progress(path: Path, step: int) -> None:
         return
     header, *rows = path.read_text(encoding="utf-8").splitlines() or [",".join(COLUMNS)]
     kept = [row for row in rows if row.partition(",")[0].isdigit() and int(row.partition(",")[0]) <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "\n".join([header, *kept]) + "\n")

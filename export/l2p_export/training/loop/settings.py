@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.files import write_json
 
 
 def require_settings(folder: Path, settings: Mapping[str, object], name: str = "settings.json") -> None:
@@ -20,7 +21,7 @@ def require_settings(folder: Path, settings: Mapping[str, object], name: str = "
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
+            write_json(path, settings, indent=1)
         except OSError as error:
             raise HostError(
                 f"cannot write `{path}`: {error.strerror or error}", hint="choose another folder"

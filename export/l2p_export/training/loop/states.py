@@ -7,7 +7,6 @@ tensors are whole and float32 however many processes wrote it, so any number of 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_engines.store.files import sync_folder
 from l2p_export.training.loop.distributed import ALONE, Team, part_for
 from l2p_export.training.loop.masters import Weights, whole_tensors, write_back
 from l2p_export.training.loop.settings import differing_settings
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.files import atomic_folder, sweep_partials
 from l2p_runtime.tensorfile import header_bytes, open_tensorfile
 
 if TYPE_CHECKING:
@@ -122,20 +121,16 @@ def save_state(
             for _ in whole_tensors(weights):
                 pass
         return
-    final, partial = folder / f"step-{step:08}", folder / f".step-{step:08}.partial"
+    final = folder / f"step-{step:08}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         # What a killed process left behind; no two processes write here at once.
-        for left in folder.glob(".step-*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_tensors(partial / _TENSORS, weights)
-        numbers = {"step": step, "seconds": seconds, "settings": dict(settings)}
-        _write(partial / _NUMBERS, json.dumps(numbers, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync_folder(folder)
+        sweep_partials(folder)
+        with atomic_folder(final) as partial:
+            _write_tensors(partial / _TENSORS, weights)
+            numbers = {"step": step, "seconds": seconds, "settings": dict(settings)}
+            (partial / _NUMBERS).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise HostError(
             f"cannot save the training state in `{folder}`: {error.strerror or error}",
             hint="make room and run the same command again; the states before it are kept",
@@ -170,19 +165,11 @@ def _write_tensors(path: Path, weights: Weights) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in weights.parameters.items()}
     entries = [(f"{kind}.{name}", "F32", shape) for name, shape in shapes.items() for kind in KINDS]
     header, _ = header_bytes(entries, {"format": "pt"})
+    # The folder of the state is synced with all that is in it.
     with path.open("wb") as file:
         file.write(header)
         for _, tensor in whole_tensors(weights):
             file.write(tensor.numpy().reshape(-1).data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _states(folder: Path) -> list[Path]:

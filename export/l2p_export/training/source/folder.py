@@ -6,6 +6,7 @@ The small one and the published Z-Image are the same kind of folder and are open
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from l2p_export.tensors.checkpoint import Checkpoint
 from l2p_export.tensors.files import open_weights
 from l2p_export.training.source.model import TEXT_ENCODER, SourceModel
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.files import commit_file, partial_folder
 from l2p_runtime.text import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from l2p_export.families.qwen3 import TextEncoder
 
+_INDEX_NAME = "model_index.json"
 TOKENS_MULTIPLE = 32
 
 # The published template for one user message, in the language that transformers renders.
@@ -73,7 +76,7 @@ def write_source(
     tokenizer: tokenizers.Tokenizer,
     shift: float,
 ) -> None:
-    """Write a trained source as a pipeline folder, weights in BF16.
+    """Write a trained source as a pipeline folder, weights in BF16; a folder with an index is whole.
 
     Raises:
         HostError: the disk is full or refuses.
@@ -117,10 +120,24 @@ def write_source(
         # The plain method: the library's own warns of what it does not do here.
         nn.Module.to(part, torch.bfloat16)
     try:
-        with _no_progress_bar():
-            pipeline.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial_folder(folder / "pipeline") as written, _no_progress_bar():
+            pipeline.save_pretrained(written)
+            _commit(written, folder)
     except OSError as error:
         raise HostError(f"cannot write `{folder}`: {error.strerror or error}", hint="make room, then again") from error
+
+
+def _commit(written: Path, folder: Path) -> None:
+    """Move the files of a pipeline to where they belong, the index last."""
+    mode = stat.S_IMODE((written / _INDEX_NAME).stat().st_mode)
+    files = [path for path in written.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name == _INDEX_NAME, path)):
+        target = folder / path.relative_to(written)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The files of safetensors are readable only by their owner.
+        path.chmod(mode)
+        commit_file(path, target)
 
 
 @contextmanager
@@ -178,7 +195,7 @@ def open_headers(folder: Path) -> tuple[Checkpoint, TextEncoder]:
     Raises:
         As `open_source`.
     """
-    if not (folder / "model_index.json").is_file():
+    if not (folder / _INDEX_NAME).is_file():
         raise UsageError(
             f"`{folder}` is no pipeline folder: it has no model_index.json",
             hint="give a folder that `train source` wrote, or a published Z-Image folder",

@@ -19,6 +19,7 @@ from l2p_export.world.batched import render_batch, what_lies_where
 from l2p_export.world.captions import caption
 from l2p_export.world.scenes import Scene, draw_description, place
 from l2p_runtime.errors import HostError
+from l2p_runtime.tensorfile import write_tensorfile
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,15 +144,10 @@ def _read(path: Path, made_from: str) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], made_from: str) -> None:
-    from safetensors.torch import save_file
-
-    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {_MADE_FROM: made_from})
-        partial.replace(path)
+        write_tensorfile(path, {name: tensor.numpy() for name, tensor in tensors.items()}, {_MADE_FROM: made_from})
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
 
 

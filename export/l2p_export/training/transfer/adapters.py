@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from l2p_export.tensors.files import Weights, open_weights
 from l2p_export.tensors.metadata import TRUNK_SHA256
 from l2p_export.tensors.sources import read_tensor
 from l2p_runtime.errors import ArtifactError, HostError
+from l2p_runtime.tensorfile import write_tensorfile
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from l2p_export.training.source.folder import Source
     from l2p_runtime.progress import Reporter
 
@@ -27,7 +30,7 @@ EMBEDDER = re.compile(r"all_x_embedder\.[1-9]\d{0,3}-1\.weight")
 
 
 def trunk_sha256(source: Source, d: Dimensions) -> str:
-    """The digest of a source's trunk (design section 5); reads its values."""
+    """The digest of a source's trunk (docs/design.md, "Trunk digest"); reads its values."""
     return weights_digest(source.transformer.tensors, network_shapes("trunk", d))
 
 
@@ -37,19 +40,12 @@ def write_adapters(path: Path, trained: Mapping[str, Tensor], digest: str, metad
     Raises:
         HostError: the disk is full or refuses.
     """
-    from safetensors.torch import save_file
-
-    tensors = {
-        name.partition(".")[2]: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in trained.items()
-    }
-    partial = path.with_suffix(".partial")
+    tensors = {name.partition(".")[2]: _bfloat16(tensor) for name, tensor in trained.items()}
+    stated = {"format": "pt", TRUNK_SHA256: digest, "l2p.trained": "true", **metadata}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"format": "pt", TRUNK_SHA256: digest, "l2p.trained": "true", **metadata})
-        partial.replace(path)
+        write_tensorfile(path, dict(sorted(tensors.items())), stated)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
 
 
@@ -93,6 +89,13 @@ def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -
         _embed_reduced(adapters, trained)
     report.note(f"{len(found)} of {len(trained)} trained tensors begin as in `{path}`")
     return weights_digest(adapters.tensors, found)
+
+
+def _bfloat16(tensor: Tensor) -> NDArray[Any]:
+    """A tensor rounded to BF16, as NumPy takes it: the same bits under the dtype of `ml_dtypes`."""
+    import ml_dtypes
+
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _pass_on(weight: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Transfer: a latent source becomes a pixel model by training its shallow layers on images, trunk frozen.
 
-Initialised and trained as published (l2p.md 2.4, 2.5, 5.2): what matches by name and shape is copied, the trunk stays
-as it is, the rest learns x0 - noise by flow matching.
+Initialised and trained as published (docs/model.md, "Trunk and adapters" and "Training recipe"): what matches by
+name and shape is copied, the trunk stays as it is, the rest learns x0 - noise by flow matching.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from l2p_calib.plans.file import (
     plan_to_bytes,
     read_plan,
 )
-from l2p_calib.plans.plan import FLOAT8, PLANS, InputScale, LayerRule, LayerScale, base_plan
+from l2p_calib.plans.plan import FLOAT8, InputScale, LayerRule, LayerScale
 from l2p_runtime.errors import ArtifactError, UsageError
 
 LAYERS = ("w1", "w3", "w2", "layers.1.w2", "residual.trunk")
@@ -28,6 +28,7 @@ PRODUCTS = (Product("w1", "w1:in", "w1w3"), Product("w3", "w1:in", "w1w3"), Prod
 LAYOUT = NetworkLayout("trunk", LAYERS, (), (Branch("w3", "w2", usual="w3"),), PRODUCTS)
 PLAN = PlanFile(
     "fp16-mine",
+    "fp16",
     "float16",
     4.0,
     (NetworkDigest("trunk", "ab12"),),
@@ -49,6 +50,7 @@ def test_a_file_reads_as_it_was_written(tmp_path: Path) -> None:
 
 EIGHTHS = PlanFile(
     "fp8-mine",
+    "fp8",
     "float16",
     4.0,
     (),
@@ -64,7 +66,9 @@ def layer(data: Any, **changes: object) -> None:
     ("damage", "needle"),
     [
         (lambda data: data.update(schema=9), "schema version 9"),
-        (lambda data: data.update(name="int8"), "cannot be called 'int8'"),
+        (lambda data: data.update(name="In8"), "cannot be called 'In8'"),
+        (lambda data: data.update(base="int8"), "base is 'int8', expected one of 'fp32'"),
+        (lambda data: data.update(name="bf16"), "plan `bf16` states the base `fp16`"),
         (lambda data: data.update(name="fp16-../x"), "cannot be called"),
         (lambda data: data.update(default="float32"), "has the default float32, expected float16"),
         (lambda data: data.update(headroom=0), "headroom is 0"),
@@ -112,7 +116,7 @@ def test_a_file_with_a_layer_in_fp8(tmp_path: Path) -> None:
         (lambda data: layer(data, float8=None), f"`w3` is in {FLOAT8} and has no `float8`"),
         (lambda data: layer(data, dtype="float16"), "`w3` is in float16 and has `float8`"),
         (lambda data: layer(data, dtype="float8"), "expected one of .*'float8_e4m3fn'"),
-        (lambda data: data.update(name="fp16-mine"), f"is in {FLOAT8}, and the plan is called `fp16-mine`"),
+        (lambda data: data.update(name="mine", base="fp16"), f"is in {FLOAT8}, and the plan's base is `fp16`"),
         (lambda data: scale(data, 0), "input_scale is 0, expected 5.96e-08 to 65504"),
         (lambda data: scale(data, -0.25), "input_scale is -0.25"),
         (lambda data: scale(data, 1e-9), "input_scale is 1e-09"),
@@ -138,7 +142,7 @@ def scale(data: Any, value: object) -> None:
 def test_fp8_where_no_product_is() -> None:
     def eighths(*layers: tuple[str, float]) -> PlanFile:
         found = tuple(LayerPlan(name, FLOAT8, 0, "", (), Float8(scale, "by hand")) for name, scale in layers)
-        return PlanFile("fp8-mine", "float16", 4.0, (), found)
+        return PlanFile("fp8-mine", "fp8", "float16", 4.0, (), found)
 
     check_layers(eighths(("w1", 0.5), ("w3", 0.5), ("w2", 0.25)), [LAYOUT])
     with pytest.raises(
@@ -161,6 +165,7 @@ ATTENTION = Attention(
 ATTENTIVE = replace(LAYOUT, attentions=(ATTENTION,))
 INPUTS = PlanFile(
     "fp8-mine",
+    "fp8",
     "float16",
     4.0,
     (),
@@ -196,7 +201,7 @@ def test_a_file_with_attention_in_fp8(tmp_path: Path) -> None:
         (lambda data: layer(data, float8=None), r"`attention\.key` is in float8_e4m3fn and has no `float8`"),
         (lambda data: scale(data, 0), "input_scale is 0"),
         (lambda data: scale(data, float("nan")), "input_scale is nan, expected a finite number"),
-        (lambda data: data.update(name="fp16-mine"), "the plan is called `fp16-mine`"),
+        (lambda data: data.update(name="mine", base="fp16"), "the plan.s base is `fp16`"),
     ],
 )
 def test_attention_in_fp8_that_is_wrong(tmp_path: Path, damage: Any, needle: str) -> None:
@@ -220,7 +225,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def plan_of(*layers: LayerPlan) -> PlanFile:
-    return PlanFile("fp16-mine", "float16", 4.0, (NetworkDigest("trunk", "ab12"),), layers)
+    return PlanFile("fp16-mine", "fp16", "float16", 4.0, (NetworkDigest("trunk", "ab12"),), layers)
 
 
 def test_a_plan_that_does_not_fit_the_model() -> None:
@@ -238,10 +243,21 @@ def test_another_trunks_plan() -> None:
     assert "remove `trunk`" in caught.value.hint
     with pytest.raises(ArtifactError, match="the checkpoint has no network `trunk`"):
         check_digests(PLAN, {"stem": "ab12"})
-    check_digests(PlanFile("fp16", "float16", 4.0, (), ()), {"trunk": "cd34"})
+    check_digests(PlanFile("fp16", "fp16", "float16", 4.0, (), ()), {"trunk": "cd34"})
 
 
-def test_the_base_of_a_name() -> None:
-    assert base_plan("fp16-mine") is PLANS["fp16"]
-    assert base_plan("fp16-plain") is PLANS["fp16-plain"]
-    assert base_plan("mine") is None
+def test_a_name_says_nothing_of_the_base(tmp_path: Path) -> None:
+    data = json.loads(plan_to_bytes(PLAN)) | {"name": "fp32-mine"}
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    found = read_plan(tmp_path / "p.json").plan
+    assert (found.name, found.base, found.ref.base) == ("fp32-mine", "fp16", "fp16")
+
+
+def test_a_file_of_an_earlier_version_has_its_base_in_its_name(tmp_path: Path) -> None:
+    data = json.loads(plan_to_bytes(PLAN))
+    del data["base"]
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    assert read_plan(tmp_path / "p.json") == PLAN
+    (tmp_path / "p.json").write_text(json.dumps(data | {"name": "mine"}))
+    with pytest.raises(ArtifactError, match="does not state its base"):
+        read_plan(tmp_path / "p.json")

@@ -171,6 +171,6 @@ def test_attention_that_is_kept_or_was_not_measured() -> None:
 
 
 def test_scales_of_weights_take_room() -> None:
-    plan = PrecisionPlan("x", "float16", (LayerRule("b.feed_forward.w1", FLOAT8, "a"),))
+    plan = PrecisionPlan("x", "fp16", "float16", (LayerRule("b.feed_forward.w1", FLOAT8, "a"),))
     # A byte for each weight, and two for the scale of each output.
     assert plan.weight_bytes({"b.feed_forward.w1.weight": (8, 4), "b.feed_forward.w2.weight": (8, 4)}) == 48 + 64

@@ -8,6 +8,7 @@ from l2p_calib.plans.plan import FLOAT8, PLANS, LayerRule, LayerScale, Precision
 def test_the_longest_rule_that_names_a_layer_wins() -> None:
     plan = PrecisionPlan(
         "x",
+        "fp16",
         "float16",
         (LayerRule("layers.1", "float32", "a"), LayerRule("layers.1.attention", "float16", "b")),
     )
@@ -58,7 +59,7 @@ def test_a_model_without_such_layers_has_no_rules() -> None:
 
 
 def test_a_plans_digest_follows_its_content() -> None:
-    digests = {PrecisionPlan("x", "float16").ref.digest, PrecisionPlan("x", "float32").ref.digest}
+    digests = {PrecisionPlan("x", "fp16", "float16").ref.digest, PrecisionPlan("x", "fp32", "float32").ref.digest}
     assert len(digests) == 2
     assert PLANS["fp16"].of([LAYOUT]).ref == PLANS["fp16"].of([LAYOUT]).ref
 
@@ -70,12 +71,14 @@ def test_what_a_plan_says_of_some_layers() -> None:
         LayerRule("residual", "float32", "c"),
         LayerRule("head", "float32", "d"),
     )
-    plan = PrecisionPlan("x", "float16", rules, (LayerScale("layers.3.w3", -6), LayerScale("layers.1.w3", -6)))
+    plan = PrecisionPlan("x", "fp16", "float16", rules, (LayerScale("layers.3.w3", -6), LayerScale("layers.1.w3", -6)))
     trunk = plan.of_layers(["layers.1.w3", "layers.1.w3.weight", "layers.2.w3.weight", "residual.trunk"])
     assert [rule.layer for rule in trunk.rules] == ["layers.2", "residual"]
     assert not any(rule.reason for rule in trunk.rules)
     assert trunk.scales == (LayerScale("layers.1.w3", -6),)
-    other = PrecisionPlan("x", "float16", (LayerRule("residual", "float32", "z"), LayerRule("layers.2", "float32", "")))
+    other = PrecisionPlan(
+        "x", "fp16", "float16", (LayerRule("residual", "float32", "z"), LayerRule("layers.2", "float32", ""))
+    )
     assert other.of_layers(["layers.2.w3.weight", "residual.trunk"]) == trunk.of_layers(
         ["layers.2.w3.weight", "residual.trunk"]
     )
@@ -83,7 +86,7 @@ def test_what_a_plan_says_of_some_layers() -> None:
 
 def test_plain_float16_stays_reachable() -> None:
     assert PLANS["fp16-plain"].of([LAYOUT]).rules == PLANS["fp16"].of([LAYOUT]).rules
-    assert threshold_of("fp16-plain") == threshold_of("fp16-mine") == threshold_of("fp16")
+    assert threshold_of("fp16-plain") == threshold_of("fp16")
 
 
 def test_attention_is_in_fp8_under_one_name_alone() -> None:
@@ -99,7 +102,7 @@ def test_attention_is_in_fp8_under_one_name_alone() -> None:
 
 
 def test_an_fp8_plan_is_judged_by_what_it_rounds() -> None:
-    assert threshold_of("fp8-mine", "trunk") == threshold_of("fp8")
+    assert threshold_of("fp8", "trunk") == threshold_of("fp8")
     assert threshold_of("fp8", "end-to-end").relative < threshold_of("fp8").relative < 1
     for network in ("head", "text_encoder", "stem.modulation"):
         assert threshold_of("fp8", network) == threshold_of("fp8-plain", network) == threshold_of("fp16")

@@ -29,7 +29,11 @@ SPEC = EngineSpec(TRUNK, "fp16", Target("rtx", "1.7", "sm89"), engine_profiles(T
 def test_engines_that_were_measured_pass(weights: int, engine: int) -> None:
     entry = read_back(SPEC, weights, engine)
     assert entry.status == "passed"
-    assert (entry.stage, entry.network, entry.case) == ("fp16 graph -> rtx1.7-sm89 engine", "trunk", "weight bytes")
+    assert (str(entry.comparison), entry.network, entry.case) == (
+        "fp16 graph -> rtx1.7-sm89 engine",
+        "trunk",
+        "weight bytes",
+    )
     assert "compute precision not verified" in entry.reason
     assert entry.relative is not None
     assert entry.threshold is not None

@@ -47,7 +47,7 @@ def variant(name: str) -> str:
 
 
 def sizes(model: ModelSpec, call: CallSize, rows: int) -> dict[str, int]:
-    """What a call's symbols are, by design section 5; `rows` of the image go through the head at once."""
+    """What a call's symbols are, by docs/design.md, "Networks"; `rows` of the image go through the head at once."""
     unit, tokens = model.size_multiple_px, (call.height_px // model.patch_px) * (call.width_px // model.patch_px)
     return {
         "B": call.batch,

@@ -36,7 +36,8 @@ SPECS = {variant: model.spec for variant, model in MODELS.items()}
 GIB = 1 << 30
 
 
-# l2p.md 1.4: side in pixels, caption tokens, TFLOP of linear, attention, U-Net and all, to the digits printed there.
+# docs/model.md, "Operations": side in pixels, caption tokens, TFLOP of linear, attention, U-Net and all, to the
+# digits printed there.
 @pytest.mark.parametrize(
     ("side", "caption", "printed"),
     [
@@ -53,7 +54,7 @@ def test_operations_are_the_published_ones(side: int, caption: int, printed: tup
 
 
 def test_operations_of_the_head_are_those_of_its_convolutions() -> None:
-    """By the table of l2p.md 1.2: each convolution at its own resolution."""
+    """By the table of docs/model.md, "Pixel head": each convolution at its own resolution."""
     convolutions = [(1, 27 * 64 + 2 * 9 * 64 * 64 + 9 * 64 * 64 + 3 * 64)]  # enc1, up1, dec1 (128 in), out_conv
     convolutions += [(4, 9 * (64 * 128 + 128 * 128 + 256 * 64)), (16, 9 * (128 * 256 + 256 * 256 + 512 * 128))]
     convolutions += [(64, 9 * (256 * 512 + 512 * 512 + 1024 * 256)), (256, 4352 * 512)]

@@ -8,6 +8,7 @@ import pytest
 
 from l2p_engines.store.output import open_output, require_disk
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import partial_path
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -33,14 +34,15 @@ def test_a_failed_build_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
 def test_what_a_killed_build_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / "head.fp32.partial").write_bytes(b"x")
-    (tmp_path / ".bundle.json.partial").write_bytes(b"{")
+    for name in ("bundle.json", ".store"):
+        partial_path(tmp_path / name).write_bytes(b"{")
     (tmp_path / ".build.lock").touch()
     with open_output(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "models", ".git"])
+@pytest.mark.parametrize("name", ["notes.txt", "models", ".git", f".notes.txt.{'0' * 16}.partial"])
 def test_folders_with_other_things_are_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UsageError, match=name), open_output(tmp_path):

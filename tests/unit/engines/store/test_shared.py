@@ -44,6 +44,7 @@ from l2p_runtime.contract import (
     manifest_to_bytes,
 )
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
+from l2p_runtime.files import is_partial_of
 
 MODEL = ModelSpec(
     "z_image_l2p", "1k", 16, 32, 1, 2, (0, 1), 32, 8, 8, 32, 64, RotarySpec(256.0, (8, 12, 12), (64, 64, 64), 8),
@@ -117,7 +118,7 @@ def commit(root: Path, folder: Path, made: dict[str, Stage]) -> None:
             sampling=Sampling(),
             networks=tuple(NetworkSpec(name, (), ()) for name in NETWORKS),
             profiles=(PROFILE,),
-            plans=(PlanRef("fp32", "0"),),
+            plans=(PlanRef("fp32", "0", "fp32"),),
             graphs=graphs,
             references=(),
             files=tuple(record for stage in made.values() for record in stage.files),
@@ -580,5 +581,5 @@ def test_a_bundle_points_to_the_latest_store_first_and_forgets_old_ones(tmp_path
         bundle(store, tmp_path / "one", head=stores.index(store))
     lines = (tmp_path / "one" / ".store").read_bytes().splitlines()
     assert lines == [os.fsencode(stores[number]) for number in (4, 5, 3, 2)]
-    assert not (tmp_path / "one" / ".store.partial").exists()
+    assert not [path for path in (tmp_path / "one").iterdir() if is_partial_of(path.name)]
     assert open_bundle(tmp_path / "one").store == stores[4]

@@ -111,6 +111,21 @@ def test_a_stage_is_made_once_and_then_found(tmp_path: Path, shared: bool) -> No
     assert list((tmp_path / ".work").iterdir()) == []
 
 
+def test_files_are_synced_before_a_record_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        synced.append((path.relative_to(tmp_path).parts[0], record_path(tmp_path).exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run(Home(tmp_path), Maker())
+    # The file, its folder, the record, its folder.
+    assert synced == [(".work", False), ("graphs", False), (".work", False), ("stages", True)]
+
+
 def test_other_inputs_or_another_kind_are_another_stage(tmp_path: Path) -> None:
     home, make = Home(tmp_path), Maker()
     found = [

@@ -18,6 +18,7 @@ from l2p_export.checkpoint.loading import load_model, trunk_digest
 from l2p_export.tensors.files import open_weights
 from l2p_export.tensors.sources import read_tensor
 from l2p_runtime.errors import ArtifactError
+from l2p_runtime.files import partial_path
 from unit.export.checkpoint.spellings import (
     DIMENSIONS,
     adapters,
@@ -69,6 +70,15 @@ def test_any_spelling_and_back_is_bit_identical(
         assert {name: (t.dtype, t.shape) for name, t in load_file(out).items()} == {
             name: (t.dtype, t.shape) for name, t in state.items()
         }
+
+
+def test_what_a_killed_import_left_of_a_file_goes_with_the_next_one(tmp_path: Path) -> None:
+    save_file(random_state(1), tmp_path / "x.safetensors")
+    out, other = tmp_path / "out.safetensors", partial_path(tmp_path / "other.safetensors")
+    for left in (partial_path(out), partial_path(out), other):
+        left.write_bytes(b"half")
+    write_checkpoint(load_model(tmp_path / "x.safetensors"), out, "published", lambda size: None)
+    assert sorted(tmp_path.iterdir()) == sorted([other, out, tmp_path / "x.safetensors"])
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "sharded", "file", "bf16", "fused"])

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from l2p_export.evaluation import plan_pictures as verify_pictures
 from l2p_export.evaluation.drawers import DrawOptions
-from l2p_export.evaluation.plan_pictures import Comparison, Shown, compare_pictures, entry_of
+from l2p_export.evaluation.plan_pictures import PictureJob, Shown, compare_pictures, entry_of
+from l2p_runtime.contract import pictures_comparison
 from l2p_runtime.errors import UnsupportedError
 from l2p_runtime.progress import Silent
 
+PICTURES = pictures_comparison("fp32", "fp16")
 BUNDLE = cast("Any", SimpleNamespace(root=Path("bundle"), store=None))
 
 
@@ -25,11 +27,11 @@ BUNDLE = cast("Any", SimpleNamespace(root=Path("bundle"), store=None))
     [(5, 5, "passed"), (5, 6, "passed"), (5, 4, "passed"), (5, 3, "failed"), (100, 98, "passed"), (100, 97, "failed")],
 )
 def test_few_pictures_may_be_lost(first: int, found: int, status: str) -> None:
-    assert entry_of("a -> b", "4x4", Shown(found, first, (50.0,))).status == status
+    assert entry_of(PICTURES, "4x4", Shown(found, first, (50.0,))).status == status
 
 
 def test_the_worst_picture_is_told() -> None:
-    entry = entry_of("fp32 pictures -> fp16 pictures", "6x4", Shown(2, 3, (70.0, 48.0, 60.0)))
+    entry = entry_of(PICTURES, "6x4", Shown(2, 3, (70.0, 48.0, 60.0)))
     assert (entry.network, entry.case, entry.psnr_db) == ("end-to-end", "6x4", 48.0)
     assert entry.reason == ("2 of 3 right by the judge, where 3 were; at least 48.0 dB, half of them 60.0 dB or more")
 
@@ -56,9 +58,9 @@ def test_a_plan_that_does_not_run_here_is_listed(
     first: str, others: tuple[str, ...], statuses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify_pictures, "open_drawer", open_drawer)
-    entries = compare_pictures(BUNDLE, Comparison("onnx", first, others, 3, None), Silent())
+    entries = compare_pictures(BUNDLE, PictureJob("onnx", first, others, 3, None), Silent())
     assert [entry.status for entry in entries] == statuses
-    assert [entry.stage for entry in entries] == [f"{first} pictures -> {name} pictures" for name in others]
+    assert [str(entry.comparison) for entry in entries] == [f"{first} pictures -> {name} pictures" for name in others]
     assert {entry.case for entry in entries} == {"96x64"}
     figures = [entry.psnr_db for entry in entries if entry.status == "passed"]
     # Five levels of 255.

@@ -4,6 +4,7 @@ import pytest
 
 from l2p_export.proof.engine_layers import CASE, HANDFUL, judge_layers
 from l2p_runtime.backends.trt_layers import LayerPrecision
+from l2p_runtime.contract import BasePrecision, PlanRef
 
 RTX, TENSORRT = "rtx1.7-sm89", "tensorrt11.0-sm90"
 
@@ -39,14 +40,13 @@ ALL_FLOAT32 = [*layers(("float32", MANY), ("int64", 2)), LayerPrecision("wait", 
         ("fp32", TENSORRT, BORDERS, "not run", "do not tell that all is computed in float32"),
         ("fp32", RTX, ALL_FLOAT32, "not run", "do not tell that all is computed in float32"),
         ("fp32", TENSORRT, [*ALL_FLOAT32, *layers(("float16", 1))], "not run", "float16 in 1"),
-        ("mine", TENSORRT, ALL_FLOAT32, "not run", "the dtypes of this plan are not known here"),
     ],
 )
 def test_layers_beside_their_plan(
-    plan: str, target: str, found: list[LayerPrecision], status: str, needle: str
+    plan: BasePrecision, target: str, found: list[LayerPrecision], status: str, needle: str
 ) -> None:
-    entry = judge_layers("trunk", plan, target, found)
-    assert (entry.stage, entry.network, entry.case) == (f"{plan} graph -> {target} engine", "trunk", CASE)
+    entry = judge_layers("trunk", PlanRef("mine", "0", plan), target, found)
+    assert (str(entry.comparison), entry.network, entry.case) == (f"mine graph -> {target} engine", "trunk", CASE)
     assert entry.status == status
     assert needle in entry.reason
 
@@ -61,9 +61,11 @@ def test_layers_beside_their_plan(
     ],
 )
 def test_a_plan_in_8_bits(found: list[LayerPrecision], status: str) -> None:
-    assert judge_layers("trunk", "fp8", TENSORRT, found).status == status
+    assert judge_layers("trunk", PlanRef("fp8", "0", "fp8"), TENSORRT, found).status == status
 
 
 def test_a_layer_of_two_outputs_is_counted_once_for_each_dtype() -> None:
-    entry = judge_layers("trunk", "fp16", RTX, [LayerPrecision("a", "kgen", ("float16", "float16", "int64"))])
+    entry = judge_layers(
+        "trunk", PlanRef("fp16", "0", "fp16"), RTX, [LayerPrecision("a", "kgen", ("float16", "float16", "int64"))]
+    )
     assert entry.reason == "layers output float16 in 1, int64 in 1"

@@ -143,7 +143,7 @@ def test_absent_and_empty_corpora(tmp_path: Path) -> None:
 def test_full_disk_keeps_what_was_written(folder: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     image = np.zeros((8, 8, 3), np.uint8)
-    with patch.object(Path, "write_bytes", side_effect=full), pytest.raises(HostError, match="No space left"):
+    with patch("os.fsync", side_effect=full), pytest.raises(HostError, match="No space left"):
         write_image(folder, 6, image, "a", 1)
     with patch.object(Path, "open", side_effect=full), pytest.raises(HostError, match="No space left"):
         append_rows(folder, [])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fakes.toys import SCHEDULE, Toy, kill_self, progress, run, state_names, tensors
-from l2p_engines.store.files import locked
+from l2p_engines.store.locks import locked
 from l2p_export.training.loop.loop import LOCK_NAME, PROGRESS_NAME, StoppedError, generator
 from l2p_export.training.loop.masters import move, take_gradients, trained_weights
 from l2p_export.training.loop.states import latest_state

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fakes.toys import SCHEDULE, run, state_names, tensors
-from l2p_export.training.loop import states
 from l2p_export.training.loop.masters import Weights, drop_gradients, move, take_gradients, trained_weights
 from l2p_export.training.loop.states import latest_state, save_state
 from l2p_runtime.errors import ArtifactError, HostError
+from l2p_runtime.files import is_partial_of
 
 
 @pytest.fixture
@@ -86,34 +86,35 @@ def test_a_kill_while_saving_leaves_the_state_before(tmp_path: Path, whole: Path
     if child == 0:
         _die_while_saving(folder, moment)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert ".step-00000008.partial" in {path.name for path in folder.iterdir()}
+    assert any(is_partial_of(path.name, "step-00000008") for path in folder.iterdir())
     state = latest_state(folder)
     assert state is not None
     assert state.step == 4
     run(folder, seed=1)
     assert state_names(folder) == ["step-00000008", "step-00000009"]
+    assert not any(is_partial_of(path.name) for path in folder.iterdir())
     assert all(tensors(folder)[name].equal(tensor) for name, tensor in tensors(whole).items())
 
 
 def _die_while_saving(folder: Path, moment: str) -> None:
     """In a process of its own: killed in the middle of its second save."""
 
-    real_write, real_rename = states._write, Path.rename
+    real_write, real_rename = Path.write_text, Path.rename
 
     def die() -> None:
         if (folder / "step-00000004").exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def write(path: Path, data: bytes) -> None:
+    def write(path: Path, text: str, encoding: str) -> int:
         die()
-        real_write(path, data)
+        return real_write(path, text, encoding)
 
     def rename(path: Path, target: Path) -> Path:
         die()
         return real_rename(path, target)
 
     if moment == "numbers":
-        states._write = write
+        Path.write_text = write  # type: ignore[method-assign, assignment]
     else:
         Path.rename = rename  # type: ignore[method-assign, assignment]
     try:

@@ -341,6 +341,20 @@ def test_a_patch_embedder_that_is_absent_or_misshapen_is_left_out(
     assert model.stem.get_parameter("all_x_embedder.64-1.weight").equal(before)
 
 
+def test_adapters_are_the_same_bytes_each_time_and_as_open_as_other_files(tmp_path: Path) -> None:
+    values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    trained = {"head.b": values, "tail.a": values.T, "stem.c": torch.tensor(1.0)}
+    for number, order in enumerate((trained, dict(reversed(trained.items())))):
+        write_adapters(tmp_path / f"{number}.safetensors", order, "0" * 64, {"license": "MIT"})
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "0.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    found = load_file(tmp_path / "0.safetensors")
+    assert list(found) == ["a", "b", "c"]
+    for name, tensor in trained.items():
+        assert found[name.partition(".")[2]].equal(tensor.to(torch.bfloat16))
+
+
 def test_adapters_of_another_trunk_begin_nothing(source: Source, corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     model = model_of(source)

@@ -1,18 +1,14 @@
-"""Lock files, and files that are written through a temporary name, an fsync and a rename."""
+"""Lock files that the kernel drops with their process."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import HostError
 
 
@@ -63,25 +59,4 @@ def _acquire(path: Path, waiting: Callable[[], None] | None, mode: int, busy: st
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)
-
-
-def write_json(path: Path, data: Any, work: Path) -> None:
-    """Write a spec as JSON: in the folder `work` first, then into place by one rename."""
-    # Two processes may write the same record at once.
-    partial = work / f"{path.name}.{secrets.token_hex(8)}"
-    with partial.open("w", encoding="ascii") as file:
-        json.dump(to_json(data), file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.parent.mkdir(exist_ok=True)
-    partial.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
         os.close(handle)

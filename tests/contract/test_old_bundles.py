@@ -1,0 +1,61 @@
+"""Bundles of schema 1: comparisons were texts, and a plan's name said what it was made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Bundles
+from l2p_export.proof.verify import verify_bundle
+from l2p_runtime.bundle import open_bundle
+from l2p_runtime.contract.codec import from_json
+from l2p_runtime.contract.ledger import Comparison
+from l2p_runtime.errors import ArtifactError
+from l2p_runtime.progress import Silent
+
+
+@pytest.fixture
+def old(bundles: Bundles, tmp_path: Path) -> Path:
+    """A bundle as schema 1 held it."""
+    shutil.copytree(bundles.path("tiny-16"), tmp_path / "old", copy_function=shutil.copyfile)
+    path = tmp_path / "old" / "bundle.json"
+    data = json.loads(path.read_bytes())
+    data["schema"] = 1
+    for plan in data["plans"]:
+        del plan["base"]
+    for entry in data["ledger"]:
+        entry["stage"] = str(from_json(Comparison, entry.pop("comparison")))
+    path.write_text(json.dumps(data))
+    return tmp_path / "old"
+
+
+def edit(bundle: Path, key: str, change: Any) -> None:
+    data = json.loads((bundle / "bundle.json").read_bytes())
+    data[key] = change(data[key])
+    (bundle / "bundle.json").write_text(json.dumps(data))
+
+
+def test_an_old_bundle_opens_and_verifies(old: Path, bundles: Bundles) -> None:
+    opened, new = open_bundle(old), open_bundle(bundles.path("tiny-16"))
+    assert opened.manifest == new.manifest
+    assert opened.digest != new.digest
+    assert {entry.status for entry in verify_bundle(opened, "onnx", "fp32", Silent())} <= {"passed", "not run"}
+
+
+def test_a_plan_that_follows_no_base(old: Path) -> None:
+    edit(old, "plans", lambda plans: [{**plans[0], "name": "mine"}, *plans[1:]])
+    with pytest.raises(ArtifactError, match="lacks base"):
+        open_bundle(old)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda ledger: [{**ledger[0], "stage": "a -> b"}], lambda ledger: {}, lambda ledger: [7]]
+)
+def test_a_ledger_that_is_none(old: Path, change: Any) -> None:
+    edit(old, "ledger", change)
+    with pytest.raises(ArtifactError):
+        open_bundle(old)
