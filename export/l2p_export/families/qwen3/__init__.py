@@ -11,7 +11,7 @@ from l2p_export.families.qwen3.model import Qwen3Model
 __all__ = ["Qwen3Model", "TextEncoder", "claims", "known_as", "open_text_encoder"]
 
 PUBLISHED: Mapping[str, str] = {"0f050f62a88876fea6eae0a18dac5a2e": "Qwen3-4B text encoder"}
-"""Fingerprint of a published text encoder to its name (l2p.md 2.3)."""
+"""Fingerprint of a published text encoder to its name (docs/model.md, "Fingerprints")."""
 
 _TELLING = re.compile(r"(?:model\.)?layers\.\d+\.self_attn\.q_proj\.weight")
 
