@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from l2p_calib.fp8 import FP8_MAX
 from l2p_export.evaluation.scores import world_prompts
-from l2p_export.graphs.stored import PLAN, bundle_model
+from l2p_export.graphs.stored import bundle_model, float32_plan
 from l2p_export.precision.torch_backend import TorchNetworks
 from l2p_export.proof.cases import network_inputs
 from l2p_export.proof.compare import run_engine
@@ -54,12 +54,12 @@ def main() -> None:
     networks = TorchNetworks(model)
     backend = networks.backend()
     for name in NETWORKS:
-        load_network(bundle, backend, name, PLAN)
+        load_network(bundle, backend, name, float32_plan(bundle))
     linears: dict[str, nn.Linear] = {}
     for name in NETWORKS:
         module = networks.engines[name].module
         linears |= {p.layer: module.get_submodule(p.layer) for p in model.layout(name).products}  # type: ignore[misc]
-    with Pipeline.open(options.bundle, plan=PLAN) as pipe:
+    with Pipeline.open(options.bundle, plan=float32_plan(bundle)) as pipe:
         cases = list(_cases(pipe, options.count * 2))
     half = len(cases) // 2
     run = partial(_run, networks, backend.device)

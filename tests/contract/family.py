@@ -27,7 +27,7 @@ from l2p_export.graphs.export import export_graph
 from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import ArrayTensor
 from l2p_runtime.backends.onnx import OnnxEngine
-from l2p_runtime.contract import NETWORKS, NetworkSpec
+from l2p_runtime.contract import NETWORKS, BasePrecision, NetworkSpec
 from parity.graphs import run
 from parity.models import call, random_state, relative_error
 
@@ -292,7 +292,7 @@ class FamilyContract(NetworksContract):
             assert model.spec.family == self.family.name
 
     @pytest.mark.parametrize("plan", ["fp16", "fp8", "fp8-attention"])
-    def test_plans_have_roles_to_speak_of(self, plan: str) -> None:
+    def test_plans_have_roles_to_speak_of(self, plan: BasePrecision) -> None:
         found = plain_plan(self.model, plan)
         layouts = [self.model.layout(name) for name in NETWORKS]
         linear = {part.layer for layout in layouts for part in layout.products}

@@ -15,8 +15,7 @@ from torch import Tensor
 from l2p_calib.plans.plan import LayerRule, PrecisionPlan
 from l2p_engines.store.stages import Home, StageRunner
 from l2p_export.build.text import add_text_encoder
-from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
-from l2p_export.precision import text as ranges
+from l2p_export.families.qwen3 import TextEncoder, open_text_encoder, peaks
 from l2p_export.precision.plans import plain_plan
 from l2p_export.precision.text import plans_by_ranges
 from l2p_export.tensors.sources import read_tensor
@@ -132,7 +131,7 @@ def test_the_graph_has_the_layer_in_float32(folder: Path, tmp_path: Path) -> Non
 
 
 def test_without_memory_nothing_is_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "available_host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(peaks, "available_host_bytes", lambda: 1 << 20)
     encoder = open_text_encoder(folder, WIDTH)
     plans, (entry,) = by_ranges(encoder, tmp_path / "out", "fp16")
     assert plans == [plain_plan(encoder.model, "fp16")]
@@ -159,7 +158,7 @@ def test_products_that_may_overflow_are_raised_and_not_refused(folder: Path, tmp
 def test_what_was_measured_outlasts_the_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = stress(folder, STRESSES["values"])
     (before,), _ = by_ranges(encoder, tmp_path, "fp16")
-    monkeypatch.setattr(ranges, "available_host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(peaks, "available_host_bytes", lambda: 1 << 20)
     (after,), (entry,) = by_ranges(encoder, tmp_path, "fp16")
     assert before == after != plain_plan(encoder.model, "fp16")
     assert entry.status == "passed"

@@ -157,6 +157,9 @@ class NamedPlan:
     """A plan as it is before a model is known: the dtype of layers by their role, which a model's layouts give them.
 
     Attributes:
+        name: free, as of a plan.
+        base: the plan of `PLANS` that it is, or was made from.
+        default: dtype of layers.
         float8: roles whose layers are in FP8; all others have the default, but for those that are always float32.
     """
 

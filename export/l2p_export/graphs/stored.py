@@ -86,7 +86,7 @@ def bundle_digests(bundle: Bundle, reporter: Reporter) -> dict[str, str]:
     """Network to the digest of its weights, as builds know it, from the bundle's float32 graphs."""
     found = {"trunk": bundle.manifest.checkpoint.trunk_sha256}
     with reporter.stage("hashing weights") as advance:
-        for name, weights in _float32_weights(bundle).items():
+        for name, weights in _stored_weights(bundle, float32_plan(bundle)).items():
             if name != "trunk":
                 found[name] = _weights_digest(weights, advance)
     return found
@@ -117,8 +117,7 @@ def read_published(file: TensorFile, place: StoredTensor) -> NDArray[Any]:
     return values[:, place.part * outputs : (place.part + 1) * outputs].T
 
 
-def _float32_weights(bundle: Bundle) -> dict[str, Path]:
-    plan = float32_plan(bundle)
+def _stored_weights(bundle: Bundle, plan: str) -> dict[str, Path]:
     return {network: bundle.path(bundle.manifest.graph(network, plan).weights) for network in NETWORKS}
 
 

@@ -6,60 +6,33 @@ products are not; a layer in which they are too large for float16 is raised to f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM
 from l2p_calib.plans.plan import LayerRule
 from l2p_calib.prompts import read_prompts
 from l2p_engines.store.stages import Made
-from l2p_export.families.qwen3.dimensions import PRODUCT_SCALE
+from l2p_export.families.qwen3.peaks import PROMPTS, LayerPeak, measure_peaks
 from l2p_export.precision.plans import CASE
-from l2p_export.tensors.sources import read_tensor
 from l2p_export.toolchain import toolchain
 from l2p_runtime.bundle import file_digest
 from l2p_runtime.contract import TEXT_ENCODER, LedgerEntry, ranges_comparison
 from l2p_runtime.contract.codec import from_json
-from l2p_runtime.errors import ArtifactError, HostError, ParityError
-from l2p_runtime.memory import available_host_bytes
-from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
+from l2p_runtime.errors import HostError, ParityError
+from l2p_runtime.text import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import Tensor, nn
 
     from l2p_calib.plans.plan import PrecisionPlan
     from l2p_engines.store.stages import StageRunner
     from l2p_export.families.qwen3.folder import TextEncoder
     from l2p_runtime.progress import Reporter
 
-PROMPTS = 16
-"""Of those that the package ships: the published encoder takes about 5 TFLOP for them."""
-
 PLAIN = ("fp16-plain", "fp8-plain")
 """Plans in which nothing is raised."""
-
-_EMBEDDING = "model.embed_tokens"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPeak:
-    """The largest magnitude that float16 would have to hold in a layer, and where.
-
-    Attributes:
-        layer: as `model.layers.3`.
-        place: as `mlp.up_proj:out`.
-        is_bound: nothing was seen to be so large; lengths of queries and keys allow it.
-    """
-
-    layer: str
-    place: str
-    peak: float
-    is_bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +70,7 @@ def plans_by_ranges(
 
     def make(work: Path) -> Made:
         del work
-        return Made(facts=_Facts(_measure(encoder, reporter)))
+        return Made(facts=_Facts(measure_peaks(encoder, reporter)))
 
     try:
         stage = run("ranges", TEXT_ENCODER, inputs, make)
@@ -143,118 +116,3 @@ def _entry(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> LedgerEntry:
     more = f"; in float32: {', '.join(wide)}" if wide else ""
     detail = f"{told} of {PROMPTS} prompts; float16 holds {FLOAT16_MAX:.0f}{more}"
     return LedgerEntry(ranges_comparison(plan.name), TEXT_ENCODER, CASE, "passed", detail)
-
-
-def _needed_bytes(encoder: TextEncoder) -> int:
-    """The embedding table and one layer in float32, each beside what it is read from, and some activations."""
-    parts = dict.fromkeys((_EMBEDDING, *encoder.model.blocks(TEXT_ENCODER)), 0)
-    for name, shape in encoder.model.shapes.items():
-        parts[next(part for part in parts if name.startswith(f"{part}."))] += 8 * math.prod(shape)
-    return parts.pop(_EMBEDDING) + max(parts.values(), default=0) + (256 << 20)
-
-
-def _measure(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, ...]:
-    """The largest peaks of the embedding table and of each layer, padding included: rows of it are computed as well.
-
-    Raises:
-        ArtifactError: a layer makes NaN or Inf.
-        HostError: too little memory.
-    """
-    import torch
-
-    needed = _needed_bytes(encoder)
-    if needed > available_host_bytes():
-        raise HostError(f"measuring the text encoder takes about {needed:,} bytes here, more than are free")
-
-    with torch.device("meta"):
-        module = encoder.model.module(TEXT_ENCODER, lambda layer: torch.float32)
-    embedding = module.get_submodule(_EMBEDDING)
-    found = [LayerPeak(_EMBEDDING, "weight", _fill(encoder, _EMBEDDING, embedding)["weight"])]
-    layers = encoder.model.blocks(TEXT_ENCODER)
-    with reporter.stage("measuring the text encoder in torch float32", len(layers), "layers") as advance:
-        for name in layers:
-            _observe(encoder, name, module.get_submodule(name), found, advance)
-        with torch.no_grad():
-            module(**_prompts(encoder))
-    return tuple(found)
-
-
-def _observe(
-    encoder: TextEncoder, name: str, layer: nn.Module, found: list[LayerPeak], advance: Callable[[int], None]
-) -> None:
-    """Hooks that load a layer before it runs, add its largest peaks when it has, and drop its weights."""
-    peaks: dict[str, float] = {}
-    lengths: dict[str, float] = {}
-
-    def load(layer: nn.Module, inputs: object) -> None:
-        del inputs
-        peaks.update(_fill(encoder, name, layer))
-
-    def finish(layer: nn.Module, inputs: object, output: Tensor) -> None:
-        del inputs
-        # Lengths of rows bound what a rotation makes of them, and their products.
-        query, key = (lengths[f"self_attn.{norm}"] for norm in ("q_norm", "k_norm"))
-        bounds = {"a query": query, "a key": key, "a product of query and key": query * key}
-        if not (output.isfinite().all() and all(map(math.isfinite, (*peaks.values(), *bounds.values())))):
-            raise ArtifactError(
-                f"the text encoder makes NaN or Inf in float32, in `{name}`", hint="fetch its folder again"
-            )
-        for places, is_bound in ((peaks, False), (bounds, True)):
-            place, peak = max(places.items(), key=lambda item: item[1])
-            found.append(LayerPeak(name, place, peak, is_bound))
-        layer.to("meta")
-        advance(1)
-
-    layer.register_forward_pre_hook(load)
-    for own, part in layer.named_modules():
-        if own.endswith("_proj"):
-            part.register_forward_hook(partial(_note_linear, peaks, own))
-        elif own.endswith(("q_norm", "k_norm")):
-            part.register_forward_hook(partial(_note_normed, peaks, lengths, own))
-    layer.register_forward_hook(finish)
-
-
-def _note_linear(
-    peaks: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    del layer
-    scale = PRODUCT_SCALE if name.endswith("down_proj") else 1.0
-    for side, tensor in {"in": inputs[0], "out": output}.items():
-        peaks[f"{name}:{side}"] = scale * float(tensor.abs().max())
-
-
-def _note_normed(
-    peaks: dict[str, float],
-    lengths: dict[str, float],
-    name: str,
-    layer: nn.Module,
-    inputs: tuple[Tensor, ...],
-    output: Tensor,
-) -> None:
-    del layer, inputs
-    scale = output.shape[-1] ** -0.5 if name.endswith("q_norm") else 1.0
-    lengths[name] = scale * float(output.norm(dim=-1).max())
-    # However a pair is rotated, one of the two keeps this share of its larger value.
-    peaks[f"{name}:out"] = scale * float(output.abs().max()) / math.sqrt(2.0)
-
-
-def _fill(encoder: TextEncoder, name: str, part: nn.Module) -> dict[str, float]:
-    """Give a part its weights in float32; the largest magnitude of each, by its own name."""
-    import torch
-
-    own = [parameter for parameter, _ in part.named_parameters()]
-    state = {parameter: torch.from_numpy(read_tensor(encoder.tensors[f"{name}.{parameter}"])) for parameter in own}
-    part.load_state_dict(state, assign=True)
-    return {parameter: float(tensor.abs().max()) for parameter, tensor in state.items()}
-
-
-def _prompts(encoder: TextEncoder) -> dict[str, Tensor]:
-    """Token numbers [B,L] and mask of the prompts, padded at the right."""
-    import torch
-
-    tokenizer = load_tokenizer(encoder.tokenizer, CHAT_TEMPLATE)
-    rows = [torch.tensor(tokenizer.tokens(prompt)) for prompt in read_prompts()[:PROMPTS]]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)
-    return {"input_ids": ids, "attention_mask": mask}
