@@ -58,7 +58,7 @@ def main() -> None:
     linears: dict[str, nn.Linear] = {}
     for name in NETWORKS:
         module = networks.engines[name].module
-        linears |= {p.layer: module.get_submodule(p.layer) for p in model.layout(name).products}  # type: ignore[misc]
+        linears |= {p.layer: module.get_submodule(p.layer) for p in model.layout(name).linear_layers}  # type: ignore[misc]
     with Pipeline.open(options.bundle, plan=float32_plan(bundle)) as pipe:
         cases = list(_cases(pipe, options.count * 2))
     half = len(cases) // 2

@@ -1,6 +1,6 @@
 """Nearest x2 upsampling and a 3x3 convolution as four 2x2 convolutions at the lower size: milliseconds and bytes.
 
-    python benchmarks/upsampling.py stages VARIANT                    each stage of a pixel head alone, float32
+    python benchmarks/upsampling.py stages VARIANT                    each level of a pixel head alone, float32
     python benchmarks/upsampling.py head VARIANT PLAN HEIGHTxWIDTH    the whole head
     python benchmarks/upsampling.py engine VARIANT PLAN               the head as an engine for sm89; needs no GPU
 
@@ -103,15 +103,15 @@ def check_equal() -> None:
 
 
 def stages(options: argparse.Namespace, scratch: Path) -> None:
-    """Each stage alone, at the size that it has in an image of 1024 x 1024."""
+    """Each level alone, at the size that it has in an image of 1024 x 1024."""
     d = _dimensions(options.variant)
-    side, channels = STAGE_SIDE_PX >> len(d.stages), d.bottleneck
-    for stage in reversed(d.stages):
-        random = np.random.default_rng(zlib.crc32(stage.name.encode()))
-        weight = _normal(random, stage.up, channels, 3, 3) / np.float32(3 * channels**0.5)
-        bias, x = _normal(random, stage.up), _normal(random, 1, channels, side, side)
+    side, channels = STAGE_SIDE_PX >> len(d.levels), d.bottleneck
+    for level in reversed(d.levels):
+        random = np.random.default_rng(zlib.crc32(level.name.encode()))
+        weight = _normal(random, level.up, channels, 3, 3) / np.float32(3 * channels**0.5)
+        bias, x = _normal(random, level.up), _normal(random, 1, channels, side, side)
         for library in options.libraries:
-            print(f"\n{library}, {channels} to {stage.up} channels, {side} to {2 * side} px\n", flush=True)
+            print(f"\n{library}, {channels} to {level.up} channels, {side} to {2 * side} px\n", flush=True)
             makers: dict[str, Callable[[], Call]] = {}
             for form in options.forms:
                 makers[form] = partial(_torch_stage, form, weight, bias, x)
@@ -120,7 +120,7 @@ def stages(options: argparse.Namespace, scratch: Path) -> None:
                     onnx.save(rewrite(stage_model(weight, bias), form), path)
                     makers[form] = partial(_onnx_call, path, {"x": x})
             _measure(makers, options.rounds, None)
-        side, channels = 2 * side, stage.decoder
+        side, channels = 2 * side, level.decoder
 
 
 def head(options: argparse.Namespace, scratch: Path) -> None:
@@ -236,9 +236,9 @@ def _torch_head(variant: str, form: str, feeds: Mapping[str, Array]) -> Call:
     module = PixelHead(d, torch.float32)
     state = {name.removeprefix("local_decoder."): read_tensor(source) for name, source in _tensors(variant).items()}
     module.load_state_dict({name: torch.as_tensor(values) for name, values in state.items()})
-    for stage in d.stages if form != "original" else ():
-        weight, bias = (state[f"up{stage.name}.1.{part}"] for part in ("weight", "bias"))
-        setattr(module, f"up{stage.name}", _Upsampling(form, weight, bias))
+    for level in d.levels if form != "original" else ():
+        weight, bias = (state[f"up{level.name}.1.{part}"] for part in ("weight", "bias"))
+        setattr(module, f"up{level.name}", _Upsampling(form, weight, bias))
     return partial(_run_torch, module, [torch.as_tensor(feeds["image"]), torch.as_tensor(feeds["tokens"])])
 
 

@@ -32,7 +32,7 @@ from l2p_calib.statistics.ranges import Statistics, read_statistics
 from l2p_export.checkpoint.demo import demo_model
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.export import export_graph
-from l2p_export.precision.calibrate import TIMES_A_PICTURE, calibrate, plan_calibration, sample_values
+from l2p_export.precision.calibrate import TIMES_A_PICTURE, calibrate, check_calibration, sample_values
 from l2p_export.precision.plans import weight_peaks
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
@@ -108,7 +108,7 @@ def _write_calls(bundle: Bundle, folder: Path, kind: str) -> None:
             write_tensorfile(to / f"{index}.safetensors", values)
 
     out = _statistics(folder, kind)
-    planned = plan_calibration(bundle, out, prompts=prompts, samples=count, sizes=[SIZE], seed=SEEDS[kind])
+    planned = check_calibration(bundle, out, prompts=prompts, samples=count, sizes=[SIZE], seed=SEEDS[kind])
     calibrate(planned, Silent(), keep)
 
 

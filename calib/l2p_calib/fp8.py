@@ -49,7 +49,7 @@ class ScaleChoice:
     error: float
 
 
-def encoded(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[Any]:
+def quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[Any]:
     """The E4M3 numbers of values, as ml_dtypes' `float8_e4m3fn`: divided in float32, saturated, rounded to even.
 
     Args:
@@ -64,15 +64,15 @@ def encoded(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> 
     return np.clip(divided, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
 
 
-def rounded(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[np.float32]:
+def fake_quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[np.float32]:
     """What a graph computes with in place of values: encoded and decoded again, float32."""
     import numpy as np
 
-    decoded: NDArray[np.float32] = encoded(values, scale).astype(np.float32) * np.asarray(scale, np.float32)
+    decoded: NDArray[np.float32] = quantize(values, scale).astype(np.float32) * np.asarray(scale, np.float32)
     return decoded
 
 
-def storable(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def float16_scale(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """The least float16 numbers that are no less than the scales, and never 0: graphs hold scales in float16.
 
     What is encoded with such a scale is decoded with the same number, so that rounding the scale adds no error.
@@ -105,7 +105,7 @@ def channel_scales(peaks: NDArray[np.float32]) -> NDArray[np.float32]:
     import numpy as np
 
     usable = np.isfinite(peaks) & (peaks > 0)
-    return storable(np.where(usable, peaks, FP8_MAX).astype(np.float32) / np.float32(FP8_MAX))
+    return float16_scale(np.where(usable, peaks, FP8_MAX).astype(np.float32) / np.float32(FP8_MAX))
 
 
 def scale_choices(ranges: Ranges) -> tuple[ScaleChoice, ...]:
@@ -158,7 +158,7 @@ class _Histogram:
         """Relative L2 error of the values rounded with a scale."""
         import numpy as np
 
-        difference = rounded(self._values, scale).astype(np.float64) - self._values
+        difference = fake_quantize(self._values, scale).astype(np.float64) - self._values
         return float(np.sqrt(self._sum(np.square(difference)) / self._power)) if self._power else 0.0
 
     def _sum(self, values: NDArray[np.float64]) -> float:

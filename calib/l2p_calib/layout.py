@@ -41,7 +41,7 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class QuantizableLayer:
     """A linear layer that may be in FP8, or one input of attention.
 
     Attributes:
@@ -70,7 +70,7 @@ class Attention:
     """
 
     layer: str
-    inputs: tuple[Product, Product, Product]
+    inputs: tuple[QuantizableLayer, QuantizableLayer, QuantizableLayer]
     rotates: tuple[str, ...] = ()
 
     @property
@@ -88,13 +88,13 @@ class Float32Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkLayout:
+class QuantizationLayout:
     """The points, branches and layers of one network.
 
     Attributes:
         network: its name.
         layers: every name that a precision plan may give a dtype: layers, pads, and `residual.NETWORK`.
-        products: those of them that may be in FP8.
+        linear_layers: those of them that may be in FP8.
         attentions: of each block; a plan names their inputs where they are in FP8, and otherwise nothing.
         float32: those that no plan narrows.
     """
@@ -103,7 +103,7 @@ class NetworkLayout:
     layers: tuple[str, ...]
     points: tuple[Point, ...] = ()
     branches: tuple[Branch, ...] = ()
-    products: tuple[Product, ...] = ()
+    linear_layers: tuple[QuantizableLayer, ...] = ()
     attentions: tuple[Attention, ...] = ()
     float32: tuple[Float32Layer, ...] = ()
 
@@ -112,9 +112,9 @@ class NetworkLayout:
         return next((point for point in self.points if point.name == name), None)
 
     @property
-    def roundable(self) -> tuple[Product, ...]:
+    def quantizable(self) -> tuple[QuantizableLayer, ...]:
         """All that may be in FP8: linear layers, and inputs of attention."""
-        return (*self.products, *(item for attention in self.attentions for item in attention.inputs))
+        return (*self.linear_layers, *(item for attention in self.attentions for item in attention.inputs))
 
     @property
     def rotations(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Protocol
 class Reporter(Protocol):
     """Receives the stages of a long piece of work."""
 
-    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> AbstractContextManager[Callable[[int], None]]:
+    def task(self, title: str, total: int = 0, unit: str = "bytes") -> AbstractContextManager[Callable[[int], None]]:
         """Enter a stage; the function it gives is told how much was done since the last call."""
 
     def phases(self, title: str) -> AbstractContextManager[Callable[[float, str], None]]:
@@ -24,7 +24,7 @@ class Silent:
     """A reporter that says nothing."""
 
     @contextmanager
-    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    def task(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
         """Do nothing."""
         del title, total, unit
         yield lambda amount: None

@@ -31,7 +31,7 @@ PREVIEW_DTYPE: PixelDType = "uint8"
 Refusal: TypeAlias = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
 """Why a request has no image: it is wrong, this server cannot, its caller gave up, or a bug."""
 
-Shown: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
+PictureComparison: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
 """Told (step, steps in all, preview [h,w,3])."""
 
 
@@ -172,7 +172,7 @@ class Service:
         values: Mapping[str, Any],
         *,
         cancelled: Callable[[], bool] = lambda: False,
-        shown: Shown | None = None,
+        shown: PictureComparison | None = None,
     ) -> Drawn:
         """Draw one image.
 

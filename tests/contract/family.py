@@ -133,7 +133,7 @@ class NetworksContract:
                     module.get_submodule(layer_of_point(point.name))
             assert layers.issuperset(layout.scalable)
             assert all(branch.usual in (branch.first, branch.last) for branch in layout.branches)
-            for product in layout.products:
+            for product in layout.linear_layers:
                 assert len(shapes[f"{product.layer}.weight"]) == 2
                 assert product.reads in points
             for attention in layout.attentions:
@@ -176,7 +176,7 @@ class NetworksContract:
             rows = {"call": 1, "image": grid, "padded_image": SIZES["s"] - caption, "caption": caption}
             rows["sequence"] = SIZES["s"]
             pixels = grid * self.patch_px**2
-            expected = {name: SIZES["B"] * rows[kind] for name, kind in operations.products.items()}
+            expected = {name: SIZES["B"] * rows[kind] for name, kind in operations.linear_layers.items()}
             expected |= {n: SIZES["B"] * pixels // 4**halvings for n, halvings in operations.convolutions.items()}
             assert seen == expected, spec.name
             assert bool(operations.attentions) == bool(self.networks.blocks(spec.name)), spec.name
@@ -295,7 +295,7 @@ class FamilyContract(NetworksContract):
     def test_plans_have_roles_to_speak_of(self, plan: BasePrecision) -> None:
         found = plain_plan(self.model, plan)
         layouts = [self.model.layout(name) for name in NETWORKS]
-        linear = {part.layer for layout in layouts for part in layout.products}
+        linear = {part.layer for layout in layouts for part in layout.linear_layers}
         inputs = {part.layer for layout in layouts for item in layout.attentions for part in item.inputs}
         wanted = {"fp16": set(), "fp8": linear, "fp8-attention": linear | inputs}[plan]
         assert {rule.layer for rule in found.rules if rule.dtype == FLOAT8} == wanted

@@ -18,8 +18,8 @@ from golden import tiny_checkpoint
 from l2p_calib.statistics.onnx_values import count_graph, point_values
 from l2p_calib.statistics.ranges import network_statistics, read_statistics
 from l2p_calib.statistics.torch_hooks import counting
-from l2p_engines.builders.wanted import EngineWishes
-from l2p_export.build.bundle import Built, build, plan_build
+from l2p_engines.builders.engines import EngineOptions
+from l2p_export.build.bundle import Built, build, check_build
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.names import published_names
 from l2p_export.graphs.stored import bundle_digests, bundle_model
@@ -56,7 +56,7 @@ def statistics(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def build_here(bundles: Bundles, checkpoint: Path, out: Path, *precisions: str, **more: Any) -> Built:
     """A build in this process, which finds its traces in the session's store."""
     profile = write_profile(out.with_suffix(".toml"), 16)
-    with plan_build(checkpoint, (str(profile),), precisions, out, store=bundles.store, **more) as plan:
+    with check_build(checkpoint, (str(profile),), precisions, out, store=bundles.store, **more) as plan:
         return build(plan, Silent())
 
 
@@ -107,7 +107,7 @@ def test_graphs_and_torch_are_measured_alike(bundles: Bundles, tmp_path: Path) -
 def test_a_calibration_that_was_stopped_goes_on(bundles: Bundles, statistics: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.json"
     opened = open_bundle(bundles.path("tiny-16"))
-    plan = calibration.plan_calibration(opened, out, samples=5, sizes=[(48, 32)])
+    plan = calibration.check_calibration(opened, out, samples=5, sizes=[(48, 32)])
     measure, measured = calibration._measure, []
 
     def stop_at_the_tail(plan: Any, network: str, *more: Any) -> Any:
@@ -241,7 +241,7 @@ def check_hand_edited_plans(bundles: Bundles, checkpoint: Path, whole: Any, tmp_
             bundles,
             checkpoint,
             out,
-            engines=EngineWishes((target,)),
+            engines=EngineOptions((target,)),
             **edited("fp16-bf16", local_decoder_up4_1={"dtype": "bfloat16"}),
         )
     assert not out.exists()

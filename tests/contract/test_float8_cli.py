@@ -17,17 +17,17 @@ from l2p_calib.plans.file import read_plan
 from l2p_calib.plans.plan import FLOAT8, PLANS
 from l2p_calib.statistics.ranges import CALLS_MIN, Statistics
 from l2p_engines.builders.builder import build_engine
+from l2p_engines.builders.engines import EngineOptions
 from l2p_engines.builders.request import EngineRequest, EngineSpec
 from l2p_engines.builders.shapes import engine_profiles
 from l2p_engines.builders.trt import library_version
-from l2p_engines.builders.wanted import EngineWishes
-from l2p_export.build.bundle import Built, build, plan_build
+from l2p_export.build.bundle import Built, build, check_build
 from l2p_export.checkpoint.loading import load_model
 from l2p_export.graphs.stored import bundle_digests
 from l2p_export.precision import sweep as sensitivity
-from l2p_export.precision.calibrate import calibrate, plan_calibration
+from l2p_export.precision.calibrate import calibrate, check_calibration
 from l2p_export.precision.explain import explain
-from l2p_export.precision.plans import Asked, _given
+from l2p_export.precision.plans import PrecisionRequest, _given
 from l2p_export.precision.sweep import NAME
 from l2p_runtime import Pipeline
 from l2p_runtime.bundle import open_bundle
@@ -53,7 +53,7 @@ PLAN = "fp8-trunk"
 
 
 @dataclass
-class Swept:
+class SweepResult:
     """A calibration with a sweep: its files and what it printed."""
 
     statistics: Path
@@ -62,7 +62,7 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def swept(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+def swept(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
     root = tmp_path_factory.mktemp("swept")
     statistics, folder = root / "statistics.json", root / "sweep"
     stamps = stop_after_five_groups(bundles, statistics, folder)
@@ -73,12 +73,12 @@ def swept(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     # It went on where it was stopped.
     assert len(stamps) == 5
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    return Swept(statistics, folder, json.loads(result.stdout))
+    return SweepResult(statistics, folder, json.loads(result.stdout))
 
 
 def stop_after_five_groups(bundles: Bundles, statistics: Path, folder: Path) -> dict[Path, int]:
     """A sweep that somebody stops: the files that it leaves, with the time of each."""
-    plan = plan_calibration(open_bundle(bundles.path("tiny-16")), statistics, samples=1, sizes=[(32, 32)])
+    plan = check_calibration(open_bundle(bundles.path("tiny-16")), statistics, samples=1, sizes=[(32, 32)])
     measure, asked = sensitivity._Sweeper.measure, []
 
     def stopped(self: Any, layers: Any) -> Any:
@@ -98,7 +98,7 @@ def stop_after_five_groups(bundles: Bundles, statistics: Path, folder: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def built(bundles: Bundles, swept: Swept, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(bundles: Bundles, swept: SweepResult, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """A bundle with the trunk in FP8; tracing takes seconds a network, and the others are traced for fp16 already."""
     out = tmp_path_factory.mktemp("float8") / "bundle"
     data = json.loads((swept.folder / f"{NAME}.json").read_text()) | {"name": PLAN}
@@ -117,11 +117,11 @@ def build_here(bundles: Bundles, out: Path, *precisions: str, checkpoint: Path |
     """A build in this process, which finds traces of what is not in FP8 in the session's store."""
     profile = write_profile(out.with_suffix(".toml"), 16)
     checkpoint = checkpoint or bundles.checkpoint("tiny-16")
-    with plan_build(checkpoint, (str(profile),), precisions, out, store=bundles.store, **more) as plan:
+    with check_build(checkpoint, (str(profile),), precisions, out, store=bundles.store, **more) as plan:
         return build(plan, Silent())
 
 
-def test_the_sweep_ranks_groups_and_keeps_the_worst(swept: Swept) -> None:
+def test_the_sweep_ranks_groups_and_keeps_the_worst(swept: SweepResult) -> None:
     found = json.loads((swept.folder / "sensitivity.json").read_text())
     # Ten blocks of five groups, attention among them.
     assert len(found["groups"]) == 50
@@ -143,7 +143,7 @@ def test_the_sweep_ranks_groups_and_keeps_the_worst(swept: Swept) -> None:
     assert (swept.folder / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_plan_of_a_sweep_keeps_what_it_says(swept: Swept) -> None:
+def test_the_plan_of_a_sweep_keeps_what_it_says(swept: SweepResult) -> None:
     plan = read_plan(swept.folder / f"{NAME}.json")
     kept = {layer for item in json.loads((swept.folder / "sensitivity.json").read_text())["groups"] if item["is_kept"]
             for layer in item["layers"]}  # fmt: skip
@@ -159,7 +159,7 @@ def test_the_plan_of_a_sweep_keeps_what_it_says(swept: Swept) -> None:
     assert f"{GATE:g} is allowed" in layers[min(kept)].reason
 
 
-def test_every_measurement_is_kept(swept: Swept) -> None:
+def test_every_measurement_is_kept(swept: SweepResult) -> None:
     steps = json.loads((swept.folder / "sensitivity.json").read_text())["steps"]
     # The last of the ranking alone is measured already, should it come to that.
     assert len(list((swept.folder / "measurements").iterdir())) in (50 + len(steps), 49 + len(steps))
@@ -217,7 +217,7 @@ def test_an_engine_for_ada_is_compiled_from_it(built: Built, tmp_path: Path) -> 
     assert made.size_bytes > weights.stat().st_size
 
 
-def test_what_is_told_of_a_layer(bundles: Bundles, built: Built, swept: Swept) -> None:
+def test_what_is_told_of_a_layer(bundles: Bundles, built: Built, swept: SweepResult) -> None:
     plan = read_plan(built.bundle.path(built.bundle.manifest.plan(PLAN).file or ""))
     rounded = next(e.layer for e in plan.layers if e.dtype == FLOAT8 and e.layer.endswith("w2"))
     (found,) = explain(built.bundle.root, rounded, bundles.store)
@@ -254,7 +254,7 @@ def test_a_sweep_of_what_has_no_fp8(bundles: Bundles, tmp_path: Path) -> None:
     assert "'fp16' is not one of 'fp8', 'fp8-attention'" in wrong.stderr
 
 
-def test_statistics_of_an_earlier_version(bundles: Bundles, swept: Swept) -> None:
+def test_statistics_of_an_earlier_version(bundles: Bundles, swept: SweepResult) -> None:
     """They lack what attention multiplies; whoever does not round that goes on with them."""
     loaded = load_model(bundles.checkpoint("tiny-16"))
     digests = bundle_digests(open_bundle(bundles.path("tiny-16")), Silent())
@@ -265,12 +265,12 @@ def test_statistics_of_an_earlier_version(bundles: Bundles, swept: Swept) -> Non
             point["ranges"]["calls"] = CALLS_MIN
     older = from_json(Statistics, data)
     for name in ("fp16", "fp8"):
-        assert set(_given(Asked((PLANS[name],), (), older), loaded.model, digests)) == set(digests)
+        assert set(_given(PrecisionRequest((PLANS[name],), (), older), loaded.model, digests)) == set(digests)
     with pytest.raises(ArtifactError, match=r"do not match its layers: .*attention\.key:out"):
-        _given(Asked((PLANS["fp8-attention"],), (), older), loaded.model, digests)
+        _given(PrecisionRequest((PLANS["fp8-attention"],), (), older), loaded.model, digests)
 
 
-def test_what_is_refused(bundles: Bundles, built: Built, swept: Swept, tmp_path: Path) -> None:
+def test_what_is_refused(bundles: Bundles, built: Built, swept: SweepResult, tmp_path: Path) -> None:
     whole = json.loads((swept.folder / f"{NAME}.json").read_text())
     out = tmp_path / "x"
 
@@ -294,10 +294,10 @@ def test_what_is_refused(bundles: Bundles, built: Built, swept: Swept, tmp_path:
         with pytest.raises(ArtifactError, match=needle):
             build_here(bundles, out, **arguments)
     plan = {"plan_files": (swept.folder / f"{NAME}.json",)}
-    wishes = EngineWishes((Target("rtx", "1.7", "sm86"),))
+    options = EngineOptions((Target("rtx", "1.7", "sm86"),))
     for asked in ({"precisions": ("fp8",)}, plan):
         with pytest.raises(UsageError, match=r"target rtx1\.7-sm86 does not compute in FP8; .* sm89"):
-            build_here(bundles, out, *asked.get("precisions", ()), engines=wishes, **(plan if asked is plan else {}))
+            build_here(bundles, out, *asked.get("precisions", ()), engines=options, **(plan if asked is plan else {}))
     other = write_other(tmp_path / "other.safetensors")
     with pytest.raises(ArtifactError, match=f"plan `{NAME}` was made for trunk"):
         build_here(bundles, out, checkpoint=other, **plan)
@@ -305,7 +305,7 @@ def test_what_is_refused(bundles: Bundles, built: Built, swept: Swept, tmp_path:
         build_here(bundles, out, "fp8", checkpoint=other, statistics=(trunk_alone(swept.statistics, tmp_path),))
     assert not (out / "bundle.json").exists()
     with pytest.raises(ArtifactError, match="has no fp32 graphs"):
-        plan_calibration(open_bundle(built.bundle.root, bundles.store), tmp_path / "s.json")
+        check_calibration(open_bundle(built.bundle.root, bundles.store), tmp_path / "s.json")
 
 
 def write_other(path: Path) -> Path:

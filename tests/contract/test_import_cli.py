@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import run_cli
-from l2p_export.build.bundle import plan_build
+from l2p_export.build.bundle import check_build
 from l2p_export.checkpoint.demo import write_demo_checkpoint
 from unit.export.checkpoint.spellings import adapters, fused, latent_state, random_state, save_sharded
 
@@ -101,7 +101,7 @@ def test_a_lora_changes_what_it_names_and_the_trunk(files: Path, tmp_path: Path)
 
 def test_build_takes_all_of_these_directly(files: Path) -> None:
     lora = f"{files / 'lora.safetensors'}:1"
-    with plan_build(
+    with check_build(
         files / "adapters.safetensors", ("1k",), ("fp32",), None, source=files / "pipe", loras=(lora,)
     ) as plan:
         assert plan.loaded.equal_layers == (1, 2, 3, 4)

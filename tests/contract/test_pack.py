@@ -30,7 +30,7 @@ class Silent:
     """A reporter that shows nothing."""
 
     @contextmanager
-    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    def task(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
         yield lambda amount: None
 
     def note(self, text: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.layout import Attention, Float32Layer, NetworkLayout, Point, Product, layer_of
+from l2p_calib.layout import Attention, Float32Layer, Point, QuantizableLayer, QuantizationLayout, layer_of
 from l2p_engines.forecast.calls import Operations, Rows
 from l2p_export.families.faults import shape_faults
 from l2p_export.tensors.checkpoint import Checkpoint, Spelling
@@ -153,7 +153,7 @@ class TinyModel:
         begins = (*(f"{block}." for block in self.blocks(network)), *OUTSIDE_BLOCKS.get(network, ()))
         return {name: shape for name, shape in self.shapes.items() if name.startswith(begins)}
 
-    def layout(self, network: str) -> NetworkLayout:
+    def layout(self, network: str) -> QuantizationLayout:
         layers = tuple(dict.fromkeys(map(layer_of, self.network_shapes(network))))
         outside = [name for name in ("words_in", "pixels", "clock", "last", "draw") if name in layers]
         points = [Point(f"{name}:{side}", (name,)) for name in outside for side in ("in", "out")]
@@ -171,17 +171,19 @@ class TinyModel:
                 Point(f"{down}:in", (up, down)),
                 Point(f"{down}:out", (down, residual)),
             ]
-            products += [Product(layer, f"{ask}:in", f"{block} inputs") for layer in (ask, find, give)]
-            products += [Product(layer, f"{layer}:in", layer) for layer in (mix, up, down)]
+            products += [QuantizableLayer(layer, f"{ask}:in", f"{block} inputs") for layer in (ask, find, give)]
+            products += [QuantizableLayer(layer, f"{layer}:in", layer) for layer in (mix, up, down)]
             read = ((f"{look}.query", f"{look}.query:out"), (f"{look}.key", f"{look}.key:out"))
-            parts = tuple(Product(layer, point, look) for layer, point in (*read, (f"{look}.value", f"{give}:out")))
+            parts = tuple(
+                QuantizableLayer(layer, point, look) for layer, point in (*read, (f"{look}.value", f"{give}:out"))
+            )
             attentions.append(Attention(look, (parts[0], parts[1], parts[2]), (ask, find)))
         fixed = (Float32Layer("clock", "it is small"),) if "clock" in layers else ()
         if not attentions:
-            return NetworkLayout(network, layers, tuple(points), float32=fixed)
+            return QuantizationLayout(network, layers, tuple(points), float32=fixed)
         points.append(Point(f"residual.{network}:out", (f"residual.{network}",)))
         every = (*layers, f"residual.{network}")
-        return NetworkLayout(network, every, tuple(points), (), tuple(products), tuple(attentions), fixed)
+        return QuantizationLayout(network, every, tuple(points), (), tuple(products), tuple(attentions), fixed)
 
     def operations(self, network: str) -> Operations:
         own: dict[str, Rows] = {"pixels": "image", "clock": "call", "draw": "image"}

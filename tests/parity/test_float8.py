@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from l2p_calib.fp8 import encoded, storable
+from l2p_calib.fp8 import float16_scale, quantize
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import Measurement
 from l2p_calib.plans.plan import FLOAT8, PLANS, LayerRule, LayerScale, PrecisionPlan
@@ -121,9 +121,9 @@ def test_every_product_is_in_fp8_and_nothing_else(trunk: Trunk) -> None:
 def test_weights_are_stored_with_a_scale_for_each_output(trunk: Trunk) -> None:
     name = f"{LAYER}.feed_forward.w2.weight"
     weight = trunk.state[name] * np.float32(2.0 ** trunk.plan.exponent(name.removesuffix(".weight")))
-    scales = storable(np.abs(weight).max(axis=1) / np.float32(448))
+    scales = float16_scale(np.abs(weight).max(axis=1) / np.float32(448))
     np.testing.assert_array_equal(trunk.weights.read(f"{name}.T/scale"), scales.astype(np.float16))
-    expected = encoded(weight, scales[:, None])
+    expected = quantize(weight, scales[:, None])
     assert np.abs(expected.astype(np.float32)).max(axis=1).min() > 440
     np.testing.assert_array_equal(trunk.weights.read(f"{name}.T"), expected.view(np.uint8).T)
 
@@ -144,7 +144,7 @@ def test_scales_of_attention_take_exponents_along(attentive: Trunk) -> None:
     """Values come times 2^-3, and so does their scale: the E4M3 numbers are those of the plan."""
     scales = {item.layer: item.scale for item in attentive.plan.inputs}
     for name, point, exponent in zip(("query", "key", "value"), POINTS, (0, 0, -3), strict=True):
-        expected = storable(np.asarray(scales[f"{ATTENTION}.{name}"] * 2.0**exponent, np.float32))
+        expected = float16_scale(np.asarray(scales[f"{ATTENTION}.{name}"] * 2.0**exponent, np.float32))
         assert attentive.weights.read(f"{point}/scale") == expected.astype(np.float16)
 
 
@@ -196,8 +196,8 @@ def test_onnx_runtime_rounds_as_ml_dtypes_does(either: Trunk, request: pytest.Fi
     made = dict(zip(wanted, session.run(wanted, trunk.inputs), strict=True))
     for read, stored, scale_name, result in pairs:
         scale = trunk.weights.read(scale_name).astype(np.float32)
-        codes = encoded(made[read].astype(np.float32), scale) if read else trunk.weights.read(stored)
-        values = codes.view("uint8").view(encoded(np.zeros(1, np.float32), 1.0).dtype).astype(np.float32)
+        codes = quantize(made[read].astype(np.float32), scale) if read else trunk.weights.read(stored)
+        values = codes.view("uint8").view(quantize(np.zeros(1, np.float32), 1.0).dtype).astype(np.float32)
         np.testing.assert_array_equal(made[result], (values * scale).astype(np.float16), err_msg=result)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
-from l2p_export.families.z_image_l2p.dimensions import Dimensions, Stage
+from l2p_export.families.z_image_l2p.dimensions import Dimensions, UNetLevel
 from l2p_export.families.z_image_l2p.head import PixelHead
 from l2p_runtime.contract import HeadSpec
 from l2p_runtime.stripes import Stripe, plan_stripes
@@ -195,11 +195,11 @@ def test_two_rows_of_halo_are_not_enough() -> None:
 def small_head(patch_px: int) -> Dimensions:
     """Few channels, no two stages alike; the 3 channels of the outermost encoder at 128 and 160 px stay."""
     d = demo_dimensions(patch_px)
-    stages = tuple(
-        Stage(stage.name, 3 if stage.encoder == 3 else 4 + index, 5 + 2 * index, 3 + index)
-        for index, stage in enumerate(d.stages)
+    levels = tuple(
+        UNetLevel(level.name, 3 if level.encoder == 3 else 4 + index, 5 + 2 * index, 3 + index)
+        for index, level in enumerate(d.levels)
     )
-    return replace(d, width=32, stages=stages, bottleneck=11)
+    return replace(d, width=32, levels=levels, bottleneck=11)
 
 
 def head_state(d: Dimensions, seed: int, gain: float = 1.5) -> State:

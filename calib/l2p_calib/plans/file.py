@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2p_calib.fp8 import ScaleChoice
-from l2p_calib.layout import Attention, NetworkLayout
+from l2p_calib.layout import Attention, QuantizationLayout
 from l2p_calib.plans.plan import (
     FLOAT8,
     PLANS,
@@ -215,7 +215,7 @@ def _with_base(parsed: object) -> object:
     return {**parsed, "base": base}
 
 
-def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
+def check_layers(plan: PlanFile, layouts: Sequence[QuantizationLayout]) -> None:
     """Check that a plan speaks of a model's layers, and scales those that may be.
 
     Raises:
@@ -223,7 +223,7 @@ def check_layers(plan: PlanFile, layouts: Sequence[NetworkLayout]) -> None:
             input has another scale for another layer; or some inputs of an attention are in FP8 and others not, or
             one is in float32.
     """
-    products = [product for layout in layouts for product in layout.roundable]
+    products = [product for layout in layouts for product in layout.quantizable]
     known = {layer for layout in layouts for layer in layout.layers} | {product.layer for product in products}
     scalable = {layer for layout in layouts for layer in layout.scalable}
     for entry in plan.layers:

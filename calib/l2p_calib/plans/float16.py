@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from l2p_calib.layout import Branch, NetworkLayout, Point, layer_of, layer_of_point
+from l2p_calib.layout import Branch, Point, QuantizationLayout, layer_of, layer_of_point
 from l2p_calib.plans.file import EXPONENTS, Evidence, LayerPlan, NetworkDigest, PlanFile
 from l2p_calib.plans.plan import ComputeDType, LayerRule, NamedPlan, PrecisionPlan
 from l2p_calib.statistics.ranges import NetworkStatistics, Ranges, require_finite
@@ -41,7 +41,7 @@ class Measurement:
         statistics: None where nothing was measured.
     """
 
-    layout: NetworkLayout
+    layout: QuantizationLayout
     sha256: str
     weight_peaks: Mapping[str, float]
     statistics: NetworkStatistics | None = None

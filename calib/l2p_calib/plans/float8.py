@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from l2p_calib.fp8 import AMAX, ScaleChoice, best_choice, scale_choices
-from l2p_calib.layout import Product
+from l2p_calib.layout import QuantizableLayer
 from l2p_calib.plans.file import INPUT_SCALES, Float8, LayerPlan, NetworkDigest, PlanFile
 from l2p_calib.plans.float16 import HEADROOM, Measurement, base_layers, evidence_of, measured_layers
 from l2p_calib.plans.plan import FLOAT8, NamedPlan, PrecisionPlan
@@ -57,7 +57,7 @@ def _layers(base: PrecisionPlan, item: Measurement, headroom: float, kept: Mappi
     inputs = [_input(base, item, part) for attention in item.layout.attentions for part in attention.inputs]
     found += [entry for entry in inputs if entry.dtype == FLOAT8]
     listed = {entry.layer for entry in found}
-    products = {product.layer: product for product in item.layout.roundable if product.layer in listed}
+    products = {product.layer: product for product in item.layout.quantizable if product.layer in listed}
     if products and item.statistics is None:
         raise HostError(
             f"FP8 needs to know what `{item.layout.network}` computes with, and nothing was measured of it",
@@ -78,7 +78,7 @@ def _layers(base: PrecisionPlan, item: Measurement, headroom: float, kept: Mappi
             yield _rounded(entry, base, product.reads, choices[product.reads])
 
 
-def _input(base: PrecisionPlan, item: Measurement, part: Product) -> LayerPlan:
+def _input(base: PrecisionPlan, item: Measurement, part: QuantizableLayer) -> LayerPlan:
     """An input of attention as a plan's rules have it, with what was measured of it."""
     ranges = item.statistics.of(part.reads) if item.statistics is not None else None
     evidence = () if ranges is None else (evidence_of(part.reads, ranges),)

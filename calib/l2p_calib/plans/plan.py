@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from l2p_calib.layout import NetworkLayout
+from l2p_calib.layout import QuantizationLayout
 from l2p_runtime.contract import BasePrecision, PlanRef
 from l2p_runtime.contract.codec import to_json
 
@@ -168,14 +168,14 @@ class NamedPlan:
     default: ComputeDType
     float8: tuple[Role, ...] = ()
 
-    def of(self, layouts: Iterable[NetworkLayout]) -> PrecisionPlan:
+    def of(self, layouts: Iterable[QuantizationLayout]) -> PrecisionPlan:
         """The plan of a model's layers, by the layouts of its networks."""
         rules: list[LayerRule] = []
         for layout in layouts:
             fixed = layout.float32 if self.default != "float32" else ()
             rules += [LayerRule(item.layer, "float32", item.reason) for item in fixed]
             inputs = [part for attention in layout.attentions for part in attention.inputs]
-            for role, parts in (("linear", layout.products), ("attention", inputs)):
+            for role, parts in (("linear", layout.linear_layers), ("attention", inputs)):
                 if role in self.float8:
                     rules += [LayerRule(part.layer, FLOAT8, _REASONS[role]) for part in parts]
         return PrecisionPlan(self.name, self.base, self.default, tuple(rules))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.layout import NetworkLayout, layer_of
+from l2p_calib.layout import QuantizationLayout, layer_of
 from l2p_calib.statistics.ranges import RangeCounter
 from l2p_calib.statistics.torch_hooks import RESIDUAL
 from l2p_runtime.errors import ArtifactError, HostError
@@ -24,7 +24,7 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def point_values(
-    graph: onnx.GraphProto, layout: NetworkLayout, published_names: Callable[[str], Sequence[str]]
+    graph: onnx.GraphProto, layout: QuantizationLayout, published_names: Callable[[str], Sequence[str]]
 ) -> dict[str, str]:
     """Point to the name of the value that it is in a graph.
 

@@ -15,7 +15,7 @@ from l2p_engines.builders.builder import build_engine, build_memory_bytes
 from l2p_engines.builders.readback import read_back
 from l2p_engines.builders.request import BuildProgress, EngineBuilt, EngineRequest, EngineSpec
 from l2p_engines.forecast.calls import ENGINE_KERNEL_BYTES
-from l2p_engines.store.stages import Made, Stage, StageRunner, find_stage, named_by_content, stage_key
+from l2p_engines.store.stages import Stage, StageOutput, StageRunner, find_stage, named_by_content, stage_key
 from l2p_runtime.contract import EngineProfile, EngineRecord, FileRecord
 from l2p_runtime.contract.codec import from_json
 
@@ -92,7 +92,7 @@ def engine_stage(run: StageRunner, wanted: GraphToBuild, meter: Meter) -> Stage:
     """
     spec = wanted.spec
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         request = EngineRequest(spec, run.path(wanted.graph), wanted.weights.size_bytes, wanted.timings)
         with meter(f"engine `{spec.label}`") as progress:
             built = build_engine(request, work / "engine", progress)
@@ -107,7 +107,7 @@ def engine_stage(run: StageRunner, wanted: GraphToBuild, meter: Meter) -> Stage:
             build_memory_bytes(wanted.weights.size_bytes),
         )
         path = named_by_content(work / "engine", f"{spec.label}.engine", built.sha256)
-        return Made("engines", ((path, built.sha256),), facts)
+        return StageOutput("engines", ((path, built.sha256),), facts)
 
     return run("engine", spec.label, wanted.inputs, make)
 

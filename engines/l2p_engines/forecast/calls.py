@@ -44,12 +44,12 @@ class Operations:
     """What one network computes with its weights; those that are named nowhere are tables, gains and biases.
 
     Attributes:
-        products: weight [out,in] of a linear layer to what it is multiplied by a row of.
+        linear_layers: weight [out,in] of a linear layer to what it is multiplied by a row of.
         convolutions: weight [out,in,k,k] to how often the sides of the image were halved where it runs.
         attentions: of each attention, what it has a row for, and the channels of all its heads.
     """
 
-    products: Mapping[str, Rows]
+    linear_layers: Mapping[str, Rows]
     convolutions: Mapping[str, int]
     attentions: tuple[tuple[Rows, int], ...] = ()
 
@@ -240,11 +240,11 @@ def _network_flops(cost: NetworkCost, tokens: Tokens, pixels: int, batch: int) -
     shapes, operations = cost.shapes, cost.operations
     rows = {"call": 1, "image": tokens.image, "padded_image": tokens.padded_image, "caption": tokens.caption}
     rows["sequence"] = tokens.sequence
-    products = {name: 2 * math.prod(shapes[name]) * rows[kind] for name, kind in operations.products.items()}
-    linear_fp8 = sum(count for name, count in products.items() if name in cost.float8)
+    linear_flops = {name: 2 * math.prod(shapes[name]) * rows[kind] for name, kind in operations.linear_layers.items()}
+    linear_fp8 = sum(count for name, count in linear_flops.items() if name in cost.float8)
     # Scores and their product with the values: two products of S x S for each channel.
     attention = sum(4 * rows[kind] ** 2 * channels for kind, channels in operations.attentions)
     unet = sum(
         2 * math.prod(shapes[name]) * (pixels // 4**halvings) for name, halvings in operations.convolutions.items()
     )
-    return Flops(batch * sum(products.values()), batch * linear_fp8, batch * attention, batch * unet)
+    return Flops(batch * sum(linear_flops.values()), batch * linear_fp8, batch * attention, batch * unet)

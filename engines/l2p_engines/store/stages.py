@@ -60,7 +60,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class StageOutput:
     """What a stage has just made: files in its work folder, to be moved to `folder`, with their digests; and facts."""
 
     folder: str = ""
@@ -91,10 +91,12 @@ class StageRunner:
     keys: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
 
-    def __call__(self, kind: str, label: str, inputs: Mapping[str, object], make: Callable[[Path], Made]) -> Stage:
+    def __call__(
+        self, kind: str, label: str, inputs: Mapping[str, object], make: Callable[[Path], StageOutput]
+    ) -> Stage:
         """The finished stage for these inputs: found, or made now."""
 
-        def noted(work: Path) -> Made:
+        def noted(work: Path) -> StageOutput:
             made = make(work)
             self.made.append(f"{kind} {label}")
             return made
@@ -119,7 +121,7 @@ def run_stage(
     kind: str,
     label: str,
     inputs: Mapping[str, object],
-    make: Callable[[Path], Made],
+    make: Callable[[Path], StageOutput],
     waiting: Callable[[str], None] = lambda text: None,
 ) -> Stage:
     """The finished stage for these inputs: found, or made now.
@@ -228,7 +230,7 @@ def sweep_work(root: Path) -> list[Path]:
     return removed
 
 
-def _publish(home: Home, stage: Stage, made: Made, work: Path) -> Stage:
+def _publish(home: Home, stage: Stage, made: StageOutput, work: Path) -> Stage:
     records = []
     for file, sha256 in made.files:
         target = home.root / made.folder / file.name

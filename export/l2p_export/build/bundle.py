@@ -23,7 +23,12 @@ from typing import TYPE_CHECKING
 from l2p_calib.plans.file import check_layers, read_plan
 from l2p_calib.plans.plan import PLANS, PrecisionPlan
 from l2p_calib.statistics.ranges import merge_statistics, read_statistics
-from l2p_engines.builders.wanted import EngineWishes, build_engines, require_engine_resources, require_engines_possible
+from l2p_engines.builders.engines import (
+    EngineOptions,
+    build_engines,
+    require_engine_resources,
+    require_engines_possible,
+)
 from l2p_engines.forecast.calls import host_needs
 from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
@@ -36,7 +41,7 @@ from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
-from l2p_export.precision.plans import Asked, Planned, make_plans, plain_plan
+from l2p_export.precision.plans import PrecisionRequest, ResolvedPlan, make_plans, plain_plan
 from l2p_export.proof.prove import prove
 from l2p_export.proof.reference import References
 from l2p_export.tensors.digests import WeightDigests, weight_digests
@@ -71,7 +76,7 @@ SPARE_DISK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class BuildPlan:
+class BuildJob:
     """A build that was checked and not yet begun.
 
     Attributes:
@@ -83,12 +88,12 @@ class BuildPlan:
 
     loaded: LoadedModel
     profiles: tuple[Profile, ...]
-    asked: Asked
+    asked: PrecisionRequest
     sampling: Sampling
     out: Path
     text_encoder: TextEncoder | None = None
     store: Path | None = None
-    engines: EngineWishes = field(default_factory=EngineWishes)
+    engines: EngineOptions = field(default_factory=EngineOptions)
     jobs: int = 1
 
     @property
@@ -136,13 +141,13 @@ class Built:
 
 
 @contextmanager
-def plan_build(
+def check_build(
     checkpoint: Path | None,
     profiles: tuple[str, ...],
     precisions: tuple[str, ...],
     out: Path | None,
     *,
-    engines: EngineWishes | None = None,
+    engines: EngineOptions | None = None,
     plan_files: tuple[Path, ...] = (),
     statistics: tuple[Path, ...] = (),
     source: Path | None = None,
@@ -150,7 +155,7 @@ def plan_build(
     text_encoder: Path | None = None,
     store: Path | None = None,
     jobs: int = 1,
-) -> Iterator[BuildPlan]:
+) -> Iterator[BuildJob]:
     """Check everything that headers and profiles tell, before any work.
 
     A seeded demo checkpoint is a temporary file and lives as long as the context.
@@ -195,15 +200,15 @@ def plan_build(
         sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
         require_bundle_or_nothing(out or Path(name))
         text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
-        wishes = engines or EngineWishes()
-        plan = BuildPlan(loaded, read, asked, sampling, out or Path(name), text, store, wishes, jobs)
+        options = engines or EngineOptions()
+        job = BuildJob(loaded, read, asked, sampling, out or Path(name), text, store, options, jobs)
         for file in asked.files:
             check_layers(file, [loaded.model.layout(spec.name) for spec in loaded.model.networks])
-        require_engines_possible(wishes, loaded.model.spec, read, plan.plans)
-        yield plan
+        require_engines_possible(options, loaded.model.spec, read, job.plans)
+        yield job
 
 
-def build(plan: BuildPlan, reporter: Reporter) -> Built:
+def build(job: BuildJob, reporter: Reporter) -> Built:
     """Carry out a build, or what is left of it to do.
 
     Raises:
@@ -211,23 +216,23 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
         ArtifactError: a weight is NaN, Inf or out of range.
         ParityError: a graph is further from torch than its threshold; nothing is committed.
     """
-    _require_memory(plan)
+    _require_memory(job)
     backend = open_backend(LEDGER_BACKEND)
-    if not plan.is_trained:
+    if not job.is_trained:
         reporter.note(UNTRAINED)
-    touched = trunk_layers_touched(plan.loaded.loras, plan.loaded.model.network_shapes("trunk"))
+    touched = trunk_layers_touched(job.loaded.loras, job.loaded.model.network_shapes("trunk"))
     if touched:
         reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")
-    shared = nullcontext(None) if plan.store is None else open_store(plan.store)
-    with open_output(plan.out) as output, shared as store:
+    shared = nullcontext(None) if job.store is None else open_store(job.store)
+    with open_output(job.out) as output, shared as store:
         run = StageRunner(store or Home(output.root), reporter.note)
         if not (run.home.root / STAGES).is_dir():
             # Before the weights are hashed, which takes a minute for the published ones.
-            needed = sum(plan.weight_bytes(item) for item in plan.plans) + SPARE_DISK_BYTES
+            needed = sum(job.weight_bytes(item) for item in job.plans) + SPARE_DISK_BYTES
             require_disk(run.home.root, needed)
             free = shutil.disk_usage(run.home.root).free - needed
-            require_engine_resources(plan.engines, plan.network_bytes(), free, str(run.home.root))
-        manifest = _run_stages(plan, run, backend, reporter)
+            require_engine_resources(job.engines, job.network_bytes(), free, str(run.home.root))
+        manifest = _run_stages(job, run, backend, reporter)
         data, folder = manifest_to_bytes(manifest), store.root if store else None
         if store is not None:
             register_bundle(store, output.root, bundle_digest(data))
@@ -238,38 +243,38 @@ def build(plan: BuildPlan, reporter: Reporter) -> Built:
         return Built(output.commit(manifest, folder, run.keys), is_new=True, made=made)
 
 
-def _run_stages(plan: BuildPlan, run: StageRunner, backend: Backend, reporter: Reporter) -> Manifest:
-    loaded = plan.loaded
+def _run_stages(job: BuildJob, run: StageRunner, backend: Backend, reporter: Reporter) -> Manifest:
+    loaded = job.loaded
     digests = _weight_digests(loaded, run, reporter)
     require_own_trunk(loaded, digests.trunk_sha256)
-    references = References(loaded, plan.profiles, reporter)
-    planned = make_plans(run, plan.asked, digests, references, reporter)
-    wanted = [] if plan.jobs == 1 else _to_trace(plan, planned, run, digests)
-    with tracing_ahead(run.home, wanted, plan.jobs):
-        graphs, files = _graphs(plan, planned, run, digests, reporter)
+    references = References(loaded, job.profiles, reporter)
+    planned = make_plans(run, job.asked, digests, references, reporter)
+    wanted = [] if job.jobs == 1 else _to_trace(job, planned, run, digests)
+    with tracing_ahead(run.home, wanted, job.jobs):
+        graphs, files = _graphs(job, planned, run, digests, reporter)
     bases = {item.plan.name: item.plan.base for item in planned}
     proof = prove(run, references, graphs, bases, {record.path: record for record in files}, backend, reporter)
     del references  # holds what every case made
     files += [item.file for item in planned if item.file is not None]
     text = None
-    if plan.text_encoder is not None:
-        text_plans = [plain_plan(plan.text_encoder.model, item.plan.base, item.plan.name) for item in planned]
-        text = add_text_encoder(run, plan.text_encoder, text_plans, backend, reporter)
+    if job.text_encoder is not None:
+        text_plans = [plain_plan(job.text_encoder.model, item.plan.base, item.plan.name) for item in planned]
+        text = add_text_encoder(run, job.text_encoder, text_plans, backend, reporter)
     files += [*proof.files, *(text.files if text else ())]
     networks = {spec.name: spec for spec in (*loaded.model.networks, *((text.record.network,) if text else ()))}
     to_compile = [(networks[graph.network], graph) for graph in (*graphs, *(text.record.graphs if text else ()))]
     records = {record.path: record for record in files}
     plans = [item.plan for item in planned]
-    engines = build_engines(run, plan.engines, loaded.model.spec, plan.profiles, plans, to_compile, records, reporter)
+    engines = build_engines(run, job.engines, loaded.model.spec, job.profiles, plans, to_compile, records, reporter)
     files += engines.files
     return Manifest(
         schema=SCHEMA,
         producer=f"l2p-export {__version__}",
         model=loaded.model.spec,
         checkpoint=checkpoint_record(loaded, digests.trunk_sha256),
-        sampling=plan.sampling,
+        sampling=job.sampling,
         networks=loaded.model.networks,
-        profiles=plan.profiles,
+        profiles=job.profiles,
         plans=tuple(item.ref for item in planned),
         graphs=tuple(graphs),
         references=proof.references,
@@ -294,11 +299,11 @@ def _weight_digests(loaded: LoadedModel, run: StageRunner, reporter: Reporter) -
 
 
 def _graphs(
-    plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, digests: WeightDigests, reporter: Reporter
+    job: BuildJob, planned: tuple[ResolvedPlan, ...], run: StageRunner, digests: WeightDigests, reporter: Reporter
 ) -> tuple[list[GraphRecord], list[FileRecord]]:
     graphs: list[GraphRecord] = []
     files: list[FileRecord] = []
-    model, tensors = plan.loaded.model, plan.loaded.checkpoint.tensors
+    model, tensors = job.loaded.model, job.loaded.checkpoint.tensors
     plans = [item.plan for item in planned]
     left_bytes = sum(
         weight_bytes(model, spec.name, precision)
@@ -315,9 +320,11 @@ def _graphs(
     return graphs, files
 
 
-def _to_trace(plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, digests: WeightDigests) -> list[ToTrace]:
+def _to_trace(
+    job: BuildJob, planned: tuple[ResolvedPlan, ...], run: StageRunner, digests: WeightDigests
+) -> list[ToTrace]:
     """What graphs are yet to be made of, in the order of `_graphs`."""
-    model = plan.loaded.model
+    model = job.loaded.model
     return [
         ToTrace(model, spec, item.plan)
         for item, spec in itertools.product(planned, model.networks)
@@ -325,7 +332,7 @@ def _to_trace(plan: BuildPlan, planned: tuple[Planned, ...], run: StageRunner, d
     ]
 
 
-def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> Asked:
+def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics: tuple[Path, ...]) -> PrecisionRequest:
     unknown = [name for name in precisions if name not in BASE_PRECISIONS]
     if unknown:
         raise UsageError(f"there is no precision `{unknown[0]}`", hint=f"precisions: {', '.join(PLANS)}")
@@ -337,20 +344,20 @@ def _asked(precisions: tuple[str, ...], plan_files: tuple[Path, ...], statistics
         if file.name in (*names, *(other.name for other in files[:index])):
             raise UsageError(f"two plans are called `{file.name}`", hint="change the `name` in the file of one of them")
     measured = merge_statistics([read_statistics(path) for path in statistics]) if statistics else None
-    return Asked(tuple(PLANS[name] for name in names), files, measured)
+    return PrecisionRequest(tuple(PLANS[name] for name in names), files, measured)
 
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _require_memory(plan: BuildPlan) -> None:
+def _require_memory(job: BuildJob) -> None:
     """Refuse at once what the memory that is free cannot hold.
 
     Raises:
         HostError: says how much is needed and how much is free.
     """
-    sources = [plan.loaded.checkpoint.tensors, plan.text_encoder.tensors if plan.text_encoder else {}]
+    sources = [job.loaded.checkpoint.tensors, job.text_encoder.tensors if job.text_encoder else {}]
     # A matrix is read whole as float32 to be stored transposed.
     largest = max(4 * math.prod(tensor.shape) for tensors in sources for tensor in tensors.values())
     needed, free = host_needs({}, largest).memory, available_host_bytes()

@@ -143,7 +143,7 @@ def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> B
     total = sum(record.size_bytes for record in manifest.files)
     with open_output(out) as output:
         require_disk(output.root, total + _SPARE_BYTES)
-        with reporter.stage(f"copying into `{out}`", total) as advance:
+        with reporter.task(f"copying into `{out}`", total) as advance:
             for record in manifest.files:
                 source, target = bundle.home(records[record.path]) / record.path, output.root / record.path
                 target.parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_engines.store.stages import Made, Stage, StageRunner, named_by_content
+from l2p_engines.store.stages import Stage, StageOutput, StageRunner, named_by_content
 from l2p_export.graphs.export import graph_stage
 from l2p_export.precision.text import plans_by_ranges
 from l2p_export.proof.text import prove_text
@@ -84,12 +84,12 @@ def _text_stage(run: StageRunner, encoder: TextEncoder) -> Stage:
     texts = {"tokenizer.json": data, "chat_template.txt": CHAT_TEMPLATE.encode()}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         files = []
         for name, content in texts.items():
             # The stage syncs its files before it is recorded.
             (work / name).write_bytes(content)
             files.append((named_by_content(work / name, name, digests[name]), digests[name]))
-        return Made("text", tuple(files))
+        return StageOutput("text", tuple(files))
 
     return run("text", "tokenizer", digests, make)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from l2p_export.families.z_image_l2p.dimensions import (
     VARIANTS,
     Dimensions,
-    Stage,
+    UNetLevel,
     expected_shapes,
     published_dimensions,
 )
@@ -82,7 +82,9 @@ def demo_dimensions(patch_px: int) -> Dimensions:
         layers=6,
         noise_refiners=1,
         context_refiners=1,
-        stages=tuple(Stage(s.name, _quarter(s.encoder), _quarter(s.up), _quarter(s.decoder)) for s in published.stages),
+        levels=tuple(
+            UNetLevel(s.name, _quarter(s.encoder), _quarter(s.up), _quarter(s.decoder)) for s in published.levels
+        ),
         bottleneck=_quarter(published.bottleneck),
     )
 

@@ -11,7 +11,7 @@ from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_o
 from l2p_export.cli.engine_options import engine_options, read_engine_options
 
 if TYPE_CHECKING:
-    from l2p_export.build.bundle import BuildPlan, Built
+    from l2p_export.build.bundle import BuildJob, Built
 
 
 @click.command("build")
@@ -70,14 +70,14 @@ def command(
 
     A build that was stopped goes on where it stopped; one that would change nothing does nothing.
     """
-    from l2p_export.build.bundle import build, plan_build
+    from l2p_export.build.bundle import build, check_build
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
     inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}
     inputs["engines"] = read_engine_options(**engine_arguments)
-    with plan_build(checkpoint, profiles, precisions, out, **inputs) as plan:
+    with check_build(checkpoint, profiles, precisions, out, **inputs) as plan:
         if dry_run:
-            _print_plan(plan, as_json=as_json)
+            _print_job(plan, as_json=as_json)
             return
         console = Console(quiet=quiet)
         built = build(plan, console)
@@ -90,28 +90,28 @@ def command(
         click.echo(built.bundle.root)
 
 
-def _print_plan(plan: BuildPlan, *, as_json: bool) -> None:
-    sizes = {item.name: plan.weight_bytes(item) for item in plan.plans}
-    model = plan.loaded.model.spec
+def _print_job(job: BuildJob, *, as_json: bool) -> None:
+    sizes = {item.name: job.weight_bytes(item) for item in job.plans}
+    model = job.loaded.model.spec
     if as_json:
         print_json(
             {
-                "out": str(plan.out),
+                "out": str(job.out),
                 "variant": model.variant,
-                "parameters": plan.loaded.checkpoint.parameters,
-                "trained": plan.is_trained,
+                "parameters": job.loaded.checkpoint.parameters,
+                "trained": job.is_trained,
                 "weight_bytes": sizes,
-                "profiles": [profile.name for profile in plan.profiles],
-                "targets": [target.spelling for target in plan.engines.targets],
+                "profiles": [profile.name for profile in job.profiles],
+                "targets": [target.spelling for target in job.engines.targets],
             }
         )
         return
-    trained = "" if plan.is_trained else ", untrained"
-    click.echo(f"would write {plan.out}")
-    click.echo(f"variant {model.variant}, {plan.loaded.checkpoint.parameters:,} parameters{trained}")
+    trained = "" if job.is_trained else ", untrained"
+    click.echo(f"would write {job.out}")
+    click.echo(f"variant {model.variant}, {job.loaded.checkpoint.parameters:,} parameters{trained}")
     for name, size in sizes.items():
-        click.echo(f"{name}: {format_bytes(size)} of weights in {len(plan.loaded.model.networks)} graphs")
-    for target in plan.engines.targets:
+        click.echo(f"{name}: {format_bytes(size)} of weights in {len(job.loaded.model.networks)} graphs")
+    for target in job.engines.targets:
         click.echo(f"engines for {target.spelling}: about {format_bytes(sum(sizes.values()))}")
 
 

@@ -21,7 +21,7 @@ from l2p_export.cli.console import (
 
 if TYPE_CHECKING:
     from l2p_calib.statistics.ranges import Statistics
-    from l2p_export.precision.sweep import Swept
+    from l2p_export.precision.sweep import SweepResult
     from l2p_runtime.contract import BasePrecision
 
 
@@ -83,30 +83,30 @@ def command(
     if out is None:
         raise click.UsageError("--out is missing: the file that statistics are written to")
     from l2p_calib.sensitivity import require_gate
-    from l2p_export.precision.calibrate import calibrate, plan_calibration
+    from l2p_export.precision.calibrate import calibrate, check_calibration
     from l2p_runtime.bundle import open_bundle
 
     parsed = [parse_size(size) for size in sizes]
     opened = open_bundle(bundle, store)
-    plan = plan_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
+    job = check_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
     require_gate(gate)
     if dry_run:
         if as_json:
             folder = {"sensitivity": str(sensitivity)} if sensitivity else {}
-            print_json({"statistics": str(out), "source": plan.source, **folder})
+            print_json({"statistics": str(out), "source": job.source, **folder})
         else:
-            click.echo(f"would measure {plan.source}, and write {out}" + (f" and {sensitivity}" if sensitivity else ""))
+            click.echo(f"would measure {job.source}, and write {out}" + (f" and {sensitivity}" if sensitivity else ""))
         return
     console = Console(quiet=quiet)
-    swept: list[Swept] = []
+    swept: list[SweepResult] = []
 
     def sweep(folder: Path, found: Statistics) -> None:
         from l2p_export.precision.sweep import sweep_bundle
 
         if sensitivity is not None:
-            swept.append(sweep_bundle(plan, folder, found, sensitivity, gate, console, precision))
+            swept.append(sweep_bundle(job, folder, found, sensitivity, gate, console, precision))
 
-    found = calibrate(plan, console, sweep)
+    found = calibrate(job, console, sweep)
     if as_json:
         print_json(_result(found, out) | (_swept(swept[0]) if swept else {}))
     else:
@@ -141,7 +141,7 @@ def _result(found: Statistics, out: Path) -> dict[str, object]:
     return {"statistics": str(out), "source": found.source, "networks": networks}
 
 
-def _swept(swept: Swept) -> dict[str, object]:
+def _swept(swept: SweepResult) -> dict[str, object]:
     found = swept.found
     step = next(step for step in found.steps if step.kept == found.kept)
     return {

@@ -76,7 +76,7 @@ class Console:
         self._redraws = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     @contextmanager
-    def stage(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    def task(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
         """Show how far a stage has come, and how long it took."""
         started = shown = first = time.monotonic()
         done = 0

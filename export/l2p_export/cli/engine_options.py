@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from l2p_engines.builders.wanted import EngineWishes
+    from l2p_engines.builders.engines import EngineOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -87,15 +87,15 @@ def read_engine_options(
     weight_streaming: bool,
     version_compatible: bool,
     hardware_compatible: bool,
-) -> EngineWishes:
+) -> EngineOptions:
     """Check the options, as far as that is possible without a model.
 
     Raises:
         UsageError: a target, size or setting that does not exist, or that the backend has not.
         HostError: the backend's library is not installed.
     """
+    from l2p_engines.builders.engines import parse_engine_options
     from l2p_engines.builders.trt import EngineSettings
-    from l2p_engines.builders.wanted import engine_wishes
     from l2p_runtime.memory import parse_bytes
 
     settings = EngineSettings(
@@ -106,4 +106,4 @@ def read_engine_options(
         hardware_compatible=hardware_compatible,
     )
     head_bytes = parse_bytes(head_memory) if head_memory is not None else None
-    return engine_wishes(backend, targets, settings, head_bytes, timing_cache)
+    return parse_engine_options(backend, targets, settings, head_bytes, timing_cache)

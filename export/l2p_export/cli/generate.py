@@ -117,7 +117,7 @@ def _draw(
         if not pipe.bundle.manifest.checkpoint.trained:
             console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
         text = _text(pipe.bundle, options, request.sampling, pipe.plan)
-        with console.stage(f"drawing {width}x{height}", request.sampling.steps, "steps") as advance:
+        with console.task(f"drawing {width}x{height}", request.sampling.steps, "steps") as advance:
             pixels = pipe.generate(
                 options["prompt"],
                 height=height,

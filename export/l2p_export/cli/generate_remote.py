@@ -56,7 +56,7 @@ def draw_remote(
         else:
             click.echo(f"would draw {options['size'] or 'the preferred size'} on {options['server']} into {out}")
         return
-    with Client.open(options["server"]) as client, console.stage(f"drawing on {options['server']}"):
+    with Client.open(options["server"]) as client, console.task(f"drawing on {options['server']}"):
         reply = client.generate(
             options["prompt"] if embeds is None else None,
             height=height,

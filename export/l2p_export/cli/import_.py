@@ -61,7 +61,7 @@ def command(
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")
     if not dry_run:
-        with console.stage(f"writing {out.name}", total) as advance:
+        with console.task(f"writing {out.name}", total) as advance:
             facts["trunk_sha256"] = write_checkpoint(loaded, out, _target(spelling), advance)
     if as_json:
         print_json(facts)

@@ -70,7 +70,7 @@ def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
     """Hash every file in STORE and clear what killed builds left. Exit code 4 when something is damaged."""
     from l2p_engines.store.shared import check_store, store_bytes
 
-    with Console(quiet=quiet).stage("hashing files", store_bytes(store)) as advance:
+    with Console(quiet=quiet).task("hashing files", store_bytes(store)) as advance:
         found = check_store(store, remove=remove, advance=advance)
     if as_json:
         print_json(

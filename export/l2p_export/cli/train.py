@@ -22,7 +22,7 @@ from l2p_export.cli.console import (
 from l2p_runtime import CancelledError, UsageError
 
 if TYPE_CHECKING:
-    from l2p_export.training.loop.distributed import Team
+    from l2p_export.training.loop.distributed import ProcessGroup
     from l2p_export.training.transfer.forecast import TrainingForecast
     from l2p_export.training.transfer.spec import TransferSpec
 
@@ -266,30 +266,32 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 
     if out.suffix != ".safetensors":
         raise UsageError(f"--out is `{out}`, expected a file name ending in .safetensors")
-    with joined(options["device"], options["sharding"]) as team, _one_voice(leads=team.leads):
-        _transfer(source, corpus, out, work or out.with_name(out.stem + ".training"), options, team)
+    with joined(options["device"], options["sharding"]) as ranks, _one_voice(is_rank_zero=ranks.is_rank_zero):
+        _transfer(source, corpus, out, work or out.with_name(out.stem + ".training"), options, ranks)
 
 
-def _transfer(source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], team: Team) -> None:
+def _transfer(
+    source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], ranks: ProcessGroup
+) -> None:
     from l2p_export.training.transfer.run import check_transfer, run_transfer
-    from l2p_export.training.transfer.spec import Means
+    from l2p_export.training.transfer.spec import TrainingOptions
     from l2p_runtime.progress import Silent
 
     spec, metadata = _transfer_spec(options), _sampling_metadata(options)
-    autocast = options["autocast"] or ("bf16" if team.device.type == "cuda" else "none")
-    means = Means(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
-    job = check_transfer(source, corpus, spec, means, team, scenes=options["count"], samples=options["samples"])
+    autocast = options["autocast"] or ("bf16" if ranks.device.type == "cuda" else "none")
+    means = TrainingOptions(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
+    job = check_transfer(source, corpus, spec, means, ranks, scenes=options["count"], samples=options["samples"])
     facts = {"out": str(out), "work": str(work), **job.facts, "forecast": job.forecast.as_dict()}
     dry_run, as_json = options["dry_run"], options["as_json"]
     if not dry_run:
-        console = Console(quiet=options["quiet"] or not team.leads)
+        console = Console(quiet=options["quiet"] or not ranks.is_rank_zero)
         for line in forecast_lines(job.forecast):
             console.done(line)
         job.require_memory()
-        run_transfer(job, out, work, options["init"], metadata, console if team.leads else Silent())
-    if team.leads and dry_run and not as_json:
+        run_transfer(job, out, work, options["init"], metadata, console if ranks.is_rank_zero else Silent())
+    if ranks.is_rank_zero and dry_run and not as_json:
         facts["forecast"] = "\n  ".join(["", *forecast_lines(job.forecast)])
-    if team.leads:
+    if ranks.is_rank_zero:
         _tell(facts, out, as_json=as_json, dry_run=dry_run)
     if dry_run:
         job.require_memory()
@@ -347,14 +349,14 @@ def forecast_lines(forecast: TrainingForecast) -> list[str]:
 
 
 @contextmanager
-def _one_voice(*, leads: bool) -> Iterator[None]:
+def _one_voice(*, is_rank_zero: bool) -> Iterator[None]:
     """What every process of a run meets alike is said by the first one; the others end with the same code."""
     from l2p_export.training.loop.loop import StoppedError
 
     try:
         yield
     except (UsageError, StoppedError, CancelledError) as error:
-        if leads:
+        if is_rank_zero:
             raise
         raise click.exceptions.Exit(error.exit_code) from error
 

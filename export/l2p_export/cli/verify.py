@@ -55,11 +55,11 @@ def command(
     opened = open_bundle(bundle, store)
     asked = None
     if pictures is not None:
-        from l2p_export.evaluation.plan_pictures import compare_pictures, plan_comparison
+        from l2p_export.evaluation.plan_pictures import check_pictures, compare_pictures
 
-        asked = plan_comparison(opened, backend, plan, pictures, size_px)
+        asked = check_pictures(opened, backend, plan, pictures, size_px)
     total = sum(record.size_bytes for record in opened.manifest.files)
-    with console.stage("hashing files", total) as advance:
+    with console.task("hashing files", total) as advance:
         verify_files(opened, advance)
     ledger = verify_bundle(opened, backend, plan, console)
     if asked is not None:

@@ -133,7 +133,7 @@ def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) 
     if not pending:
         return 0
     images = drawer.draw(texts, seeds)
-    with reporter.stage("drawing", len(texts), "images") as advance:
+    with reporter.task("drawing", len(texts), "images") as advance:
         for picture in pending:
             pixels = _side_by_side(images, len(picture.seeds))
             _make_folder((out / picture.name).parent)

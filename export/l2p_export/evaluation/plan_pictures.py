@@ -47,7 +47,7 @@ class PictureJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PictureComparison:
     """What pictures under one plan came to.
 
     Attributes:
@@ -61,7 +61,7 @@ class Shown:
     psnr_db: tuple[float, ...]
 
 
-def plan_comparison(
+def check_pictures(
     bundle: Bundle, backend: str, plan: str | None, count: int, size_px: tuple[int, int] | None
 ) -> PictureJob:
     """Check what can be compared; draws nothing.
@@ -101,14 +101,14 @@ def compare_pictures(bundle: Bundle, asked: PictureJob, reporter: Reporter) -> l
 
     Args:
         bundle: with a text encoder.
-        asked: of `plan_comparison`.
+        asked: of `check_pictures`.
         reporter: shows the pictures.
     """
     prompts = world_prompts(asked.count, 0, held_out=True)
 
     def drawn(name: str) -> Iterator[NDArray[np.uint8]]:
         drawer = _drawer(bundle, asked, name)
-        with reporter.stage(f"pictures under {name}", asked.count, "images") as advance:
+        with reporter.task(f"pictures under {name}", asked.count, "images") as advance:
             for image in drawer.draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]):
                 yield image
                 advance(1)
@@ -132,11 +132,11 @@ def compare_pictures(bundle: Bundle, asked: PictureJob, reporter: Reporter) -> l
             entries.append(LedgerEntry(comparison, END_TO_END, case, "not run", str(error)))
             continue
         right, decibels = zip(*found, strict=True)
-        entries.append(entry_of(comparison, case, Shown(sum(right), right_first, decibels)))
+        entries.append(entry_of(comparison, case, PictureComparison(sum(right), right_first, decibels)))
     return entries
 
 
-def entry_of(comparison: Comparison, case: str, shown: Shown) -> LedgerEntry:
+def entry_of(comparison: Comparison, case: str, shown: PictureComparison) -> LedgerEntry:
     """The entry of one plan: passed where nearly as many pictures are right as under the first."""
     decibels = sorted(shown.psnr_db)
     lost = shown.right_first - shown.right

@@ -216,12 +216,12 @@ def draw_all(
         done = written_rows(out)
     if out is not None and done:
         corpus = open_corpus(out)
-        with reporter.stage("judging what was drawn before", done, "images") as advance:
+        with reporter.task("judging what was drawn before", done, "images") as advance:
             for row in corpus.rows:
                 yield read_image(corpus, row)
                 advance(1)
     if done < len(prompts):
-        with reporter.stage("drawing", len(prompts) - done, "images") as advance:
+        with reporter.task("drawing", len(prompts) - done, "images") as advance:
             for number, image in enumerate(_draw(drawer.draw, prompts[done:]), done):
                 if out is not None:
                     prompt = prompts[number]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from l2p_calib.layout import NetworkLayout
+    from l2p_calib.layout import QuantizationLayout
     from l2p_engines.forecast.calls import Operations
     from l2p_export.tensors.checkpoint import Checkpoint
     from l2p_export.tensors.files import Weights
@@ -60,7 +60,7 @@ class Networks(Protocol):
         traced once where shapes, dtypes and exponents agree.
         """
 
-    def layout(self, network: str) -> NetworkLayout:
+    def layout(self, network: str) -> QuantizationLayout:
         """What can be measured in one network, and what plans may do to which of its layers; no torch needed."""
 
     def operations(self, network: str) -> Operations:

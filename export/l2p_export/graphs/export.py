@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from l2p_calib.layout import layer_of
 from l2p_calib.plans.plan import FLOAT8
-from l2p_engines.store.stages import DIGEST_DIGITS, Made, Stage, StageRunner, named_by_content, stage_key
+from l2p_engines.store.stages import DIGEST_DIGITS, Stage, StageOutput, StageRunner, named_by_content, stage_key
 from l2p_export.tensors.sources import JoinedTensor, ScaledTensor, TransposedTensor
 from l2p_export.tensors.writing import write_weights
 from l2p_export.toolchain import toolchain
@@ -69,13 +69,13 @@ def graph_stage(
         ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
     """
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         path = run.path(trace_stage(run, model, network, plan, reporter).files[0])
         total = weight_bytes(model, network.name, plan)
-        with reporter.stage(f"{plan.name} graph of `{network.name}`", total) as advance:
+        with reporter.task(f"{plan.name} graph of `{network.name}`", total) as advance:
             scales = _input_scales(model, network.name, plan)
             found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance, scales)
-        return Made("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
+        return StageOutput("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
 
     inputs = {**_structure(model, network, plan), "weights": weights_sha256}
     return run("graph", f"{network.name}.{plan.name}", inputs, make)
@@ -91,12 +91,12 @@ def trace_stage(
     """The graph of a network without weights as a stage; its one file is the `.onnx`. Arguments as of `graph_stage`."""
     label = f"{network.name}.{plan.name}"
 
-    def make(work: Path) -> Made:
-        with reporter.stage(f"tracing `{network.name}` in {plan.name}"):
+    def make(work: Path) -> StageOutput:
+        with reporter.task(f"tracing `{network.name}` in {plan.name}"):
             data = traced_bytes(trace_plan(model, network, plan))
         digest = hashlib.sha256(data).hexdigest()
         write_bytes(work / "trace", data)
-        return Made("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
+        return StageOutput("traces", ((named_by_content(work / "trace", f"{label}.onnx", digest), digest),))
 
     return run("trace", label, _traced(model, network, plan), make)
 
@@ -242,7 +242,7 @@ def _traced(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> dict[
 
 def _float8_weights(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, str]:
     """Weights of a network that a plan has in FP8, with the point that each reads."""
-    reads = {product.layer: product.reads for product in model.layout(network).products}
+    reads = {product.layer: product.reads for product in model.layout(network).linear_layers}
     return {name: reads[layer_of(name)] for name in model.network_shapes(network) if plan.dtype(name) == FLOAT8}
 
 
@@ -260,7 +260,7 @@ def _input_scales(model: Networks, network: str, plan: PrecisionPlan) -> dict[st
     layout = model.layout(network)
     scales = {item.layer: item.scale for item in plan.inputs}
     found = {}
-    for product in layout.roundable:
+    for product in layout.quantizable:
         if plan.dtype(product.layer) == FLOAT8:
             point = layout.point(product.reads)
             exponent = sum(map(plan.exponent, point.scaled_by)) if point is not None else 0

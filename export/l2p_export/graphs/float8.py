@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from l2p_calib.fp8 import channel_scales, storable
+from l2p_calib.fp8 import channel_scales, float16_scale
 from l2p_export.graphs.names import SCALE, SUFFIX, published_names
 from l2p_export.tensors.sources import ArrayTensor, DividedTensor, JoinedTensor, TransposedTensor
 from l2p_runtime.errors import InternalError
@@ -162,7 +162,7 @@ def _rounded(graph: ir.Graph, value: ir.Value, point: str, reader: ir.Node) -> i
 def _stored_scale(scale: float) -> NDArray[np.float32]:
     import numpy as np
 
-    return storable(np.asarray(scale, np.float32))
+    return float16_scale(np.asarray(scale, np.float32))
 
 
 def _scale(

@@ -85,7 +85,7 @@ def bundle_model(bundle: Bundle, plan: str | None = None) -> Model:
 def bundle_digests(bundle: Bundle, reporter: Reporter) -> dict[str, str]:
     """Network to the digest of its weights, as builds know it, from the bundle's float32 graphs."""
     found = {"trunk": bundle.manifest.checkpoint.trunk_sha256}
-    with reporter.stage("hashing weights") as advance:
+    with reporter.task("hashing weights") as advance:
         for name, weights in _stored_weights(bundle, float32_plan(bundle)).items():
             if name != "trunk":
                 found[name] = _weights_digest(weights, advance)

@@ -119,7 +119,7 @@ def bench(
     started = time.perf_counter()
     with Pipeline.on_backend(replace(opened, backend=_timed(opened.backend, clock)), memory_budget_bytes) as pipe:
         load_seconds = time.perf_counter() - started
-        with reporter.stage(f"{opened.plan} on {opened.backend.name}", runs + 1, "calls") as advance:
+        with reporter.task(f"{opened.plan} on {opened.backend.name}", runs + 1, "calls") as advance:
             for _ in range(runs + 1):
                 clock.seconds = dict.fromkeys(NETWORKS, 0.0)
                 begun = time.perf_counter()

@@ -41,7 +41,7 @@ from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from l2p_calib.layout import NetworkLayout
+    from l2p_calib.layout import QuantizationLayout
     from l2p_runtime.bundle import Bundle
     from l2p_runtime.progress import Reporter
 
@@ -79,7 +79,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class CalibrationJob:
     """A calibration that was checked and not yet begun.
 
     Attributes:
@@ -111,7 +111,7 @@ class Calibration:
         return json.dumps({**said, "tools": toolchain()}, sort_keys=True)
 
 
-def plan_calibration(
+def check_calibration(
     bundle: Bundle,
     out: Path,
     *,
@@ -119,7 +119,7 @@ def plan_calibration(
     samples: int = 16,
     sizes: Sequence[tuple[int, int]] = (),
     seed: int = 0,
-) -> Calibration:
+) -> CalibrationJob:
     """Check everything before any work.
 
     Args:
@@ -158,16 +158,16 @@ def plan_calibration(
         )
         for index in range(samples)
     ]
-    return Calibration(bundle, tuple(drawn), texts, manifest.text is not None, out)
+    return CalibrationJob(bundle, tuple(drawn), texts, manifest.text is not None, out)
 
 
 def calibrate(
-    plan: Calibration, reporter: Reporter, more: Callable[[Path, Statistics], object] | None = None
+    job: CalibrationJob, reporter: Reporter, more: Callable[[Path, Statistics], object] | None = None
 ) -> Statistics:
     """Measure every network and write the file, or go on with what was stopped.
 
     Args:
-        plan: what to run.
+        job: what to run.
         reporter: shows the runs.
         more: what else to do with the samples, given their folder and what was measured.
 
@@ -175,16 +175,16 @@ def calibrate(
         ArtifactError: a graph is not this version's, or made NaN or Inf.
         HostError: another calibration writes there, or ONNX Runtime is not installed.
     """
-    work = plan.out.with_name(f"{plan.out.name}.work")
-    plan.out.parent.mkdir(parents=True, exist_ok=True)
-    with _work_folder(work, plan) as folder:
-        digests, model = bundle_digests(plan.bundle, reporter), bundle_model(plan.bundle)
-        if not plan.has_text:
+    work = job.out.with_name(f"{job.out.name}.work")
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with _work_folder(work, job) as folder:
+        digests, model = bundle_digests(job.bundle, reporter), bundle_model(job.bundle)
+        if not job.has_text:
             reporter.note("the bundle has no text encoder: captions are noise")
-        _draw(plan, folder, reporter)
-        parts = [_measure(plan, name, digests[name], model.layout(name), folder, reporter) for name in NETWORKS]
-        found = Statistics(SCHEMA, plan.source, tuple(sorted(parts, key=lambda item: (item.network, item.sha256))))
-        write_bytes(plan.out, statistics_to_bytes(found))
+        _draw(job, folder, reporter)
+        parts = [_measure(job, name, digests[name], model.layout(name), folder, reporter) for name in NETWORKS]
+        found = Statistics(SCHEMA, job.source, tuple(sorted(parts, key=lambda item: (item.network, item.sha256))))
+        write_bytes(job.out, statistics_to_bytes(found))
         if more is not None:
             more(folder, found)
     shutil.rmtree(work, ignore_errors=True)
@@ -192,39 +192,39 @@ def calibrate(
 
 
 @contextmanager
-def _work_folder(work: Path, plan: Calibration) -> Iterator[Path]:
+def _work_folder(work: Path, job: CalibrationJob) -> Iterator[Path]:
     """The folder with what is done of this very calibration; emptied when it is of another one."""
     if work.exists() and not (work / _SETTINGS).is_file():
         raise UsageError(f"`{work}` is in the way: no calibration made it", hint="remove it, or choose another --out")
     work.mkdir(exist_ok=True)
-    with locked(work.with_name(f"{work.name}.lock"), busy=f"another calibration is writing `{plan.out}`"):
+    with locked(work.with_name(f"{work.name}.lock"), busy=f"another calibration is writing `{job.out}`"):
         path = work / _SETTINGS
-        if path.is_file() and path.read_text(encoding="utf-8") != plan.settings:
+        if path.is_file() and path.read_text(encoding="utf-8") != job.settings:
             shutil.rmtree(work)
             work.mkdir()
         sweep_partials(work)
-        write_text(path, plan.settings)
+        write_text(path, job.settings)
         yield work
 
 
-def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
+def _draw(job: CalibrationJob, folder: Path, reporter: Reporter) -> None:
     """Write the inputs of every sample; a picture serves several."""
     import numpy as np
 
-    left = [index for index in range(len(plan.samples)) if not _case_path(folder, index).is_file()]
+    left = [index for index in range(len(job.samples)) if not _case_path(folder, index).is_file()]
     if not left:
         return
-    spec = plan.bundle.manifest.model
-    steps = min(plan.bundle.manifest.sampling.steps, STEPS_MAX)
+    spec = job.bundle.manifest.model
+    steps = min(job.bundle.manifest.sampling.steps, STEPS_MAX)
     with (
-        Pipeline.open(plan.bundle.root, "onnx", plan=float32_plan(plan.bundle), store=plan.bundle.store) as pipe,
-        reporter.stage("drawing", len(left), "samples") as advance,
+        Pipeline.open(job.bundle.root, "onnx", plan=float32_plan(job.bundle), store=job.bundle.store) as pipe,
+        reporter.task("drawing", len(left), "samples") as advance,
     ):
-        used = sorted({plan.samples[index].prompt for index in left})
-        embeds = dict(zip(used, _embeddings(plan, pipe, used), strict=True))
+        used = sorted({job.samples[index].prompt for index in left})
+        embeds = dict(zip(used, _embeddings(job, pipe, used), strict=True))
         drawn: tuple[int, Any] = (-1, None)
         for index in left:
-            sample = plan.samples[index]
+            sample = job.samples[index]
             size = (sample.height_px, sample.width_px)
             if drawn[0] != sample.seed:
                 pixels = pipe.generate(
@@ -244,10 +244,10 @@ def _draw(plan: Calibration, folder: Path, reporter: Reporter) -> None:
             advance(1)
 
 
-def _embeddings(plan: Calibration, pipe: Pipeline, prompts: Sequence[int]) -> list[NDArray[Any]]:
-    if plan.has_text:
-        return list(pipe.encode([plan.prompts[index] for index in prompts], truncate_prompt=True))
-    width = plan.bundle.manifest.model.caption_width
+def _embeddings(job: CalibrationJob, pipe: Pipeline, prompts: Sequence[int]) -> list[NDArray[Any]]:
+    if job.has_text:
+        return list(pipe.encode([job.prompts[index] for index in prompts], truncate_prompt=True))
+    width = job.bundle.manifest.model.caption_width
     # Each of another length, as prompts are.
     return [
         normal_noise(index, image_index=1, channels=1, rows=(0, 3 + index % _CAPTION_TOKENS), cols=(0, width))[0]
@@ -256,7 +256,7 @@ def _embeddings(plan: Calibration, pipe: Pipeline, prompts: Sequence[int]) -> li
 
 
 def _measure(
-    plan: Calibration, network: str, sha256: str, layout: NetworkLayout, folder: Path, reporter: Reporter
+    job: CalibrationJob, network: str, sha256: str, layout: QuantizationLayout, folder: Path, reporter: Reporter
 ) -> NetworkStatistics:
     """The statistics of one network; what it makes of each sample is written beside them first."""
     import onnx
@@ -264,11 +264,11 @@ def _measure(
     done = folder / f"{network}.json"
     if done.is_file():
         return read_statistics(done).networks[0]
-    path = plan.bundle.path(plan.bundle.manifest.graph(network, float32_plan(plan.bundle)).graph)
+    path = job.bundle.path(job.bundle.manifest.graph(network, float32_plan(job.bundle)).graph)
     graph = onnx.load(str(path), load_external_data=False).graph
     names = [point.name for point in layout.points]
-    values_bytes = _values_bytes(plan, network, layout)
-    runs = len(graph_groups(names, values_bytes)) * len(plan.samples)
+    values_bytes = _values_bytes(job, network, layout)
+    runs = len(graph_groups(names, values_bytes)) * len(job.samples)
 
     def inputs(index: int) -> Callable[[], Tensors]:
         return lambda: _inputs(folder, network, index)
@@ -276,13 +276,13 @@ def _measure(
     def keep(index: int, made: Tensors) -> None:
         write_tensorfile(folder / f"{index}.{network}.safetensors", {f"{network}.{k}": v for k, v in made.items()})
 
-    with reporter.stage(f"measuring `{network}`", runs, "calls") as advance:
+    with reporter.task(f"measuring `{network}`", runs, "calls") as advance:
         points = point_values(graph, layout, published_names)
-        samples = [inputs(index) for index in range(len(plan.samples))]
+        samples = [inputs(index) for index in range(len(job.samples))]
         counters = count_graph(path, points, samples, values_bytes, keep, advance)
     found = network_statistics(network, sha256, counters)
     require_finite(found)
-    write_bytes(done, statistics_to_bytes(Statistics(SCHEMA, plan.source, (found,))))
+    write_bytes(done, statistics_to_bytes(Statistics(SCHEMA, job.source, (found,))))
     return found
 
 
@@ -303,10 +303,10 @@ def sample_values(folder: Path, index: int) -> dict[str, NDArray[Any]]:
     return known
 
 
-def _values_bytes(plan: Calibration, network: str, layout: NetworkLayout) -> int:
+def _values_bytes(job: CalibrationJob, network: str, layout: QuantizationLayout) -> int:
     """What the values of all points take in the largest sample, about: as if each were as wide as the feed-forward."""
-    model = plan.bundle.manifest.model
-    pixels = max(sample.height_px * sample.width_px for sample in plan.samples)
+    model = job.bundle.manifest.model
+    pixels = max(sample.height_px * sample.width_px for sample in job.samples)
     if network == "head":
         return int(4 * pixels * model.head.peak_values_per_px * 4)
     tokens = pixels // model.patch_px**2 + model.caption_tokens_max

@@ -26,7 +26,7 @@ from l2p_calib.statistics.ranges import (
     statistics_to_bytes,
 )
 from l2p_calib.statistics.torch_hooks import counting
-from l2p_engines.store.stages import Made, StageRunner, named_by_content
+from l2p_engines.store.stages import StageOutput, StageRunner, named_by_content
 from l2p_export.proof.cases import Case, case_inputs, small_cases
 from l2p_export.tensors.digests import WeightDigests
 from l2p_export.toolchain import toolchain
@@ -56,7 +56,7 @@ _TIMES_CASE = "timesteps"
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class ResolvedPlan:
     """A plan that graphs can be made by.
 
     Attributes:
@@ -75,7 +75,7 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PrecisionRequest:
     """What a build was asked for.
 
     Attributes:
@@ -96,8 +96,8 @@ class _Facts:
 
 
 def make_plans(
-    run: StageRunner, asked: Asked, digests: WeightDigests, references: References, reporter: Reporter
-) -> tuple[Planned, ...]:
+    run: StageRunner, asked: PrecisionRequest, digests: WeightDigests, references: References, reporter: Reporter
+) -> tuple[ResolvedPlan, ...]:
     """The finished plans of a build, in the order they were asked for.
 
     Raises:
@@ -135,11 +135,11 @@ def network_points(model: Model, network: str) -> tuple[str, ...]:
     return tuple(point.name for point in model.layout(network).points)
 
 
-def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measuring) -> Planned:
+def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measuring) -> ResolvedPlan:
     file = asked if isinstance(asked, PlanFile) else None
     plan = asked.plan if isinstance(asked, PlanFile) else _unmeasured(asked, measuring)
     if plan.default != "float16" and file is None:
-        return Planned(plan)
+        return ResolvedPlan(plan)
     inputs = {
         "plan": plan,
         "file": file,
@@ -152,7 +152,7 @@ def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measur
         "tools": toolchain(),
     }
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         measurements = measuring.measurements() if plan.default == "float16" else ()
         whole = file
         if isinstance(asked, NamedPlan) and inputs["is_measured"]:
@@ -160,16 +160,16 @@ def _make_plan(run: StageRunner, asked: NamedPlan | PlanFile, measuring: _Measur
         chosen = whole.plan if whole is not None else plan
         facts = _Facts(_judge(chosen, measurements), chosen)
         if whole is None:
-            return Made(facts=facts)
+            return StageOutput(facts=facts)
         written = work / "plan"
         # The stage syncs its files before it is recorded.
         written.write_bytes(plan_to_bytes(whole))
         digest = file_digest(written)
-        return Made("plans", ((named_by_content(written, f"{plan.name}.json", digest), digest),), facts)
+        return StageOutput("plans", ((named_by_content(written, f"{plan.name}.json", digest), digest),), facts)
 
     stage = run("plan", plan.name, inputs, make)
     facts = from_json(_Facts, stage.facts)
-    return Planned(facts.plan, stage.files[0] if stage.files else None, facts.ledger)
+    return ResolvedPlan(facts.plan, stage.files[0] if stage.files else None, facts.ledger)
 
 
 def _unmeasured(asked: NamedPlan, measuring: _Measuring) -> PrecisionPlan:
@@ -179,7 +179,9 @@ def _unmeasured(asked: NamedPlan, measuring: _Measuring) -> PrecisionPlan:
 class _Measuring:
     """Measures all networks once, when the first plan asks."""
 
-    def __init__(self, asked: Asked, digests: Mapping[str, str], references: References, reporter: Reporter) -> None:
+    def __init__(
+        self, asked: PrecisionRequest, digests: Mapping[str, str], references: References, reporter: Reporter
+    ) -> None:
         self.asked, self.digests, self.references = asked, digests, references
         self._reporter = reporter
         self._found: tuple[Measurement, ...] | None = None
@@ -234,7 +236,7 @@ def timestep_inputs(model: Model, case: Case) -> dict[str, NDArray[Any]]:
     return {**single, **batched, "image": image.astype(np.float32), "time": times}
 
 
-def _given(asked: Asked, model: Model, digests: Mapping[str, str]) -> dict[str, NetworkStatistics]:
+def _given(asked: PrecisionRequest, model: Model, digests: Mapping[str, str]) -> dict[str, NetworkStatistics]:
     """What statistics that were given say of this model's networks.
 
     What attention multiplies must be in them where a plan needs scales for it: files of earlier versions lack it.

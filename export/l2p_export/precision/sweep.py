@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.fp8 import FP8_MAX, channel_scales, storable
+from l2p_calib.fp8 import FP8_MAX, channel_scales, float16_scale
 from l2p_calib.ledger import psnr_db
 from l2p_calib.plans.file import PlanFile, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
@@ -32,7 +32,7 @@ from l2p_calib.sensitivity import (
     sweep,
 )
 from l2p_export.graphs.stored import bundle_model, float32_plan
-from l2p_export.precision.calibrate import STEPS_MAX, Calibration, sample_values
+from l2p_export.precision.calibrate import STEPS_MAX, CalibrationJob, sample_values
 from l2p_export.precision.sweep_plot import has_matplotlib, write_plot
 from l2p_export.precision.torch_backend import TorchNetworks
 from l2p_export.proof.cases import network_inputs
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from l2p_calib.layout import NetworkLayout
+    from l2p_calib.layout import QuantizationLayout
     from l2p_calib.statistics.ranges import Statistics
     from l2p_export.world.scenes import Description
     from l2p_runtime.progress import Reporter
@@ -62,7 +62,7 @@ PICTURES_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class SweepResult:
     """What a sweep left: its figures, the plan that follows, and the files of both."""
 
     found: Sensitivity
@@ -71,18 +71,18 @@ class Swept:
 
 
 def sweep_bundle(
-    plan: Calibration,
+    job: CalibrationJob,
     samples: Path,
     statistics: Statistics,
     out: Path,
     gate: float,
     reporter: Reporter,
     precision: BasePrecision = "fp8",
-) -> Swept:
+) -> SweepResult:
     """Sweep what a plan has in FP8 of a bundle and write table, plot and plan.
 
     Args:
-        plan: the calibration that drew the samples.
+        job: the calibration that drew the samples.
         samples: folder of them, with what each network made of each.
         statistics: what was measured on them.
         out: folder to write.
@@ -97,21 +97,21 @@ def sweep_bundle(
     require_gate(gate)
     cache = out / "measurements"
     cache.mkdir(parents=True, exist_ok=True)
-    model = bundle_model(plan.bundle)
+    model = bundle_model(job.bundle)
     layouts = [model.layout(name) for name in NETWORKS]
     networks = TorchNetworks(model)
-    sweeper = _Sweeper(plan, samples, networks, cache)
+    sweeper = _Sweeper(job, samples, networks, cache)
     measurements = [_measurement(layout, statistics, sweeper.module(layout.network)) for layout in layouts]
     base = replace(PLANS[precision], name=NAME)
     sweeper.scales = {item.layer: item.scale for item in float8_plan(base, measurements).plan.inputs}
     groups = _groups(layouts, sweeper.scales)
-    sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.roundable}
+    sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.quantizable}
     exact = sweeper.exact()
-    with reporter.stage("sweeping products in FP8", len(groups), "groups") as advance:
-        found = sweep(groups, gate, plan.source, sweeper.measure, advance, exact.right)
+    with reporter.task("sweeping products in FP8", len(groups), "groups") as advance:
+        found = sweep(groups, gate, job.source, sweeper.measure, advance, exact.right)
     found = replace(found, pictures=len(exact.images))
     chosen = float8_plan(base, measurements, kept=found.reasons)
-    return Swept(found, chosen, tuple(_write_all(out, found, chosen, reporter)))
+    return SweepResult(found, chosen, tuple(_write_all(out, found, chosen, reporter)))
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[
     try:
         for layer, scale in input_scales.items():
             part = module.get_submodule(layer)
-            stored = torch.from_numpy(storable(np.asarray(scale, np.float32)))
+            stored = torch.from_numpy(float16_scale(np.asarray(scale, np.float32)))
             hook: Callable[..., torch.Tensor] = partial(_input, stored)
             if isinstance(part, torch.nn.Linear):
                 weight = part.weight.detach()
@@ -163,10 +163,10 @@ class _Sweeper:
         network_of: product to its network.
     """
 
-    def __init__(self, plan: Calibration, samples: Path, networks: TorchNetworks, cache: Path) -> None:
-        self._plan, self._samples, self._networks, self._cache = plan, samples, networks, cache
-        self._opened = OpenedPlan(plan.bundle, networks.backend(), float32_plan(plan.bundle))
-        self._descriptions = _descriptions(plan)
+    def __init__(self, job: CalibrationJob, samples: Path, networks: TorchNetworks, cache: Path) -> None:
+        self._job, self._samples, self._networks, self._cache = job, samples, networks, cache
+        self._opened = OpenedPlan(job.bundle, networks.backend(), float32_plan(job.bundle))
+        self._descriptions = _descriptions(job)
         self._exact: _Pictures | None = None
         self.scales: Mapping[str, float] = {}
         self.network_of: Mapping[str, str] = {}
@@ -186,12 +186,12 @@ class _Sweeper:
         """How far the denoiser is from itself in float32 with these products in FP8; from a file where it is known."""
         chosen = {layer: self.scales[layer] for layer in sorted(layers)}
         judged = sorted(self._descriptions)
-        key = hashlib.sha256(json.dumps([self._plan.settings, STEPS_MAX, judged, chosen]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self._job.settings, STEPS_MAX, judged, chosen]).encode()).hexdigest()
         path = self._cache / f"{key[:32]}.json"
         if path.is_file():
             return from_json(Deviation, json.loads(path.read_bytes()))
         with self._rounded(chosen):
-            sums = [self._sample(index, chosen) for index in range(len(self._plan.samples))]
+            sums = [self._sample(index, chosen) for index in range(len(self._job.samples))]
             error, worst = relative_errors(sums)
             drawn = self._draw()
             found = Deviation(error, worst, min(map(_psnr_db, drawn.images, self.exact().images)), drawn.right)
@@ -236,7 +236,7 @@ class _Sweeper:
     def _image(self, index: int) -> NDArray[Any]:
         import numpy as np
 
-        sample, case = self._plan.samples[index], sample_values(self._samples, index)
+        sample, case = self._job.samples[index], sample_values(self._samples, index)
         embeds = np.asarray(case["prompt_embeds"][0][case["caption_mask"][0]])
         pipe = Pipeline.on_backend(self._opened)
         pixels = pipe.generate(
@@ -244,27 +244,27 @@ class _Sweeper:
             height=sample.height_px,
             width=sample.width_px,
             seed=sample.seed,
-            steps=min(self._plan.bundle.manifest.sampling.steps, STEPS_MAX),
+            steps=min(self._job.bundle.manifest.sampling.steps, STEPS_MAX),
             guidance=1.0,
             dtype="float16",
         )
         return pixels.astype(np.float64)
 
 
-def _descriptions(plan: Calibration) -> dict[int, Description]:
+def _descriptions(job: CalibrationJob) -> dict[int, Description]:
     """The first sample of each prompt that is a caption of the small world, to what the judge has to find in it."""
-    if not plan.has_text or importlib.util.find_spec("skimage") is None:
+    if not job.has_text or importlib.util.find_spec("skimage") is None:
         return {}
     from l2p_export.world.captions import describe
 
     found: dict[int, Description] = {}
     seen: set[int] = set()
-    for index, sample in enumerate(plan.samples):
+    for index, sample in enumerate(job.samples):
         if sample.prompt in seen or len(found) == PICTURES_MAX:
             continue
         seen.add(sample.prompt)
         with suppress(UsageError):
-            found[index] = describe(plan.prompts[sample.prompt])
+            found[index] = describe(job.prompts[sample.prompt])
     return found
 
 
@@ -272,17 +272,17 @@ def _psnr_db(image: NDArray[Any], wanted: NDArray[Any]) -> float:
     return psnr_db(image - wanted, 1.0)
 
 
-def _measurement(layout: NetworkLayout, statistics: Statistics, module: nn.Module) -> Measurement:
+def _measurement(layout: QuantizationLayout, statistics: Statistics, module: nn.Module) -> Measurement:
     found = next(item for item in statistics.networks if item.network == layout.network)
     peaks = {name: float(value.abs().max()) for name, value in module.state_dict().items()}
     return Measurement(layout, found.sha256, peaks, found)
 
 
-def _groups(layouts: Sequence[NetworkLayout], scales: Mapping[str, float]) -> dict[str, list[str]]:
+def _groups(layouts: Sequence[QuantizationLayout], scales: Mapping[str, float]) -> dict[str, list[str]]:
     """Group to its products, or inputs of attention, that can be in FP8."""
     found: dict[str, list[str]] = {}
     for layout in layouts:
-        for product in layout.roundable:
+        for product in layout.quantizable:
             if product.layer in scales:
                 found.setdefault(product.group, []).append(product.layer)
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM
 from l2p_calib.plans.plan import LayerRule
 from l2p_calib.prompts import read_prompts
-from l2p_engines.store.stages import Made
+from l2p_engines.store.stages import StageOutput
 from l2p_export.families.qwen3.peaks import PROMPTS, LayerPeak, measure_peaks
 from l2p_export.precision.plans import CASE
 from l2p_export.toolchain import toolchain
@@ -68,9 +68,9 @@ def plans_by_ranges(
         "tools": toolchain(),
     }
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         del work
-        return Made(facts=_Facts(measure_peaks(encoder, reporter)))
+        return StageOutput(facts=_Facts(measure_peaks(encoder, reporter)))
 
     try:
         stage = run("ranges", TEXT_ENCODER, inputs, make)

@@ -21,11 +21,11 @@ CORNER_PIXELS_MAX = 1_500_000
 """Corners of a profile up to this many pixels are run while building; larger ones are listed as not run."""
 
 
-LEAST_PIXELS_MAX = 7_000_000
+MINIMUM_CASE_PIXELS_MAX = 7_000_000
 """The same for the least corner of a profile, which engines can run too: 2560x2560 of the 10k profile are within."""
 
 
-LEAST_FLOPS_MAX = 5_000_000_000_000
+MINIMUM_CASE_FLOPS_MAX = 5_000_000_000_000
 """And the most operations of one call there. At the published size 16x16 tokens take 3.4 to 3.7 TFLOP, which is about a
 tenth of a build on two cores; the 64x64 tokens that 8k-zeroshot begins at take 57."""
 
@@ -47,7 +47,7 @@ def small_cases(model: ModelSpec) -> tuple[Case, ...]:
     return Case("padded", 2 * step, 3 * step, 7, stored=True), Case("full", 8, 4, 33, stored=True)
 
 
-def least_case(model: ModelSpec, profile: Profile) -> Case:
+def minimum_case(model: ModelSpec, profile: Profile) -> Case:
     """The least corner of a profile, stored: the smallest call that engines of the profile take."""
     return _corner(model, profile.height_px.min, profile.width_px.min, profile.caption_tokens.min, stored=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_calib.ledger import END_TO_END, not_run, require_passed, threshold_of
-from l2p_engines.store.stages import Made, StageRunner, named_by_content
+from l2p_engines.store.stages import StageOutput, StageRunner, named_by_content
 from l2p_export.proof.cases import (
     Case,
 )
@@ -90,7 +90,7 @@ def prove(
         "tools": toolchain(),
     }
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         ledger = [
             entry
             for plan in plans
@@ -98,14 +98,14 @@ def prove(
             for entry in not_run(graph_comparison(plan), left, reason)
         ]
         if not cases:
-            return Made(facts=_Facts((), tuple(ledger)))
+            return StageOutput(facts=_Facts((), tuple(ledger)))
         results = references.results()
         for plan in plans:
             of_plan = {record.network: record for record in graphs if record.plan == plan}
             ledger += _compare(run, loaded, plan, bases[plan], of_plan, files, backend, results, reporter)
         require_passed(ledger, bases)
         stored, made = _store(cases, results, work, loaded.model.spec.patch_px)
-        return Made("reference", tuple(made), _Facts(tuple(stored), tuple(ledger)))
+        return StageOutput("reference", tuple(made), _Facts(tuple(stored), tuple(ledger)))
 
     stage = run("proof", " ".join(plans), inputs, make)
     facts = from_json(_Facts, stage.facts)
@@ -130,7 +130,7 @@ def _compare(
         return backend.load(run.path(files[record.graph]), run.path(files[record.weights]), networks[network])
 
     comparison = graph_comparison(plan)
-    with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
+    with reporter.task(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
         try:
             return compare_networks(comparison, base, networks, references, load, backend.device, advance)
         except UnsupportedError as error:

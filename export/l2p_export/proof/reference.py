@@ -14,12 +14,12 @@ from l2p_engines.forecast.calls import CallSize, forward_flops, total_flops
 from l2p_export.families.costs import network_costs
 from l2p_export.proof.cases import (
     CORNER_PIXELS_MAX,
-    LEAST_FLOPS_MAX,
-    LEAST_PIXELS_MAX,
+    MINIMUM_CASE_FLOPS_MAX,
+    MINIMUM_CASE_PIXELS_MAX,
     Case,
     case_inputs,
     corner_cases,
-    least_case,
+    minimum_case,
     network_inputs,
     small_cases,
 )
@@ -162,14 +162,14 @@ class References:
         model = self.loaded.model
         inputs = {case.name: case_inputs(model.spec, case, seed) for seed, case in enumerate(self.cases)} | dict(more)
         calls = len(inputs) * len(model.networks)
-        with self._reporter.stage("reference in torch float32", calls, "calls") as advance:
+        with self._reporter.task("reference in torch float32", calls, "calls") as advance:
             return run_reference(self.loaded, inputs, advance, observe)
 
 
 def _choose(loaded: LoadedModel, profiles: Sequence[Profile]) -> tuple[list[Case], list[tuple[str, list[str]]]]:
     """Cases that this machine runs, and the names of the others with the reason."""
     spec, available = loaded.model.spec, available_host_bytes()
-    least = [least_case(spec, profile) for profile in profiles]
+    least = [minimum_case(spec, profile) for profile in profiles]
     corners = [case for profile in profiles for case in corner_cases(spec, profile)]
     # The ledger tells cases apart by name. Of two that have one size, the one that is stored comes first and stays.
     cases: dict[str, Case] = {}
@@ -197,13 +197,14 @@ def _too_large(loaded: LoadedModel, case: Case, available_bytes: int) -> str:
     pixels = case.rows * case.columns * spec.patch_px**2
     if pixels <= CORNER_PIXELS_MAX:
         return ""
-    most = LEAST_PIXELS_MAX if case.stored else CORNER_PIXELS_MAX
+    most = MINIMUM_CASE_PIXELS_MAX if case.stored else CORNER_PIXELS_MAX
     if pixels > most:
         return f"larger than the {most:,} pixels that a build runs in torch"
     call = CallSize(case.rows * spec.patch_px, case.columns * spec.patch_px, case.caption_tokens)
     flops = total_flops(forward_flops(spec, network_costs(loaded.model), call).values()).total
-    if flops > LEAST_FLOPS_MAX:
-        return f"takes {flops / 1e12:.1f} TFLOP, a build spends {LEAST_FLOPS_MAX / 1e12:.0f} on a large case in torch"
+    if flops > MINIMUM_CASE_FLOPS_MAX:
+        limit = MINIMUM_CASE_FLOPS_MAX / 1e12
+        return f"takes {flops / 1e12:.1f} TFLOP, a build spends {limit:.0f} on a large case in torch"
     need = call_memory(spec, 1, case.rows, case.columns, spec.padded(case.caption_tokens))
     needed = need.buffers_bytes + _ACTIVATION_COPIES * max(need.tokens_bytes, case.rows * need.head_row_bytes)
     if needed > available_bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_calib.ledger import compare, require_passed, threshold_of
-from l2p_engines.store.stages import Made, StageRunner, named_by_content
+from l2p_engines.store.stages import StageOutput, StageRunner, named_by_content
 from l2p_export.families.qwen3.folder import torch_text_encoder
 from l2p_export.proof.compare import run_engine
 from l2p_export.toolchain import toolchain
@@ -99,16 +99,18 @@ def prove_text(
         "tools": toolchain(),
     }
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         if not fits:
             reason = f"the text encoder in float32 takes about {needed:,} bytes here, more than are free"
-            return Made(facts=_Facts(tuple(_not_run(graph_comparison(record.plan), reason) for record in graphs)))
-        with reporter.stage("text reference in torch float32", 1, "calls") as advance:
+            return StageOutput(
+                facts=_Facts(tuple(_not_run(graph_comparison(record.plan), reason) for record in graphs))
+            )
+        with reporter.task("text reference in torch float32", 1, "calls") as advance:
             case = _reference(encoder)
             advance(1)
         ledger = []
         for record in graphs:
-            with reporter.stage(f"text ledger {record.plan}", 1, "calls") as advance:
+            with reporter.task(f"text ledger {record.plan}", 1, "calls") as advance:
                 comparison = graph_comparison(record.plan)
                 paths = run.path(files[record.graph]), run.path(files[record.weights])
                 try:
@@ -126,7 +128,7 @@ def prove_text(
         write_tensorfile(work / CASE, case)
         digest = file_digest(work / CASE)
         path = named_by_content(work / CASE, f"{CASE}.safetensors", digest)
-        return Made("reference", ((path, digest),), _Facts(tuple(ledger)))
+        return StageOutput("reference", ((path, digest),), _Facts(tuple(ledger)))
 
     stage = run("proof", TEXT_ENCODER, inputs, make)
     return stage.files, from_json(_Facts, stage.facts).ledger

@@ -88,7 +88,7 @@ def _verify_plan(opened: OpenedPlan, reporter: Reporter) -> list[LedgerEntry]:
     def load(network: str) -> Engine:
         return load_network(reading, network)
 
-    with reporter.stage(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
+    with reporter.task(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
         try:
             found = compare_networks(
                 comparison, opened.base, networks, references, load, opened.backend.device, advance, stripes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_engines.store.stages import Made, StageRunner
+from l2p_engines.store.stages import StageOutput, StageRunner
 from l2p_export.tensors.sources import TensorSource
 from l2p_export.toolchain import toolchain
 from l2p_runtime.contract.codec import from_json
@@ -69,15 +69,15 @@ def weight_digests(
         "tools": toolchain(),
     }
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         del work
         total = sum(4 * math.prod(tensors[name].shape) for members in groups.values() for name in members)
-        with reporter.stage(f"hashing {label}", total) as advance:
+        with reporter.task(f"hashing {label}", total) as advance:
             found = [(name, _digests(tensors, members, name == "trunk", advance)) for name, members in groups.items()]
         if [_identity(path) for path in files] != inputs["files"]:
             raise HostError(f"{label}: a file changed while it was read", hint="wait until it is written, then again")
         trunk = next((both[1] for name, both in found if name == "trunk"), "")
-        return Made(facts=WeightDigests(tuple((name, both[0]) for name, both in found), trunk))
+        return StageOutput(facts=WeightDigests(tuple((name, both[0]) for name, both in found), trunk))
 
     return from_json(WeightDigests, run("digests", label, inputs, make).facts)
 

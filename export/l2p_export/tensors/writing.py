@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_calib.fp8 import encoded
+from l2p_calib.fp8 import quantize
 from l2p_runtime.errors import ArtifactError
 from l2p_runtime.files import atomic_file
 from l2p_runtime.tensorfile import TensorInfo, header_bytes
@@ -72,7 +72,7 @@ def _stored(chunk: NDArray[np.float32], name: str, dtype: str) -> NDArray[np.gen
 
         return chunk.astype(ml_dtypes.bfloat16)
     if dtype == "F8_E4M3":
-        return encoded(chunk, 1.0)
+        return quantize(chunk, 1.0)
     with np.errstate(over="ignore"):
         stored = chunk.astype(_NUMPY[dtype])
     if dtype == "F16" and not np.isfinite(stored).all():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Shown: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
+PictureComparison: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
 """Told (step, steps in all, preview [h,w,3])."""
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -126,7 +126,7 @@ class Client:
         self,
         prompt: str | None = None,
         *,
-        shown: Shown,
+        shown: PictureComparison,
         cancelled: Callable[[], bool] = lambda: False,
         height: int | None = None,
         width: int | None = None,

@@ -19,10 +19,10 @@ from l2p_calib.fp8 import (
     ScaleChoice,
     best_choice,
     channel_scales,
-    encoded,
-    rounded,
+    fake_quantize,
+    float16_scale,
+    quantize,
     scale_choices,
-    storable,
 )
 from l2p_calib.statistics.ranges import RangeCounter, Ranges, merge_ranges
 from l2p_runtime.errors import ArtifactError
@@ -52,7 +52,7 @@ def ranges_of(values: np.ndarray, calls: int = 1) -> Ranges:
 
 
 def relative(values: np.ndarray, scale: float) -> float:
-    difference = rounded(values, scale).astype(np.float64) - values
+    difference = fake_quantize(values, scale).astype(np.float64) - values
     return float(np.linalg.norm(difference) / np.linalg.norm(values.astype(np.float64)))
 
 
@@ -60,7 +60,7 @@ def relative(values: np.ndarray, scale: float) -> float:
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.floats(2.0**-20, 2.0**20, width=32))
 def test_rounding_is_to_the_nearest_and_of_two_to_the_even_one(value: float, scale: float) -> None:
     divided = np.float32(value) / np.float32(scale) if abs(value) < 1e30 else np.float32(math.copysign(1e30, value))
-    found = encoded(np.asarray([value], np.float32), scale)
+    found = quantize(np.asarray([value], np.float32), scale)
     expected = nearest(float(divided))
     assert float(found[0]) == expected
     # The sign of zero too.
@@ -71,7 +71,7 @@ def test_rounding_is_to_the_nearest_and_of_two_to_the_even_one(value: float, sca
 @given(st.integers(0, 255))
 def test_what_is_an_e4m3_number_stays_one(code: int) -> None:
     value = np.asarray([code], np.uint8).view(ml_dtypes.float8_e4m3fn)
-    np.testing.assert_array_equal(encoded(value.astype(np.float32), 1.0).view(np.uint8) & 0x7F, code & 0x7F)
+    np.testing.assert_array_equal(quantize(value.astype(np.float32), 1.0).view(np.uint8) & 0x7F, code & 0x7F)
 
 
 def test_halfway_saturation_denormals_and_nan() -> None:
@@ -80,14 +80,14 @@ def test_halfway_saturation_denormals_and_nan() -> None:
         [1.0625, 1.1875, 2**-9, 2**-10, 1.5 * 2**-10, 448, 449, 464, 1e9, -np.inf, np.inf, np.nan],
         np.float32,
     )
-    found = encoded(values, 1.0).astype(np.float32)
+    found = quantize(values, 1.0).astype(np.float32)
     np.testing.assert_array_equal(found, [1, 1.25, 2**-9, 0, 2**-9, 448, 448, 448, 448, -448, 448, np.nan])
 
 
 @settings(deadline=None)
 @given(st.floats(0, 65504, width=32))
 def test_a_stored_scale_is_the_next_float16_and_never_zero(scale: float) -> None:
-    (found,) = storable(np.asarray([scale], np.float32))
+    (found,) = float16_scale(np.asarray([scale], np.float32))
     assert found == np.float16(found) >= np.float32(scale)
     assert found > 0
     below = np.nextafter(np.float16(found), np.float16(0))
@@ -97,7 +97,7 @@ def test_a_stored_scale_is_the_next_float16_and_never_zero(scale: float) -> None
 @pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf, 65505.0])
 def test_no_scale_at_all(scale: float) -> None:
     with pytest.raises(ArtifactError, match="an FP8 scale is"):
-        storable(np.asarray([1.0, scale], np.float32))
+        float16_scale(np.asarray([1.0, scale], np.float32))
 
 
 @settings(deadline=None)
@@ -108,7 +108,7 @@ def test_channels_reach_448_and_nothing_saturates(peaks: list[float], seed: int)
     weight *= np.asarray(peaks, np.float32)[:, None]
     scales = channel_scales(np.abs(weight).max(axis=1))
     assert (np.abs(weight).max(axis=1) / scales <= FP8_MAX).all()
-    error = rounded(weight, scales[:, None]) - weight
+    error = fake_quantize(weight, scales[:, None]) - weight
     # Half a step of three bits, or of the least denormal.
     assert (np.abs(error) <= np.maximum(np.abs(weight) / 16, scales[:, None] * 2.0**-10) * 1.0001).all()
 

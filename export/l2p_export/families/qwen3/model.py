@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l2p_calib.layout import NetworkLayout, layer_of
+from l2p_calib.layout import QuantizationLayout, layer_of
 from l2p_engines.forecast.calls import Operations, Rows
 from l2p_export.families.faults import shape_faults
 from l2p_export.families.qwen3.dimensions import LAYER, TextEncoderConfig, network_shapes
@@ -76,9 +76,9 @@ class Qwen3Model:
         del network
         return tuple(f"{LAYER}{index}" for index in range(self.config.built_layers))
 
-    def layout(self, network: str) -> NetworkLayout:
+    def layout(self, network: str) -> QuantizationLayout:
         """Its layers: no plan scales them or has them in FP8, and what float16 has to hold is measured apart."""
-        return NetworkLayout(network, tuple(dict.fromkeys(map(layer_of, self.shapes))))
+        return QuantizationLayout(network, tuple(dict.fromkeys(map(layer_of, self.shapes))))
 
     def operations(self, network: str) -> Operations:
         """Every matrix but the table of embeddings is multiplied by a row for each token."""

@@ -70,7 +70,7 @@ def measure_peaks(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, 
     embedding = module.get_submodule(_EMBEDDING)
     found = [LayerPeak(_EMBEDDING, "weight", _fill(encoder, _EMBEDDING, embedding)["weight"])]
     layers = encoder.model.blocks(TEXT_ENCODER)
-    with reporter.stage("measuring the text encoder in torch float32", len(layers), "layers") as advance:
+    with reporter.task("measuring the text encoder in torch float32", len(layers), "layers") as advance:
         for name in layers:
             _observe(encoder, name, module.get_submodule(name), found, advance)
         with torch.no_grad():

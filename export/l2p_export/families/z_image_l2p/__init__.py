@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from l2p_calib.layout import NetworkLayout
+    from l2p_calib.layout import QuantizationLayout
     from l2p_engines.forecast.calls import Operations
     from l2p_export.families.base import Shapes
     from l2p_export.tensors.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ class ZImageModel:
         """Names of its transformer blocks, as `layers.5`."""
         return network_blocks(network, self.dimensions)
 
-    def layout(self, network: str) -> NetworkLayout:
+    def layout(self, network: str) -> QuantizationLayout:
         """What can be measured in one network, and what plans may do to which of its layers."""
         return network_layout(network, self.dimensions)
 

@@ -24,7 +24,7 @@ STAGES: Mapping[int, tuple[str, ...]] = {
     128: ("_8k", "0", "0b", "1", "2", "3", "4"),
     160: ("_10k_a", "0", "0b", "1", "2", "3"),
 }
-"""U-Net stages of each patch size, full resolution first: `enc{stage}`, `up{stage}`, `dec{stage}`."""
+"""U-Net levels of each patch size, full resolution first: `enc{level}`, `up{level}`, `dec{level}`."""
 
 SINUSOID_WIDTH = 256
 
@@ -39,7 +39,7 @@ _OUTSIDE_BLOCKS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class UNetLevel:
     """One resolution of the U-Net: channels out of its encoder, upsampling and decoder convolutions."""
 
     name: str
@@ -63,7 +63,7 @@ class Dimensions:
         layers: main layers [30].
         noise_refiners: refiner layers on image tokens [2].
         context_refiners: refiner layers on caption tokens [2].
-        stages: U-Net stages, full resolution first.
+        levels: U-Net levels, full resolution first.
         bottleneck: channels of the U-Net's bottleneck [512].
         cut: first layer of a trunk that a source has shortened, and the one after its last; None for the family's.
     """
@@ -78,7 +78,7 @@ class Dimensions:
     layers: int
     noise_refiners: int
     context_refiners: int
-    stages: tuple[Stage, ...]
+    levels: tuple[UNetLevel, ...]
     bottleneck: int
     cut: tuple[int, int] | None = None
 
@@ -108,8 +108,8 @@ def dimensions_from_shapes(shapes: Shapes) -> Dimensions:
     def size(pattern: str) -> int:
         return _majority(shapes, pattern, 0)
 
-    stages = tuple(
-        Stage(
+    levels = tuple(
+        UNetLevel(
             name,
             encoder=size(rf"local_decoder\.enc{name}\.0\.(?:weight|bias)"),
             up=size(rf"local_decoder\.up{name}\.1\.(?:weight|bias)"),
@@ -117,7 +117,7 @@ def dimensions_from_shapes(shapes: Shapes) -> Dimensions:
         )
         for name in STAGES[patch_px]
     )
-    dimensions = _body(shapes, patch_px, stages, size(r"local_decoder\.bottleneck\.0\.(?:weight|bias)"))
+    dimensions = _body(shapes, patch_px, levels, size(r"local_decoder\.bottleneck\.0\.(?:weight|bias)"))
     _check(dimensions)
     return dimensions
 
@@ -128,7 +128,7 @@ def source_dimensions(shapes: Shapes, pixels: Dimensions) -> Dimensions:
     Raises:
         ArtifactError: a tensor of the transformer is absent, or sizes do not fit each other.
     """
-    dimensions = _body(shapes, pixels.patch_px, pixels.stages, pixels.bottleneck)
+    dimensions = _body(shapes, pixels.patch_px, pixels.levels, pixels.bottleneck)
     _check(dimensions)
     return dimensions
 
@@ -209,13 +209,17 @@ def published_dimensions(variant: str) -> Dimensions:
     Source: docs/model.md, "Variants", "Transformer" and "Pixel head".
     """
     patch_px = next(patch for patch, name in VARIANTS.items() if name == variant)
-    narrow = {"_8k": Stage("_8k", 3, 16, 16), "_10k_a": Stage("_10k_a", 3, 16, 16), "0": Stage("0", 16, 16, 16)}
-    narrow |= {"0b": Stage("0b", 32, 32, 16), "1": Stage("1", 64, 64, 32), "2": Stage("2", 128, 128, 64)}
-    narrow |= {"3": Stage("3", 256, 256, 128), "4": Stage("4", 512, 512, 256)}
+    narrow = {
+        "_8k": UNetLevel("_8k", 3, 16, 16),
+        "_10k_a": UNetLevel("_10k_a", 3, 16, 16),
+        "0": UNetLevel("0", 16, 16, 16),
+    }
+    narrow |= {"0b": UNetLevel("0b", 32, 32, 16), "1": UNetLevel("1", 64, 64, 32), "2": UNetLevel("2", 128, 128, 64)}
+    narrow |= {"3": UNetLevel("3", 256, 256, 128), "4": UNetLevel("4", 512, 512, 256)}
     if variant == "1k":
-        narrow["1"] = Stage("1", 64, 64, 64)
+        narrow["1"] = UNetLevel("1", 64, 64, 64)
     if variant == "10k":
-        narrow["3"] = Stage("3", 256, 256, 128)
+        narrow["3"] = UNetLevel("3", 256, 256, 128)
     return Dimensions(
         patch_px=patch_px,
         width=3840,
@@ -227,12 +231,12 @@ def published_dimensions(variant: str) -> Dimensions:
         layers=30,
         noise_refiners=2,
         context_refiners=2,
-        stages=tuple(narrow[name] for name in STAGES[patch_px]),
+        levels=tuple(narrow[name] for name in STAGES[patch_px]),
         bottleneck=512,
     )
 
 
-def _body(shapes: Shapes, patch_px: int, stages: tuple[Stage, ...], bottleneck: int) -> Dimensions:
+def _body(shapes: Shapes, patch_px: int, levels: tuple[UNetLevel, ...], bottleneck: int) -> Dimensions:
     """The transformer's sizes, by majority."""
 
     def size(pattern: str, axis: int) -> int:
@@ -250,7 +254,7 @@ def _body(shapes: Shapes, patch_px: int, stages: tuple[Stage, ...], bottleneck: 
         layers=_count(shapes, "layers"),
         noise_refiners=_count(shapes, "noise_refiner"),
         context_refiners=_count(shapes, "context_refiner"),
-        stages=stages,
+        levels=levels,
         bottleneck=bottleneck,
     )
 
@@ -273,18 +277,18 @@ def _block_shapes(name: str, d: Dimensions, *, modulated: bool) -> dict[str, tup
 
 
 def _head_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
-    """The U-Net `local_decoder`: a decoder stage reads [up, skip], the bottleneck [image, tokens]."""
+    """The U-Net `local_decoder`: a decoder level reads [up, skip], the bottleneck [image, tokens]."""
     convs: list[tuple[str, int, int, int]] = []
     channels = 3
-    for stage in d.stages:
-        convs.append((f"enc{stage.name}.0", stage.encoder, channels, 3))
-        channels = stage.encoder
+    for level in d.levels:
+        convs.append((f"enc{level.name}.0", level.encoder, channels, 3))
+        channels = level.encoder
     convs.append(("bottleneck.0", d.bottleneck, channels + d.width, 1))
     channels = d.bottleneck
-    for stage in reversed(d.stages):
-        convs.append((f"up{stage.name}.1", stage.up, channels, 3))
-        convs.append((f"dec{stage.name}.0", stage.decoder, stage.up + stage.encoder, 3))
-        channels = stage.decoder
+    for level in reversed(d.levels):
+        convs.append((f"up{level.name}.1", level.up, channels, 3))
+        convs.append((f"dec{level.name}.0", level.decoder, level.up + level.encoder, 3))
+        channels = level.decoder
     convs.append(("out_conv", 3, channels, 1))
     shapes: dict[str, tuple[int, ...]] = {}
     for name, out_channels, in_channels, kernel in convs:
@@ -337,7 +341,7 @@ def _check(d: Dimensions) -> None:
     if d.layers < 1:
         raise ArtifactError("the checkpoint has no main layers (`layers.0` and on)")
     sizes = (d.width, d.head_width, d.ffn_width, d.caption_width, d.time_width, d.time_hidden, d.bottleneck)
-    if min(*sizes, *(size for stage in d.stages for size in (stage.encoder, stage.up, stage.decoder))) < 1:
+    if min(*sizes, *(size for level in d.levels for size in (level.encoder, level.up, level.decoder))) < 1:
         raise ArtifactError("the checkpoint has tensors of size 0", hint="it is incomplete; download it again")
     if d.width % d.head_width:
         raise ArtifactError(f"the width {d.width} is no multiple of the head width {d.head_width}")

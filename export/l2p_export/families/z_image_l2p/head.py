@@ -29,7 +29,7 @@ class PixelHead(nn.Module):
     """U-Net `local_decoder`; submodules are named as published.
 
     Convolutions are 3x3 with bias and SiLU, pooling is 2x2 maximum, upsampling nearest x2 and a 3x3 convolution
-    without activation. A decoder stage reads [up, skip], the bottleneck [image, tokens].
+    without activation. A decoder level reads [up, skip], the bottleneck [image, tokens].
     """
 
     def __init__(self, d: Dimensions, precision: torch.dtype | Callable[[str], torch.dtype]) -> None:
@@ -39,23 +39,23 @@ class PixelHead(nn.Module):
         def conv(name: str, inputs: int, outputs: int, kernel: int) -> Conv2d:
             return Conv2d(inputs, outputs, kernel, precision if isinstance(precision, torch.dtype) else precision(name))
 
-        self.stages = tuple(stage.name for stage in d.stages)
-        self.enlarge_tokens = d.patch_px != 2 ** len(d.stages)
+        self.levels = tuple(level.name for level in d.levels)
+        self.enlarge_tokens = d.patch_px != 2 ** len(d.levels)
         channels = 3
-        for stage in d.stages:
-            encoder = conv(f"enc{stage.name}.0", channels, stage.encoder, 3)
-            self.add_module(f"enc{stage.name}", nn.Sequential(encoder, nn.SiLU()))
-            channels = stage.encoder
+        for level in d.levels:
+            encoder = conv(f"enc{level.name}.0", channels, level.encoder, 3)
+            self.add_module(f"enc{level.name}", nn.Sequential(encoder, nn.SiLU()))
+            channels = level.encoder
         self.bottleneck = nn.Sequential(conv("bottleneck.0", channels + d.width, d.bottleneck, 1), nn.SiLU())
         channels = d.bottleneck
-        for stage in reversed(d.stages):
+        for level in reversed(d.levels):
             upsample = nn.Upsample(scale_factor=2.0, mode="nearest")
             self.add_module(
-                f"up{stage.name}", nn.Sequential(upsample, conv(f"up{stage.name}.1", channels, stage.up, 3))
+                f"up{level.name}", nn.Sequential(upsample, conv(f"up{level.name}.1", channels, level.up, 3))
             )
-            decoder = conv(f"dec{stage.name}.0", stage.up + stage.encoder, stage.decoder, 3)
-            self.add_module(f"dec{stage.name}", nn.Sequential(decoder, nn.SiLU()))
-            channels = stage.decoder
+            decoder = conv(f"dec{level.name}.0", level.up + level.encoder, level.decoder, 3)
+            self.add_module(f"dec{level.name}", nn.Sequential(decoder, nn.SiLU()))
+            channels = level.decoder
         self.out_conv = conv("out_conv", channels, 3, 1)
         self.is_mixed = len({parameter.dtype for parameter in self.parameters()}) > 1
 
@@ -63,8 +63,8 @@ class PixelHead(nn.Module):
         """image [B,3,Hs,W], tokens [B,hs,w,D], to x0 - noise [B,3,Hs,W]."""
         skips = []
         x = image
-        for stage in self.stages:
-            x = self.get_submodule(f"enc{stage}")(x)
+        for level in self.levels:
+            x = self.get_submodule(f"enc{level}")(x)
             skips.append(x)
             x = F.max_pool2d(x, 2)
         # A plan may raise the bottleneck alone: tokens come as they are, and may be more than float16 holds.
@@ -73,9 +73,9 @@ class PixelHead(nn.Module):
         if self.enlarge_tokens:
             features = _five_for_two(_five_for_two(features, 2), 3)
         x = self.bottleneck(torch.cat([x.to(dtype), features], dim=1))
-        for stage, skip in zip(reversed(self.stages), reversed(skips), strict=True):
-            x = self.get_submodule(f"up{stage}")(x)
-            decoder = self.get_submodule(f"dec{stage}")
+        for level, skip in zip(reversed(self.levels), reversed(skips), strict=True):
+            x = self.get_submodule(f"up{level}")(x)
+            decoder = self.get_submodule(f"dec{level}")
             dtype = self._dtype(decoder, x)
             x = decoder(torch.cat([x.to(dtype), skip.to(dtype)], dim=1))
         out: Tensor = self.out_conv(x)

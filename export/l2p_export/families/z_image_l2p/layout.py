@@ -9,9 +9,9 @@ from l2p_calib.layout import (
     Attention,
     Branch,
     Float32Layer,
-    NetworkLayout,
     Point,
-    Product,
+    QuantizableLayer,
+    QuantizationLayout,
     layer_of,
 )
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_blocks, network_shapes
@@ -24,7 +24,7 @@ FFN_BRANCH = ("feed_forward.w3", "feed_forward.w2")
 FLOAT32 = (Float32Layer("t_embedder", "angles reach 1000 rad; float16 spaces numbers there by 0.5, bfloat16 by 4"),)
 
 
-def network_layout(name: str, d: Dimensions) -> NetworkLayout:
+def network_layout(name: str, d: Dimensions) -> QuantizationLayout:
     """The layout of one network."""
     shapes = network_shapes(name, d)
     blocks = network_blocks(name, d)
@@ -42,13 +42,13 @@ def network_layout(name: str, d: Dimensions) -> NetworkLayout:
     for block in blocks:
         points += _block_points(block, residual, modulated=f"{block}.adaLN_modulation.0" in layers)
     if name == "head":
-        return NetworkLayout(name, layers, tuple(points))
+        return QuantizationLayout(name, layers, tuple(points))
     points.append(Point(f"{residual}:out", (residual,)))
     branches = tuple(branch for block in blocks for branch in _branches(block))
     products = tuple(product for block in blocks for product in _products(block))
     attentions = tuple(_attention(block) for block in blocks)
     float32 = tuple(item for item in FLOAT32 if any(layer.startswith(f"{item.layer}.") for layer in layers))
-    return NetworkLayout(name, (*layers, residual), tuple(points), branches, products, attentions, float32)
+    return QuantizationLayout(name, (*layers, residual), tuple(points), branches, products, attentions, float32)
 
 
 def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Point]:
@@ -99,17 +99,17 @@ def _branches(block: str) -> Iterator[Branch]:
     yield Branch(w3, w2, usual=w3)
 
 
-def _products(block: str) -> Iterator[Product]:
+def _products(block: str) -> Iterator[QuantizableLayer]:
     """Linears of attention and feed-forward: not the embedders, the modulation or the head.
 
     Source: docs/design.md, "Precision".
     """
     for part in "qkv":
-        yield Product(f"{block}.attention.to_{part}", f"{block}.attention.to_q:in", f"{block} qkv")
-    yield Product(f"{block}.attention.to_out.0", f"{block}.attention.to_out.0:in", f"{block} out")
-    yield Product(f"{block}.feed_forward.w1", f"{block}.feed_forward.w1:in", f"{block} w1w3")
-    yield Product(f"{block}.feed_forward.w3", f"{block}.feed_forward.w1:in", f"{block} w1w3")
-    yield Product(f"{block}.feed_forward.w2", f"{block}.feed_forward.w2:in", f"{block} w2")
+        yield QuantizableLayer(f"{block}.attention.to_{part}", f"{block}.attention.to_q:in", f"{block} qkv")
+    yield QuantizableLayer(f"{block}.attention.to_out.0", f"{block}.attention.to_out.0:in", f"{block} out")
+    yield QuantizableLayer(f"{block}.feed_forward.w1", f"{block}.feed_forward.w1:in", f"{block} w1w3")
+    yield QuantizableLayer(f"{block}.feed_forward.w3", f"{block}.feed_forward.w1:in", f"{block} w1w3")
+    yield QuantizableLayer(f"{block}.feed_forward.w2", f"{block}.feed_forward.w2:in", f"{block} w2")
 
 
 def _attention(block: str) -> Attention:
@@ -117,8 +117,8 @@ def _attention(block: str) -> Attention:
     query, key, value = (f"{block}.attention.{name}" for name in ATTENTION_INPUTS)
     group = f"{block} attention"
     inputs = (
-        Product(query, f"{query}:out", group),
-        Product(key, f"{key}:out", group),
-        Product(value, f"{block}.attention.to_v:out", group),
+        QuantizableLayer(query, f"{query}:out", group),
+        QuantizableLayer(key, f"{key}:out", group),
+        QuantizableLayer(value, f"{block}.attention.to_v:out", group),
     )
     return Attention(f"{block}.attention", inputs, (f"{block}.attention.norm_q", f"{block}.attention.norm_k"))

@@ -22,7 +22,7 @@ def network_operations(name: str, d: Dimensions) -> Operations:
     halvings = _halvings(d)
     matrices = [tensor for tensor, shape in shapes.items() if len(shape) == 2 and tensor.endswith(".weight")]
     return Operations(
-        products={tensor: _rows(tensor) for tensor in matrices},
+        linear_layers={tensor: _rows(tensor) for tensor in matrices},
         convolutions={tensor: halvings[tensor] for tensor, shape in shapes.items() if len(shape) == 4},
         attentions=tuple((_rows(f"{block}."), d.width) for block in network_blocks(name, d)),
     )
@@ -35,9 +35,9 @@ def _rows(tensor: str) -> Rows:
 
 
 def _halvings(d: Dimensions) -> dict[str, int]:
-    """Convolution of the U-Net to how often its image was halved; stages stand full resolution first."""
-    found = {"local_decoder.bottleneck.0.weight": len(d.stages), "local_decoder.out_conv.weight": 0}
-    for halvings, stage in enumerate(d.stages):
-        parts = (f"enc{stage.name}.0", f"up{stage.name}.1", f"dec{stage.name}.0")
+    """Convolution of the U-Net to how often its image was halved; levels stand full resolution first."""
+    found = {"local_decoder.bottleneck.0.weight": len(d.levels), "local_decoder.out_conv.weight": 0}
+    for halvings, level in enumerate(d.levels):
+        parts = (f"enc{level.name}.0", f"up{level.name}.1", f"dec{level.name}.0")
         found |= {f"local_decoder.{part}.weight": halvings for part in parts}
     return found

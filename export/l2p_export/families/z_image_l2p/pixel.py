@@ -41,7 +41,7 @@ class PixelModel(nn.Module):
     def __init__(self, d: Dimensions) -> None:
         super().__init__()
         self.patch_px = d.patch_px
-        self.whole_head = d.patch_px != 2 ** len(d.stages)
+        self.whole_head = d.patch_px != 2 ** len(d.levels)
         self.caption, self.stem, self.trunk, self.tail, self.head = (_trainable(name, d) for name in NETWORKS)
 
     def forward(
@@ -106,7 +106,7 @@ def load_published(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[st
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Recompute each block, and each stage of a pixel head, in the backward pass instead of keeping its activations."""
+    """Recompute each block, and each level of a pixel head, in the backward pass instead of keeping its activations."""
     for part in module.modules():
         if isinstance(part, (Block, nn.Sequential)):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]

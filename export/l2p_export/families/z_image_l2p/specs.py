@@ -15,7 +15,7 @@ HALO_ROWS = 3
 
 def model_spec(d: Dimensions) -> ModelSpec:
     """The model as the runtime sees it."""
-    whole = d.patch_px != 2 ** len(d.stages)
+    whole = d.patch_px != 2 ** len(d.levels)
     return ModelSpec(
         family=FAMILY,
         variant=VARIANTS[d.patch_px],
@@ -50,7 +50,7 @@ def network_specs(d: Dimensions) -> tuple[NetworkSpec, ...]:
     Symbols: B batch, h and w token rows and columns (halved for the 160 px head), t caption tokens / 32, s sequence
     length, r token rows of a head stripe.
     """
-    multiple = 2 if d.patch_px != 2 ** len(d.stages) else 1
+    multiple = 2 if d.patch_px != 2 ** len(d.levels) else 1
     side_px = d.patch_px * multiple
     rows, columns = (f"{multiple}*r", f"{multiple}*w") if multiple > 1 else ("r", "w")
     pairs = d.head_width // 2
@@ -102,19 +102,19 @@ def _head_peak_values_per_px(d: Dimensions) -> float:
     skips = 0.0
     peak = 0.0
     channels, area = 3, 1.0
-    for stage in d.stages:
+    for level in d.levels:
         # Convolution and SiLU: input, pre-activation and output.
-        peak = max(peak, skips + (channels + 2 * stage.encoder) * area)
-        skips += stage.encoder * area
-        channels, area = stage.encoder, area / 4
+        peak = max(peak, skips + (channels + 2 * level.encoder) * area)
+        skips += level.encoder * area
+        channels, area = level.encoder, area / 4
     peak = max(peak, skips + (channels + d.width + d.bottleneck) * area)
     channels = d.bottleneck
-    for stage in reversed(d.stages):
+    for level in reversed(d.levels):
         area *= 4
         # Upsampled input and its convolution, then [up, skip] joined and the decoder's output.
-        peak = max(peak, skips + (channels + stage.up) * area)
-        joined = stage.up + stage.encoder
-        peak = max(peak, skips + (stage.up + joined + 2 * stage.decoder) * area)
-        skips -= stage.encoder * area
-        channels = stage.decoder
+        peak = max(peak, skips + (channels + level.up) * area)
+        joined = level.up + level.encoder
+        peak = max(peak, skips + (level.up + joined + 2 * level.decoder) * area)
+        skips -= level.encoder * area
+        channels = level.decoder
     return peak

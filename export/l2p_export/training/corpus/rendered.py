@@ -104,7 +104,7 @@ def render_corpus(
     }
     require_settings(out, settings)
     done = written_rows(out)
-    with report.stage("rendering the corpus", total - done, "images") as advance:
+    with report.task("rendering the corpus", total - done, "images") as advance:
         for number in range(done, total):
             index = number // seeds_per_prompt
             random = np.random.default_rng([seed + number])

@@ -28,7 +28,7 @@ _PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class ProcessGroup:
     """This process among those of a run.
 
     Attributes:
@@ -46,17 +46,17 @@ class Team:
     is_sharded: bool = False
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """True for the one process that writes files and speaks."""
         return self.rank == 0
 
 
-ALONE = Team()
+ALONE = ProcessGroup()
 """One process on the CPU."""
 
 
 @contextmanager
-def joined(device: str | None = None, sharding: str = "none") -> Iterator[Team]:
+def joined(device: str | None = None, sharding: str = "none") -> Iterator[ProcessGroup]:
     """Join the other processes that torchrun started; one process by itself where it started none.
 
     Args:
@@ -79,7 +79,7 @@ def joined(device: str | None = None, sharding: str = "none") -> Iterator[Team]:
                 "there is one process, so nothing to cut weights over",
                 hint="start several: torchrun --nproc-per-node 2 -m l2p_export train transfer ..., or --sharding none",
             )
-        yield Team(device=chosen_device(device, 0))
+        yield ProcessGroup(device=chosen_device(device, 0))
         return
     if device is not None and device.startswith("cuda:"):
         raise UsageError(f"--device is {device}, for {size} processes", hint="give cuda; each takes its own GPU")
@@ -88,45 +88,47 @@ def joined(device: str | None = None, sharding: str = "none") -> Iterator[Team]:
     rank = int(numbers["RANK"])
     _start_group(chosen)
     try:
-        yield Team(rank, size, local_size, chosen, is_sharded=sharding == "fsdp")
+        yield ProcessGroup(rank, size, local_size, chosen, is_sharded=sharding == "fsdp")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def gathered(team: Team, values: Sequence[float]) -> list[list[float]]:
+def gathered(ranks: ProcessGroup, values: Sequence[float]) -> list[list[float]]:
     """The values of every process, in the order of ranks; the same on each."""
-    if team.size == 1:
+    if ranks.size == 1:
         return [list(values)]
-    own = torch.tensor(values, dtype=torch.float64, device=team.device)
-    rows = [torch.empty_like(own) for _ in range(team.size)]
+    own = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    rows = [torch.empty_like(own) for _ in range(ranks.size)]
     torch.distributed.all_gather(rows, own)
     return [row.tolist() for row in rows]
 
 
-def cut_over(model: nn.Module, blocks: Sequence[nn.Module], kept_whole: Sequence[nn.Module], team: Team) -> None:
+def shard_across(
+    model: nn.Module, blocks: Sequence[nn.Module], kept_whole: Sequence[nn.Module], ranks: ProcessGroup
+) -> None:
     """Cut the parameters of `model` over the processes in place (FSDP2): each block by itself, then the rest.
 
     Args:
         model: what is cut; equal on every process, float32.
         blocks: parts that are gathered, used and dropped one after the other.
         kept_whole: parts whose parameters stay on every process.
-        team: the processes.
+        ranks: the processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(team.device.type, (team.size,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     ignored = {parameter for part in kept_whole for parameter in part.parameters()}
     for part in kept_whole:
-        part.to(team.device)
+        part.to(ranks.device)
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
-def averaging_gradients(model: nn.Module, team: Team) -> nn.Module:
+def averaging_gradients(model: nn.Module, ranks: ProcessGroup) -> nn.Module:
     """What to call in place of `model` so that gradients come out as the mean over the processes."""
-    if team.size == 1 or team.is_sharded:
+    if ranks.size == 1 or ranks.is_sharded:
         return model
     return nn.parallel.DistributedDataParallel(
         model,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from l2p_engines.store.locks import locked
-from l2p_export.training.loop.distributed import ALONE, Team, gathered, without_exchange
+from l2p_export.training.loop.distributed import ALONE, ProcessGroup, gathered, without_exchange
 from l2p_export.training.loop.masters import (
     Weights,
     clip_gradients,
@@ -165,7 +165,7 @@ def train_weights(
     *,
     title: str,
     on_save: OnSave = lambda step, averaged: None,
-    team: Team = ALONE,
+    ranks: ProcessGroup = ALONE,
     called: nn.Module | None = None,
 ) -> Mapping[str, Tensor]:
     """As `train`, by one process of a team: all call this alike, and step and stop together.
@@ -179,7 +179,7 @@ def train_weights(
         report: told of steps and loss.
         title: what the run is called.
         on_save: called on the first process.
-        team: the processes.
+        ranks: the processes.
         called: what the loss calls, where that averages gradients over processes.
 
     Returns:
@@ -188,10 +188,10 @@ def train_weights(
     Raises:
         As `train`.
     """
-    with _working_folder(folder, team), _stop_signals() as stopped, ExitStack() as stack:
-        step, seconds = _resume(folder, weights, settings, schedule.steps, team)
+    with _working_folder(folder, ranks), _stop_signals() as stopped, ExitStack() as stack:
+        step, seconds = _resume(folder, weights, settings, schedule.steps, ranks)
         saved_step = step
-        write = _progress_writer(folder, step, stack) if team.leads else _write_nothing
+        write = _progress_writer(folder, step, stack) if ranks.is_rank_zero else _write_nothing
         tell = stack.enter_context(report.phases(title))
         started, mean_loss = time.monotonic() - seconds, math.nan
 
@@ -199,17 +199,17 @@ def train_weights(
             nonlocal saved_step
             if saved_step == step:
                 return
-            save_state(folder, step, time.monotonic() - started, settings, weights, team)
+            save_state(folder, step, time.monotonic() - started, settings, weights, ranks)
             saved_step = step
-            averaged = whole_averages(weights, team)
-            if team.leads:
+            averaged = whole_averages(weights, ranks)
+            if ranks.is_rank_zero:
                 on_save(step, averaged)
 
         while step < schedule.steps:
             rate = schedule.rate(step)
             for group in weights.optimizer.param_groups:
                 group["lr"] = rate
-            value, norm, stop = _gradients(loss, step, schedule, weights, team, called, stopped)
+            value, norm, stop = _gradients(loss, step, schedule, weights, ranks, called, stopped)
             if not (math.isfinite(value) and math.isfinite(norm)):
                 # Nothing has moved, so what is saved here is the last good state.
                 save()
@@ -228,7 +228,7 @@ def train_weights(
             if stop and step < schedule.steps:
                 kind = CancelledError if stop == signal.SIGINT else StoppedError
                 raise kind(f"{title}: stopped at step {step}", hint="the same command goes on from there")
-        return whole_averages(weights, team)
+        return whole_averages(weights, ranks)
 
 
 def generator(*numbers: int, device: torch.device = CPU) -> torch.Generator:
@@ -247,7 +247,7 @@ def _gradients(
     step: int,
     schedule: Schedule,
     weights: Weights,
-    team: Team,
+    ranks: ProcessGroup,
     called: nn.Module | None,
     stopped: Callable[[], int],
 ) -> tuple[float, float, int]:
@@ -263,18 +263,20 @@ def _gradients(
             part.backward()  # type: ignore[no-untyped-call]
         take_gradients(weights)
         value += float(part.detach())
-    norm = clip_gradients(weights, schedule.clip, team)
-    rows = gathered(team, [value, norm, stopped()])
+    norm = clip_gradients(weights, schedule.clip, ranks)
+    rows = gathered(ranks, [value, norm, stopped()])
     # The norm is of all processes' gradients already; the largest is NaN or Inf where any is.
     norms = [row[1] for row in rows]
     worst = math.nan if any(map(math.isnan, norms)) else max(norms)
     return sum(row[0] for row in rows) / len(rows), worst, int(max(row[2] for row in rows))
 
 
-def _resume(folder: Path, weights: Weights, settings: Mapping[str, Any], steps: int, team: Team) -> tuple[int, float]:
+def _resume(
+    folder: Path, weights: Weights, settings: Mapping[str, Any], steps: int, ranks: ProcessGroup
+) -> tuple[int, float]:
     """Load the folder's last state; step and seconds so far, or zeros."""
     saved = latest_state(folder)
-    found = {int(row[0]) for row in gathered(team, [-1 if saved is None else saved.step])}
+    found = {int(row[0]) for row in gathered(ranks, [-1 if saved is None else saved.step])}
     if len(found) > 1:
         raise HostError(
             f"the processes see different states in `{folder}`: {', '.join(f'step {step}' for step in sorted(found))}",
@@ -288,9 +290,9 @@ def _resume(folder: Path, weights: Weights, settings: Mapping[str, Any], steps: 
 
 
 @contextmanager
-def _working_folder(folder: Path, team: Team) -> Iterator[None]:
+def _working_folder(folder: Path, ranks: ProcessGroup) -> Iterator[None]:
     """Make the folder, and keep other runs out of it."""
-    if not team.leads:
+    if not ranks.is_rank_zero:
         yield
         return
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from l2p_export.training.loop.distributed import Team, gathered, is_cut, made_whole, own_part
+from l2p_export.training.loop.distributed import ProcessGroup, gathered, is_cut, made_whole, own_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +83,12 @@ def drop_gradients(weights: Weights) -> None:
         parameter.grad = None
 
 
-def clip_gradients(weights: Weights, largest: float, team: Team) -> float:
+def clip_gradients(weights: Weights, largest: float, ranks: ProcessGroup) -> float:
     """Scale gradients so that their norm over all processes' parts is at most `largest`; the norm before."""
     gradients = [master.grad for master in weights.masters.values() if master.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    if team.is_sharded:
-        squares = gathered(team, [float(norm) ** 2])
+    if ranks.is_sharded:
+        squares = gathered(ranks, [float(norm) ** 2])
         norm = torch.tensor(sum(row[0] for row in squares) ** 0.5, dtype=torch.float32)
     nn.utils.clip_grads_with_norm_(list(weights.masters.values()), largest, norm)
     return float(norm)
@@ -128,14 +128,14 @@ def whole_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
         yield f"second_moment.{name}", _whole(of_master["exp_avg_sq"], like)
 
 
-def whole_averages(weights: Weights, team: Team) -> Mapping[str, Tensor]:
+def whole_averages(weights: Weights, ranks: ProcessGroup) -> Mapping[str, Tensor]:
     """Averaged weights by name; cut ones are gathered on the CPU of the first process, and the others get none."""
-    if not team.is_sharded:
+    if not ranks.is_sharded:
         return weights.averaged
     whole = {}
     for name, averaged in weights.averaged.items():
         tensor = _whole(averaged, weights.parameters[name])
-        if team.leads:
+        if ranks.is_rank_zero:
             whole[name] = tensor
     return whole
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2p_export.training.loop.distributed import ALONE, Team, part_for
+from l2p_export.training.loop.distributed import ALONE, ProcessGroup, part_for
 from l2p_export.training.loop.masters import Weights, whole_tensors, write_back
 from l2p_export.training.loop.settings import differing_settings
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
@@ -109,15 +109,15 @@ class SavedState:
 
 
 def save_state(
-    folder: Path, step: int, seconds: float, settings: Mapping[str, Any], weights: Weights, team: Team = ALONE
+    folder: Path, step: int, seconds: float, settings: Mapping[str, Any], weights: Weights, ranks: ProcessGroup = ALONE
 ) -> None:
     """Write a state and drop all but the last two; every process calls this, the first one writes.
 
     Raises:
         HostError: the disk is full or refuses; earlier states are kept.
     """
-    if not team.leads:
-        if team.is_sharded:
+    if not ranks.is_rank_zero:
+        if ranks.is_sharded:
             for _ in whole_tensors(weights):
                 pass
         return

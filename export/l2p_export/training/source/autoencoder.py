@@ -82,7 +82,7 @@ def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter, device
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
-    """Means of the latents [N,16,H/8,W/8] of uint8 pixels [N,3,H,W], neither shifted nor scaled."""
+    """TrainingOptions of the latents [N,16,H/8,W/8] of uint8 pixels [N,3,H,W], neither shifted nor scaled."""
     return torch.cat([model.encode(as_values(part)).latent_dist.mean for part in torch.split(images, batch)])
 
 

@@ -179,7 +179,7 @@ def draw_corpus(
         settings["judged"] = True
     require_settings(out, settings)
     done, added = next_image(out), 0
-    with report.stage("drawing the corpus", total - done, "images") as advance:
+    with report.task("drawing the corpus", total - done, "images") as advance:
         for start in range(done, total, spec.batch):
             numbers = range(start, min(total, start + spec.batch))
             texts = [prompts[number // seeds_per_prompt] for number in numbers]

@@ -120,7 +120,7 @@ def _encode(
     device: torch.device,
 ) -> dict[str, Tensor]:
     parts, at_once = [], _at_once(size_px)
-    with report.stage(f"scenes of {size_px} px as latents", len(drawn), "scenes") as advance:
+    with report.task(f"scenes of {size_px} px as latents", len(drawn), "scenes") as advance:
         for start in range(0, len(drawn), at_once):
             scenes = [scene for _, scene in drawn[start : start + at_once]]
             images = render_batch(scenes, size_px, size_px, device).contiguous(memory_format=torch.channels_last)

@@ -53,7 +53,7 @@ def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -
     """Copy what matches by published name and shape into the trained part of a model; the digest of the file's weights.
 
     Where the file is of a smaller patch, what a larger one adds begins as those adapters on a reduced picture: the
-    patch embedding reads means of squares, and new decoder stages pass on what comes from below.
+    patch embedding reads means of squares, and new decoder levels pass on what comes from below.
 
     Args:
         path: adapters that a transfer wrote, of any variant.
@@ -101,8 +101,8 @@ def _bfloat16(tensor: Tensor) -> NDArray[Any]:
 def _pass_on(weight: Tensor) -> None:
     """Make a decoder's convolution [out,in,3,3] the identity of its first inputs; what it reads of a skip stays random.
 
-    PyTorch's initial values shrink what passes by a factor of about 2 a convolution, and a stage has two: with them in
-    two new stages, 2,400 samples taught no colour, though the adapters before them knew colours.
+    PyTorch's initial values shrink what passes by a factor of about 2 a convolution, and a level has two: with them in
+    two new levels, 2,400 samples taught no colour, though the adapters before them knew colours.
     """
     identity = nn.init.dirac_(torch.empty_like(weight))
     passed = min(len(weight), weight.shape[1])

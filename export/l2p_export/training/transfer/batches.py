@@ -26,7 +26,7 @@ from l2p_runtime.positions import rope_tables
 
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
-    from l2p_export.training.loop.distributed import Team
+    from l2p_export.training.loop.distributed import ProcessGroup
     from l2p_export.training.transfer.spec import TransferSpec
     from l2p_runtime.text import Tokenizer
 
@@ -130,17 +130,17 @@ def draw_step(captions: Captions, spec: TransferSpec, step: int) -> Draws:
 
 
 def batches(
-    images: Images, captions: Captions, d: Dimensions, spec: TransferSpec, team: Team
+    images: Images, captions: Captions, d: Dimensions, spec: TransferSpec, ranks: ProcessGroup
 ) -> Callable[[int, int], Batch]:
     """A function from step and micro batch to what this process trains on, on its device."""
     parts = spec.schedule.micro_batches
-    count = spec.schedule.batch // (parts * team.size)
-    model, device = model_spec(d), team.device
+    count = spec.schedule.batch // (parts * ranks.size)
+    model, device = model_spec(d), ranks.device
     read = image_reader(images, device)
 
     def batch(step: int, micro: int) -> Batch:
         drawn = draw_step(captions, spec, step)
-        first = (team.rank * parts + micro) * count
+        first = (ranks.rank * parts + micro) * count
         samples = range(first, first + count)
         places = [drawn.places[sample][0] for sample in samples]
         clean = read(places, drawn.size_px)

@@ -20,8 +20,8 @@ from l2p_runtime.errors import HostError
 from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
-    from l2p_export.training.loop.distributed import Team
-    from l2p_export.training.transfer.spec import Means, TransferSpec
+    from l2p_export.training.loop.distributed import ProcessGroup
+    from l2p_export.training.transfer.spec import TrainingOptions, TransferSpec
 
 # Bytes that a block keeps for the backward pass, for each token: of its width, and of the feed-forward's inner width;
 # in float32 and under BF16 autocast; of a trained and of a frozen block. Counted with saved-tensor hooks on the blocks
@@ -88,8 +88,8 @@ class TrainingForecast:
 def transfer_forecast(
     d: Dimensions,
     spec: TransferSpec,
-    means: Means,
-    team: Team,
+    options: TrainingOptions,
+    ranks: ProcessGroup,
     *,
     caption_tokens: int,
     text_parameters: int = 0,
@@ -101,8 +101,8 @@ def transfer_forecast(
     Args:
         d: the pixel model.
         spec: what is trained.
-        means: how memory and precision are spent.
-        team: the processes.
+        options: how memory and precision are spent.
+        ranks: the processes.
         caption_tokens: the longest padded caption.
         text_parameters: of the text encoder, which stays in the host's memory in float32.
         caption_values: of all captions' embeddings together, which stay there too.
@@ -111,13 +111,13 @@ def transfer_forecast(
     trunk = network_shapes("trunk", d)
     frozen = _count(trunk)
     trained = _count(expected_shapes(d)) - frozen
-    shares = team.size if team.is_sharded else 1
-    on_cpu = means.optimizer_device == "cpu"
-    narrow = on_cpu and means.autocast == "bf16" and not team.is_sharded
+    shares = ranks.size if ranks.is_sharded else 1
+    on_cpu = options.optimizer_device == "cpu"
+    narrow = on_cpu and options.autocast == "bf16" and not ranks.is_sharded
     part = -(-trained // shares)
     weight_bytes = (2 if narrow else 4) * part
-    trunk_bytes = _trunk_bytes(trunk, means.trunk_storage, shares)
-    activations, basis = _activations(d, spec, means, team, caption_tokens)
+    trunk_bytes = _trunk_bytes(trunk, options.trunk_storage, shares)
+    activations, basis = _activations(d, spec, options, ranks, caption_tokens)
     device = {"weights": weight_bytes, "gradients": weight_bytes, "trunk": trunk_bytes, "activations": activations}
     host = {"text encoder": 4 * text_parameters, "caption embeddings": 4 * caption_values}
     host["images that were read"] = min(KEPT_BYTES, files * 3 * max(spec.sizes_px) ** 2)
@@ -125,39 +125,43 @@ def transfer_forecast(
         host |= {"masters": 4 * part, "gradients": 4 * part, "moments": 8 * part, "averages": 4 * part}
     else:
         device |= {"moments": 8 * part, "averages": 4 * part}
-    if means.autocast == "bf16":
-        device["autocast copies"] = _autocast_bytes(d, spec, means, trained, narrow=narrow)
-    if team.is_sharded:
+    if options.autocast == "bf16":
+        device["autocast copies"] = _autocast_bytes(d, spec, options, trained, narrow=narrow)
+    if ranks.is_sharded:
         # One block at a time is whole, in float32, and its gradient.
         device["gathered block"] = 2 * 4 * max(_count(_block_shapes(d, block)) for block in _blocks(d))
-    is_elsewhere = team.device.type != "cpu" or team.is_sharded
-    whole_trunk = _trunk_bytes(trunk, means.trunk_storage, 1)
+    is_elsewhere = ranks.device.type != "cpu" or ranks.is_sharded
+    whole_trunk = _trunk_bytes(trunk, options.trunk_storage, 1)
     host["loading"] = 4 * trained + whole_trunk if is_elsewhere else 0
     # Adapters are made in BF16 in the memory of the first process, from averages that it first gathers if they are cut.
-    host["saving"] = (2 + (4 if team.is_sharded else 0)) * trained if team.leads else 0
-    return TrainingForecast(trained, frozen, team.size, team.local_size, team.device.type, device, host, basis)
+    host["saving"] = (2 + (4 if ranks.is_sharded else 0)) * trained if ranks.is_rank_zero else 0
+    return TrainingForecast(trained, frozen, ranks.size, ranks.local_size, ranks.device.type, device, host, basis)
 
 
-def require_memory(forecast: TrainingForecast, spec: TransferSpec, means: Means, team: Team) -> None:
+def require_memory(
+    forecast: TrainingForecast, spec: TransferSpec, options: TrainingOptions, ranks: ProcessGroup
+) -> None:
     """Refuse a run that does not fit.
 
     Raises:
         HostError: names what takes how much, and the options that lower it.
     """
-    lower = _options(forecast, spec, means, team)
-    if team.device.type == "cuda":
+    lower = _options(forecast, spec, options, ranks)
+    if ranks.device.type == "cuda":
         import torch
 
-        free, _ = torch.cuda.mem_get_info(team.device)
+        free, _ = torch.cuda.mem_get_info(ranks.device)
         if forecast.device_total > free:
-            raise HostError(_excess(f"`{team.device}`", forecast.device_bytes, forecast.device_total, free), hint=lower)
+            raise HostError(
+                _excess(f"`{ranks.device}`", forecast.device_bytes, forecast.device_total, free), hint=lower
+            )
     free = available_host_bytes()
     if forecast.host_total > free:
-        parts = {**forecast.host_bytes, **(forecast.device_bytes if team.device.type == "cpu" else {})}
+        parts = {**forecast.host_bytes, **(forecast.device_bytes if ranks.device.type == "cpu" else {})}
         raise HostError(_excess("the host's memory", parts, forecast.host_total, free), hint=lower)
 
 
-def kept_bytes(d: Dimensions, spec: TransferSpec, means: Means, caption_tokens: int) -> tuple[int, int]:
+def kept_bytes(d: Dimensions, spec: TransferSpec, options: TrainingOptions, caption_tokens: int) -> tuple[int, int]:
     """Bytes of activations that autograd keeps of one sample at the largest size, and those of its largest part."""
     side = max(spec.sizes_px) // spec.patch_px
     image_tokens = model_spec(d).padded(side * side)
@@ -165,29 +169,31 @@ def kept_bytes(d: Dimensions, spec: TransferSpec, means: Means, caption_tokens: 
     trunk = set(network_blocks("trunk", d))
     kept, largest = 0, 0
     for block in _blocks(d):
-        width, inner = _KEPT[means.autocast, block not in trunk]
+        width, inner = _KEPT[options.autocast, block not in trunk]
         count = tokens[block.partition(".")[0]]
         whole = count * (width * d.width + inner * d.ffn_width)
         kept += 4 * count * d.width if spec.checkpointing else whole
         largest = max(largest, whole)
     window = spec.window_tokens
     drawn = side if not window or window >= side else min(side, window + 2 * spec.halo_tokens)
-    item = 4 if means.autocast == "none" else 2
+    item = 4 if options.autocast == "none" else 2
     head, head_largest = _head_bytes(d, (drawn * spec.patch_px) ** 2, item, checkpointing=spec.checkpointing)
     return kept + head, max(largest, head_largest)
 
 
-def _activations(d: Dimensions, spec: TransferSpec, means: Means, team: Team, caption_tokens: int) -> tuple[int, str]:
+def _activations(
+    d: Dimensions, spec: TransferSpec, options: TrainingOptions, ranks: ProcessGroup, caption_tokens: int
+) -> tuple[int, str]:
     """Bytes of one micro batch of one process, and in words what they are."""
-    samples = max(1, spec.schedule.batch // (spec.schedule.micro_batches * team.size))
-    kept, largest = kept_bytes(d, spec, means, caption_tokens)
+    samples = max(1, spec.schedule.batch // (spec.schedule.micro_batches * ranks.size))
+    kept, largest = kept_bytes(d, spec, options, caption_tokens)
     side_px = max(spec.sizes_px)
     # Mixed image, what it should become, what was made, and their difference.
     images = 4 * 4 * 3 * side_px**2
     # Gradients are half as many as what is kept; a part that is recomputed is kept while its gradients are made.
     in_flight = largest * 3 // 2 if spec.checkpointing else largest // 2
     how = "recomputed block by block" if spec.checkpointing else "kept"
-    precision = "float32" if means.autocast == "none" else "BF16 autocast"
+    precision = "float32" if options.autocast == "none" else "BF16 autocast"
     basis = f"estimate for {samples} images of {side_px} px at once, {precision}, activations {how}"
     return samples * (kept + images + in_flight), basis
 
@@ -195,27 +201,27 @@ def _activations(d: Dimensions, spec: TransferSpec, means: Means, team: Team, ca
 def _head_bytes(d: Dimensions, area_px: int, item: int, *, checkpointing: bool) -> tuple[int, int]:
     """Bytes that the pixel head keeps of one image, and those of its largest stage."""
     kept, largest, channels, area = 0, 0, 3, area_px
-    for stage in d.stages:
-        inside = item * stage.encoder * area
+    for level in d.levels:
+        inside = item * level.encoder * area
         # The input, the convolution's output, the activation's, which pooling reads, and pooling's places.
-        kept += item * channels * area + inside * (1 if checkpointing else 2) + 8 * stage.encoder * area // 4
+        kept += item * channels * area + inside * (1 if checkpointing else 2) + 8 * level.encoder * area // 4
         largest = max(largest, 2 * inside)
-        channels, area = stage.encoder, area // 4
+        channels, area = level.encoder, area // 4
     kept += item * (channels + d.width) * area + item * d.bottleneck * area
     channels = d.bottleneck
-    for stage in reversed(d.stages):
+    for level in reversed(d.levels):
         small, area = area, area * 4
-        joined = stage.up + stage.encoder
+        joined = level.up + level.encoder
         kept += item * (channels * (small if checkpointing else area) + joined * area)
-        kept += 0 if checkpointing else item * stage.decoder * area
-        largest = max(largest, item * area * max(channels + stage.up, joined + 2 * stage.decoder))
-        channels = stage.decoder
+        kept += 0 if checkpointing else item * level.decoder * area
+        largest = max(largest, item * area * max(channels + level.up, joined + 2 * level.decoder))
+        channels = level.decoder
     return kept + item * channels * area, largest
 
 
-def _autocast_bytes(d: Dimensions, spec: TransferSpec, means: Means, trained: int, *, narrow: bool) -> int:
+def _autocast_bytes(d: Dimensions, spec: TransferSpec, options: TrainingOptions, trained: int, *, narrow: bool) -> int:
     """BF16 copies of float32 weights: trained ones last through the forward pass, frozen ones until they are used."""
-    frozen = 0 if spec.checkpointing or means.trunk_storage != "float32" else _count(network_shapes("trunk", d))
+    frozen = 0 if spec.checkpointing or options.trunk_storage != "float32" else _count(network_shapes("trunk", d))
     return 2 * ((0 if narrow else trained) + frozen)
 
 
@@ -229,19 +235,19 @@ def _trunk_bytes(trunk: Mapping[str, tuple[int, ...]], storage: str, shares: int
     return STORAGES[storage] * matrices + 4 * rest + (4 * rows if storage == "float8" else 0)
 
 
-def _options(forecast: TrainingForecast, spec: TransferSpec, means: Means, team: Team) -> str:
+def _options(forecast: TrainingForecast, spec: TransferSpec, options: TrainingOptions, ranks: ProcessGroup) -> str:
     """The options that would lower what is asked for, most effective first."""
     parts = forecast.device_bytes
-    splits = spec.schedule.batch > spec.schedule.micro_batches * team.size
-    can_move = forecast.device != "cpu" and means.optimizer_device == "same"
+    splits = spec.schedule.batch > spec.schedule.micro_batches * ranks.size
+    can_move = forecast.device != "cpu" and options.optimizer_device == "same"
     # Option to about what it saves; the last ones always help, by how much is the machine's affair.
     choices = {
         "--checkpointing": 0 if spec.checkpointing else parts["activations"] // 2,
         "a larger --micro-batches": parts["activations"] // 2 if splits else 0,
         "--optimizer-device cpu": parts.get("moments", 0) if can_move else 0,
-        "--trunk-storage bfloat16 or float8": parts["trunk"] // 2 if means.trunk_storage == "float32" else 0,
+        "--trunk-storage bfloat16 or float8": parts["trunk"] // 2 if options.trunk_storage == "float32" else 0,
         "--window-tokens": 0 if spec.window_tokens or spec.variant == "10k" else 2,
-        "more processes with --sharding fsdp": 0 if team.is_sharded else 1,
+        "more processes with --sharding fsdp": 0 if ranks.is_sharded else 1,
     }
     named = sorted((name for name, gain in choices.items() if gain), key=lambda name: -choices[name])
     return "lower it with " + ", ".join(named)

@@ -22,8 +22,8 @@ from l2p_runtime.text import CHAT_TEMPLATE, load_tokenizer
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
     from l2p_export.training.corpus.reader import Images
-    from l2p_export.training.loop.distributed import Team
-    from l2p_export.training.transfer.spec import Means, TransferSpec
+    from l2p_export.training.loop.distributed import ProcessGroup
+    from l2p_export.training.transfer.spec import TrainingOptions, TransferSpec
     from l2p_runtime.progress import Reporter
 
 
@@ -41,8 +41,8 @@ class TransferJob:
     source: Path
     images: Images
     spec: TransferSpec
-    means: Means
-    team: Team
+    options: TrainingOptions
+    ranks: ProcessGroup
     samples: SampleSpec | None
     dimensions: Dimensions
     forecast: TrainingForecast
@@ -51,7 +51,7 @@ class TransferJob:
     def facts(self) -> dict[str, Any]:
         """The settings, for people."""
         layers = [self.dimensions.trunk.start, self.dimensions.trunk.stop]
-        return {"images": len(self.images), "trunk_layers": layers, **asdict(self.spec), **asdict(self.means)}
+        return {"images": len(self.images), "trunk_layers": layers, **asdict(self.spec), **asdict(self.options)}
 
     def require_memory(self) -> None:
         """Check the forecast against this machine.
@@ -59,15 +59,15 @@ class TransferJob:
         Raises:
             HostError: the transfer does not fit.
         """
-        require_memory(self.forecast, self.spec, self.means, self.team)
+        require_memory(self.forecast, self.spec, self.options, self.ranks)
 
 
 def check_transfer(
     source: Path,
     corpus: Path | None,
     spec: TransferSpec,
-    means: Means,
-    team: Team,
+    options: TrainingOptions,
+    ranks: ProcessGroup,
     *,
     scenes: int,
     samples: int,
@@ -78,8 +78,8 @@ def check_transfer(
         source: pipeline folder.
         corpus: folder of images; None for scenes of the small world.
         spec: what is trained.
-        means: how memory and precision are spent.
-        team: the processes that take part.
+        options: how memory and precision are spent.
+        ranks: the processes that take part.
         scenes: number of scenes where there is no corpus.
         samples: number of captions drawn and judged at each saved state; 0 for none.
 
@@ -87,8 +87,8 @@ def check_transfer(
         UsageError: options that do not fit each other, or images without seeds for stored noise.
         ArtifactError: the source or the corpus cannot be read.
     """
-    require_split(spec.schedule, team)
-    require_compiler(means, team)
+    require_split(spec.schedule, ranks)
+    require_compiler(options, ranks)
     drawn = SampleSpec(samples, min(spec.sizes_px), shift=spec.shift) if samples else None
     transformer, encoder = open_headers(source)
     images = open_corpus(corpus) if corpus else world_scenes(scenes, spec.schedule.seed)
@@ -99,14 +99,14 @@ def check_transfer(
     forecast = transfer_forecast(
         d,
         spec,
-        means,
-        team,
+        options,
+        ranks,
         caption_tokens=max(lengths.values()),
         text_parameters=sum(math.prod(shape) for shape in encoder.model.shapes.values()),
         caption_values=sum(lengths.values()) * d.caption_width,
         files=len(images) if corpus else 0,
     )
-    return TransferJob(source, images, spec, means, team, drawn, d, forecast)
+    return TransferJob(source, images, spec, options, ranks, drawn, d, forecast)
 
 
 def run_transfer(
@@ -129,7 +129,7 @@ def run_transfer(
         report,
         on_save,
         init=init,
-        means=job.means,
-        team=job.team,
+        options=job.options,
+        ranks=job.ranks,
         metadata=metadata,
     )

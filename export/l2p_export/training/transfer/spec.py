@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from l2p_export.families.z_image_l2p.dimensions import (
     VARIANTS,
     Dimensions,
-    Stage,
+    UNetLevel,
     published_dimensions,
     source_dimensions,
 )
 from l2p_export.families.z_image_l2p.specs import HALO_ROWS
-from l2p_export.training.loop.distributed import Team
+from l2p_export.training.loop.distributed import ProcessGroup
 from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.source.folder import Source
 from l2p_export.training.transfer.storage import STORAGES
@@ -100,7 +100,7 @@ class TransferSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class TrainingOptions:
     """How memory and precision are spent on it.
 
     Attributes:
@@ -136,36 +136,36 @@ class Means:
         }
 
 
-PLAIN = Means()
+PLAIN = TrainingOptions()
 
 
-def require_split(schedule: Schedule, team: Team) -> None:
+def require_split(schedule: Schedule, ranks: ProcessGroup) -> None:
     """Refuse a batch that does not split into equal micro batches of equal processes.
 
     Raises:
         UsageError: says what would.
     """
-    parts = schedule.micro_batches * team.size
+    parts = schedule.micro_batches * ranks.size
     if schedule.batch % parts:
         raise UsageError(
             f"{schedule.batch} samples do not split into {schedule.micro_batches} micro batches "
-            f"of each of {team.size} processes",
+            f"of each of {ranks.size} processes",
             hint=f"make the batch a multiple of {parts}",
         )
 
 
-def require_compiler(means: Means, team: Team) -> None:
+def require_compiler(options: TrainingOptions, ranks: ProcessGroup) -> None:
     """Refuse compilation where the compiler that `torch.compile` calls is missing.
 
     Raises:
         HostError: names it.
     """
-    if not means.is_compiled:
+    if not options.is_compiled:
         return
     hint = "install it, or leave --compile out"
     # What torch calls; it looks for no other.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if team.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if ranks.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise HostError("--compile needs Triton on a GPU, and it is not installed", hint=hint)
     if shutil.which(compiler) is None:
         raise HostError(f"--compile needs a C++ compiler, and `{compiler}` is not on PATH", hint=f"{hint}, or set CXX")
@@ -180,11 +180,11 @@ def pixel_dimensions(transformer: Checkpoint, spec: TransferSpec) -> Dimensions:
     """As `transfer_dimensions`, from the transformer's headers alone."""
     pixels = published_dimensions(spec.variant)
     divisor = spec.head_divisor
-    stages = tuple(
-        Stage(stage.name, *(_divided(channels, divisor) for channels in (stage.encoder, stage.up, stage.decoder)))
-        for stage in pixels.stages
+    levels = tuple(
+        UNetLevel(level.name, *(_divided(channels, divisor) for channels in (level.encoder, level.up, level.decoder)))
+        for level in pixels.levels
     )
-    pixels = replace(pixels, stages=stages, bottleneck=_divided(pixels.bottleneck, divisor))
+    pixels = replace(pixels, levels=levels, bottleneck=_divided(pixels.bottleneck, divisor))
     return source_dimensions(transformer.shapes, pixels)
 
 

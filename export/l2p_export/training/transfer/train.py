@@ -20,7 +20,7 @@ from l2p_export.families.z_image_l2p.blocks import Block
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
 from l2p_export.training.corpus.reader import Images
 from l2p_export.training.corpus.rendered import RenderedScenes
-from l2p_export.training.loop.distributed import ALONE, Team, averaging_gradients, cut_over
+from l2p_export.training.loop.distributed import ALONE, ProcessGroup, averaging_gradients, shard_across
 from l2p_export.training.loop.loop import Schedule, train_weights
 from l2p_export.training.loop.masters import Weights, trained_weights
 from l2p_export.training.source.folder import Source
@@ -29,7 +29,7 @@ from l2p_export.training.transfer.batches import batches, embed_captions, requir
 from l2p_export.training.transfer.model import initial_model
 from l2p_export.training.transfer.spec import (
     PLAIN,
-    Means,
+    TrainingOptions,
     TransferSpec,
     require_compiler,
     require_split,
@@ -52,8 +52,8 @@ def transfer(
     on_save: Callable[[int, PixelModel], None] | None = None,
     *,
     init: Path | None = None,
-    means: Means = PLAIN,
-    team: Team = ALONE,
+    options: TrainingOptions = PLAIN,
+    ranks: ProcessGroup = ALONE,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> PixelModel:
     """Train adapters and write them to `out` with the digest of the trunk that they belong to.
@@ -67,8 +67,8 @@ def transfer(
         report: told of steps and loss.
         on_save: called with the model that has the averaged weights, on the first process.
         init: adapters of this trunk to begin with, of any variant: what matches by name and shape is copied.
-        means: how memory and precision are spent.
-        team: the processes that share the work; all call this alike.
+        options: how memory and precision are spent.
+        ranks: the processes that share the work; all call this alike.
         metadata: what the file states beside its trunk and the shift.
 
     Returns:
@@ -79,25 +79,25 @@ def transfer(
         processes and micro batches, stored noise without seeds, or `on_save` with weights that are cut; HostError where
         nothing compiles.
     """
-    require_split(spec.schedule, team)
-    require_compiler(means, team)
+    require_split(spec.schedule, ranks)
+    require_compiler(options, ranks)
     if spec.noise == "stored":
         require_seeds(images)
-    if team.is_sharded and on_save is not None:
+    if ranks.is_sharded and on_save is not None:
         raise UsageError("weights that are cut over processes cannot draw samples", hint="leave the sharding out")
     d = transfer_dimensions(source, spec)
-    model = initial_model(source, d, spec.schedule.seed, means.trunk_storage)
-    _tell_rounding(model, means, team, report)
+    model = initial_model(source, d, spec.schedule.seed, options.trunk_storage)
+    _tell_rounding(model, options, ranks, report)
     digest = trunk_sha256(source, d)
     begun = None if init is None else copy_adapters(init, model, digest, report)
     if spec.checkpointing:
         checkpoint_activations(model)
-    batch_of = batches(images, embed_captions(source, images), d, spec, team)
-    weights, called = _on_device(model, spec.schedule, means, team)
+    batch_of = batches(images, embed_captions(source, images), d, spec, ranks)
+    weights, called = _on_device(model, spec.schedule, options, ranks)
 
     def loss(step: int, micro: int) -> Tensor:
         batch = batch_of(step, micro)
-        with torch.autocast(team.device.type, torch.bfloat16, enabled=means.autocast == "bf16"):
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=options.autocast == "bf16"):
             made = called(batch.mixed, batch.time, batch.embeds.values, batch.embeds.mask, *batch.rope, batch.window)
         error: Tensor = (made.to(torch.float32) - batch.wanted).square().mean()
         return error
@@ -110,7 +110,7 @@ def transfer(
             with _values_of(model, averaged):
                 on_save(step, model)
 
-    settings = {"stage": "transfer", "trunk": digest, "corpus": len(images), **asdict(spec), **means.settings}
+    settings = {"stage": "transfer", "trunk": digest, "corpus": len(images), **asdict(spec), **options.settings}
     # Only where it is so: states of runs on a corpus say nothing of it.
     settings |= {"init": begun} | ({"scenes": True} if isinstance(images, RenderedScenes) else {})
     # Steps repeat a few shapes many times: the fastest kernel for each is worth a search.
@@ -124,36 +124,38 @@ def transfer(
             report,
             title=f"transfer {spec.variant}",
             on_save=saved,
-            team=team,
+            ranks=ranks,
             called=called,
         )
-    if team.leads and not out.exists():
+    if ranks.is_rank_zero and not out.exists():
         saved(spec.schedule.steps, averaged)
-    if not team.is_sharded:
+    if not ranks.is_sharded:
         model.load_state_dict(dict(averaged), strict=False)
     return model
 
 
-def _on_device(model: PixelModel, schedule: Schedule, means: Means, team: Team) -> tuple[Weights, nn.Module]:
+def _on_device(
+    model: PixelModel, schedule: Schedule, options: TrainingOptions, ranks: ProcessGroup
+) -> tuple[Weights, nn.Module]:
     """Trained weights, and what the loss calls, each on the device that it is meant for."""
-    on_cpu = means.optimizer_device == "cpu"
-    if team.is_sharded:
+    on_cpu = options.optimizer_device == "cpu"
+    if ranks.is_sharded:
         trunk = tuple(part for part in model.trunk.modules() if isinstance(part, Block))
         # What is stored narrow is small, and none of it is trained.
-        whole = trunk if means.trunk_storage != "float32" else ()
+        whole = trunk if options.trunk_storage != "float32" else ()
         blocks = tuple(part for part in model.modules() if isinstance(part, Block) and part not in whole)
-        cut_over(model, blocks, whole, team)
+        shard_across(model, blocks, whole, ranks)
     elif not on_cpu:
-        model.to(team.device)
-    if team.device.type == "cuda" and not team.is_sharded:
+        model.to(ranks.device)
+    if ranks.device.type == "cuda" and not ranks.is_sharded:
         # 64 images of 1024 px at a quarter of the channels, on an H200: 246 ms a step, 301 ms in rows.
         model.head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if means.is_compiled:
+    if options.is_compiled:
         model.head.compile()
-    narrow = on_cpu and not team.is_sharded and means.autocast == "bf16"
+    narrow = on_cpu and not ranks.is_sharded and options.autocast == "bf16"
     weights = trained_weights(model, schedule.weight_decay, schedule.beta2, on_cpu=on_cpu, narrow=narrow)
-    model.to(team.device)
-    return weights, averaging_gradients(model, team)
+    model.to(ranks.device)
+    return weights, averaging_gradients(model, ranks)
 
 
 @contextmanager
@@ -172,10 +174,10 @@ def _values_of(model: nn.Module, averaged: Mapping[str, Tensor]) -> Iterator[Non
                 parameter.copy_(before[name])
 
 
-def _tell_rounding(model: PixelModel, means: Means, team: Team, report: Reporter) -> None:
+def _tell_rounding(model: PixelModel, options: TrainingOptions, ranks: ProcessGroup, report: Reporter) -> None:
     error = largest_error(model.trunk)
-    if error and team.leads:
+    if error and ranks.is_rank_zero:
         report.note(
-            f"--trunk-storage {means.trunk_storage} moves the frozen trunk's values by up to {error:.2g} of a layer's, "
-            "root mean square; adapters learn beside that trunk and run beside the exact one"
+            f"--trunk-storage {options.trunk_storage} moves the frozen trunk's values by up to {error:.2g} of a "
+            "layer's, root mean square; adapters learn beside that trunk and run beside the exact one"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from l2p_calib.layout import Attention, Branch, NetworkLayout, Product
+from l2p_calib.layout import Attention, Branch, QuantizableLayer, QuantizationLayout
 from l2p_calib.plans.file import (
     Float8,
     LayerPlan,
@@ -24,8 +24,12 @@ from l2p_calib.plans.plan import FLOAT8, InputScale, LayerRule, LayerScale
 from l2p_runtime.errors import ArtifactError, UsageError
 
 LAYERS = ("w1", "w3", "w2", "layers.1.w2", "residual.trunk")
-PRODUCTS = (Product("w1", "w1:in", "w1w3"), Product("w3", "w1:in", "w1w3"), Product("w2", "w2:in", "w2"))
-LAYOUT = NetworkLayout("trunk", LAYERS, (), (Branch("w3", "w2", usual="w3"),), PRODUCTS)
+PRODUCTS = (
+    QuantizableLayer("w1", "w1:in", "w1w3"),
+    QuantizableLayer("w3", "w1:in", "w1w3"),
+    QuantizableLayer("w2", "w2:in", "w2"),
+)
+LAYOUT = QuantizationLayout("trunk", LAYERS, (), (Branch("w3", "w2", usual="w3"),), PRODUCTS)
 PLAN = PlanFile(
     "fp16-mine",
     "fp16",
@@ -157,9 +161,9 @@ def test_fp8_where_no_product_is() -> None:
 ATTENTION = Attention(
     "attention",
     (
-        Product("attention.query", "attention.query:out", "attention"),
-        Product("attention.key", "attention.key:out", "attention"),
-        Product("attention.value", "to_v:out", "attention"),
+        QuantizableLayer("attention.query", "attention.query:out", "attention"),
+        QuantizableLayer("attention.key", "attention.key:out", "attention"),
+        QuantizableLayer("attention.value", "to_v:out", "attention"),
     ),
 )
 ATTENTIVE = replace(LAYOUT, attentions=(ATTENTION,))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from l2p_calib.layout import Branch, NetworkLayout, Point
+from l2p_calib.layout import Branch, Point, QuantizationLayout
 from l2p_calib.plans.float16 import FLOAT16_MAX, Measurement, largest, measured_plan, overflows
 from l2p_calib.plans.plan import PLANS
 from l2p_calib.statistics.ranges import RangeCounter, network_statistics
 from l2p_runtime.errors import ArtifactError, ParityError
 
-LAYOUT = NetworkLayout(
+LAYOUT = QuantizationLayout(
     "trunk",
     ("v", "out", "w1", "w3", "w2", "norm", "residual.trunk"),
     (

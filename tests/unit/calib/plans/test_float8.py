@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from l2p_calib.layout import Attention, Branch, NetworkLayout, Point, Product
+from l2p_calib.layout import Attention, Branch, Point, QuantizableLayer, QuantizationLayout
 from l2p_calib.plans.file import check_layers, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import Measurement, largest, measured_plan, overflows
@@ -15,7 +15,7 @@ from l2p_calib.plans.plan import FLOAT8, PLANS, InputScale, LayerRule, Precision
 from l2p_calib.statistics.ranges import RangeCounter, network_statistics
 from l2p_runtime.errors import ArtifactError, HostError
 
-LAYOUT = NetworkLayout(
+LAYOUT = QuantizationLayout(
     "trunk",
     ("b.feed_forward.w1", "b.feed_forward.w3", "b.feed_forward.w2", "b.norm", "residual.trunk"),
     (
@@ -29,9 +29,9 @@ LAYOUT = NetworkLayout(
     ),
     (Branch("b.feed_forward.w3", "b.feed_forward.w2", usual="b.feed_forward.w3"),),
     (
-        Product("b.feed_forward.w1", "b.feed_forward.w1:in", "b w1w3"),
-        Product("b.feed_forward.w3", "b.feed_forward.w1:in", "b w1w3"),
-        Product("b.feed_forward.w2", "b.feed_forward.w2:in", "b w2"),
+        QuantizableLayer("b.feed_forward.w1", "b.feed_forward.w1:in", "b w1w3"),
+        QuantizableLayer("b.feed_forward.w3", "b.feed_forward.w1:in", "b w1w3"),
+        QuantizableLayer("b.feed_forward.w2", "b.feed_forward.w2:in", "b w2"),
     ),
 )
 W1, W3, W2 = LAYOUT.layers[:3]
@@ -40,9 +40,9 @@ QUERY, KEY, VALUE = (f"b.attention.{name}" for name in ("query", "key", "value")
 ATTENTION = Attention(
     "b.attention",
     (
-        Product(QUERY, f"{QUERY}:out", "b attention"),
-        Product(KEY, f"{KEY}:out", "b attention"),
-        Product(VALUE, "b.attention.to_v:out", "b attention"),
+        QuantizableLayer(QUERY, f"{QUERY}:out", "b attention"),
+        QuantizableLayer(KEY, f"{KEY}:out", "b attention"),
+        QuantizableLayer(VALUE, "b.attention.to_v:out", "b attention"),
     ),
 )
 ATTENTIVE = replace(
@@ -52,7 +52,7 @@ ATTENTIVE = replace(
 )
 
 
-def measurement(layout: NetworkLayout = LAYOUT, **peaks: float) -> Measurement:
+def measurement(layout: QuantizationLayout = LAYOUT, **peaks: float) -> Measurement:
     """Even values up to 1 at each point, or up to what is given by its layer: `w1_in=8`; 0 is a point of zeros."""
     counters = {point.name: RangeCounter() for point in layout.points}
     for name, counter in counters.items():

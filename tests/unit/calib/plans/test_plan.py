@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from l2p_calib.layout import Attention, Float32Layer, NetworkLayout, Product
+from l2p_calib.layout import Attention, Float32Layer, QuantizableLayer, QuantizationLayout
 from l2p_calib.ledger import threshold_of
 from l2p_calib.plans.plan import FLOAT8, PLANS, LayerRule, LayerScale, PrecisionPlan
 
@@ -19,17 +19,17 @@ def test_the_longest_rule_that_names_a_layer_wins() -> None:
 
 
 QUERY, KEY, VALUE = (f"enc.mix.{name}" for name in ("query", "key", "value"))
-LAYOUT = NetworkLayout(
+LAYOUT = QuantizationLayout(
     "trunk",
     ("enc.q", "enc.v", "enc.norm", "clock.0", "residual.trunk"),
-    products=(Product("enc.q", "enc.q:in", "enc qv"), Product("enc.v", "enc.q:in", "enc qv")),
+    linear_layers=(QuantizableLayer("enc.q", "enc.q:in", "enc qv"), QuantizableLayer("enc.v", "enc.q:in", "enc qv")),
     attentions=(
         Attention(
             "enc.mix",
             (
-                Product(QUERY, f"{QUERY}:out", "enc mix"),
-                Product(KEY, f"{KEY}:out", "enc mix"),
-                Product(VALUE, "enc.v:out", "enc mix"),
+                QuantizableLayer(QUERY, f"{QUERY}:out", "enc mix"),
+                QuantizableLayer(KEY, f"{KEY}:out", "enc mix"),
+                QuantizableLayer(VALUE, "enc.v:out", "enc mix"),
             ),
         ),
     ),
@@ -54,7 +54,7 @@ def test_a_name_says_what_layers_are_by_their_role() -> None:
 
 
 def test_a_model_without_such_layers_has_no_rules() -> None:
-    plain = NetworkLayout("trunk", ("enc.q",))
+    plain = QuantizationLayout("trunk", ("enc.q",))
     assert {plan.of([plain]).rules for plan in PLANS.values()} == {()}
 
 

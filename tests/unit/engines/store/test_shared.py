@@ -22,7 +22,7 @@ from l2p_engines.store.shared import (
     register_bundle,
     store_bytes,
 )
-from l2p_engines.store.stages import Home, Made, Stage, named_by_content, run_stage
+from l2p_engines.store.stages import Home, Stage, StageOutput, named_by_content, run_stage
 from l2p_runtime.bundle import FULL_HASH_BYTES, file_digest, open_bundle
 from l2p_runtime.contract import (
     MANIFEST_NAME,
@@ -74,14 +74,14 @@ def root(tmp_path: Path) -> Path:
 def graph(root: Path, network: str, version: int = 1) -> Stage:
     """A graph stage of two small files."""
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         files = []
         for suffix in ("onnx", "safetensors"):
             content = f"{network} {version} {suffix}".encode() * 50
             (work / suffix).write_bytes(content)
             digest = hashlib.sha256(content).hexdigest()
             files.append((named_by_content(work / suffix, f"{network}.fp32.{suffix}", digest), digest))
-        return Made("graphs", tuple(files))
+        return StageOutput("graphs", tuple(files))
 
     return run_stage(Home(root, True), "graph", f"{network}.fp32", {"network": network, "version": version}, make)
 
@@ -89,10 +89,10 @@ def graph(root: Path, network: str, version: int = 1) -> Stage:
 def trace(root: Path) -> Stage:
     """A stage whose file no bundle names."""
 
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         (work / "x").write_bytes(b"trace")
         digest = hashlib.sha256(b"trace").hexdigest()
-        return Made("traces", ((named_by_content(work / "x", "head.fp32.onnx", digest), digest),))
+        return StageOutput("traces", ((named_by_content(work / "x", "head.fp32.onnx", digest), digest),))
 
     return run_stage(Home(root, True), "trace", "head.fp32", {}, make)
 
@@ -259,7 +259,7 @@ def test_two_builds_register_equal_bundles_at_once(root: Path, tmp_path: Path, m
 
 def test_several_builds_open_one_store(root: Path) -> None:
     with held(root), open_store(root) as home:
-        assert run_stage(home, "graph", "head", {}, lambda work: Made(facts=1)).facts == 1
+        assert run_stage(home, "graph", "head", {}, lambda work: StageOutput(facts=1)).facts == 1
 
 
 def test_a_list_tells_sizes_and_users(root: Path, tmp_path: Path) -> None:
@@ -522,11 +522,11 @@ def test_a_damaged_file_is_found_and_removed_on_request(root: Path, tmp_path: Pa
 
 
 def test_a_large_file_flipped_in_the_middle_is_found_only_by_a_check(root: Path) -> None:
-    def make(work: Path) -> Made:
+    def make(work: Path) -> StageOutput:
         with (work / "large").open("wb") as file:
             file.truncate(FULL_HASH_BYTES + 1)
         digest = file_digest(work / "large")
-        return Made("graphs", ((named_by_content(work / "large", "trunk.fp32.safetensors", digest), digest),))
+        return StageOutput("graphs", ((named_by_content(work / "large", "trunk.fp32.safetensors", digest), digest),))
 
     def stage() -> Stage:
         return run_stage(Home(root, True), "graph", "trunk.fp32", {}, make)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from l2p_engines.store.stages import (
     Home,
-    Made,
     Stage,
+    StageOutput,
     StageRunner,
     find_stage,
     named_by_content,
@@ -33,7 +33,7 @@ CONTENT = b"a graph of some length"
 MAKER = """
 import sys
 from pathlib import Path
-from l2p_engines.store.stages import Home, Made, run_stage
+from l2p_engines.store.stages import Home, StageOutput, run_stage
 
 root, count = map(Path, sys.argv[1:])
 
@@ -43,7 +43,7 @@ def make(work):
         file.write("made\\n")
     print("making", flush=True)
     sys.stdin.readline()
-    return Made(facts="made by a child")
+    return StageOutput(facts="made by a child")
 
 stage = run_stage(Home(root), "graph", "head", {"weights": "abc"}, make, lambda text: print(text, flush=True))
 print(stage.facts, flush=True)
@@ -57,15 +57,15 @@ class Maker:
         self.content = content
         self.calls = 0
 
-    def __call__(self, work: Path) -> Made:
+    def __call__(self, work: Path) -> StageOutput:
         self.calls += 1
         assert list(work.iterdir()) == []
         (work / "partial").write_bytes(self.content)
         digest = hashlib.sha256(self.content).hexdigest()
-        return Made("graphs", ((named_by_content(work / "partial", "head.onnx", digest), digest),), {"n": 1})
+        return StageOutput("graphs", ((named_by_content(work / "partial", "head.onnx", digest), digest),), {"n": 1})
 
 
-def run(home: Home, make: Callable[[Path], Made]) -> Stage:
+def run(home: Home, make: Callable[[Path], StageOutput]) -> Stage:
     return run_stage(home, "graph", "head", INPUTS, make)
 
 
@@ -146,7 +146,7 @@ def test_a_label_decides_nothing(tmp_path: Path) -> None:
 
 def test_a_runner_keeps_the_keys_of_what_it_ran(tmp_path: Path) -> None:
     runner = StageRunner(Home(tmp_path))
-    outer = runner("graph", "head", INPUTS, lambda work: Made(facts=runner("trace", "head", {}, Maker()).key))
+    outer = runner("graph", "head", INPUTS, lambda work: StageOutput(facts=runner("trace", "head", {}, Maker()).key))
     assert runner.keys == [stage_key("trace", {}), stage_key("graph", INPUTS)]
     assert outer.facts == runner.keys[0]
     runner.keys.clear()
@@ -202,7 +202,7 @@ def test_values_that_look_alike_are_told_apart(one: object, other: object) -> No
 
 @pytest.mark.parametrize("error", [ArtifactError("a weight is NaN"), KeyboardInterrupt(), ZeroDivisionError()])
 def test_a_failing_stage_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    def fail(work: Path) -> Made:
+    def fail(work: Path) -> StageOutput:
         (work / "half").write_bytes(b"half a file")
         raise error
 

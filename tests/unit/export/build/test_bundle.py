@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import write_profile
-from l2p_export.build.bundle import plan_build
+from l2p_export.build.bundle import check_build
 from l2p_export.checkpoint.demo import write_demo_checkpoint
 from l2p_export.tensors.metadata import licence, sampling_defaults
 from l2p_runtime.contract import Sampling
@@ -14,7 +14,7 @@ from l2p_runtime.errors import ArtifactError, UsageError
 
 
 def test_the_demo_is_of_the_profiles_variant(tmp_path: Path) -> None:
-    with plan_build(None, ("4k",), ("fp32", "fp16"), None) as plan:
+    with check_build(None, ("4k",), ("fp32", "fp16"), None) as plan:
         assert plan.out == Path("demo-4k.bundle")
         assert plan.loaded.model.spec.variant == "4k"
         assert plan.is_trained
@@ -33,25 +33,25 @@ def test_the_demo_is_the_same_every_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("profile", ["1k", "4k", "8k", "8k-zeroshot", "10k"])
 def test_every_built_in_profile_has_a_demo(profile: str) -> None:
-    with plan_build(None, (profile,), ("fp32",), None) as plan:
+    with check_build(None, (profile,), ("fp32",), None) as plan:
         plan.profiles[0].check_model(plan.loaded.model.spec)
 
 
 def test_profiles_of_other_patches_are_refused(tiny_path: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="is for 64 px patches, the checkpoint has 16"),
-        plan_build(tiny_path, ("4k",), ("fp32",), None),
+        check_build(tiny_path, ("4k",), ("fp32",), None),
     ):
         pass
     profile = str(write_profile(tmp_path / "mine.toml", 16))
-    with plan_build(tiny_path, (profile, profile), ("fp32",), None) as plan:
+    with check_build(tiny_path, (profile, profile), ("fp32",), None) as plan:
         assert len(plan.profiles) == 1
         assert plan.profiles[0].name == "mine"
         assert plan.out == Path("tiny-mine.bundle")
 
 
 def test_unknown_precisions_are_listed() -> None:
-    with pytest.raises(UsageError, match="no precision `int3`"), plan_build(None, ("4k",), ("int3",), None):
+    with pytest.raises(UsageError, match="no precision `int3`"), check_build(None, ("4k",), ("int3",), None):
         pass
 
 

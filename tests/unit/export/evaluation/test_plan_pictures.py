@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from l2p_export.evaluation import plan_pictures as verify_pictures
 from l2p_export.evaluation.drawers import DrawOptions
-from l2p_export.evaluation.plan_pictures import PictureJob, Shown, compare_pictures, entry_of
+from l2p_export.evaluation.plan_pictures import PictureComparison, PictureJob, compare_pictures, entry_of
 from l2p_runtime.contract import pictures_comparison
 from l2p_runtime.errors import UnsupportedError
 from l2p_runtime.progress import Silent
@@ -27,11 +27,11 @@ BUNDLE = cast("Any", SimpleNamespace(root=Path("bundle"), store=None))
     [(5, 5, "passed"), (5, 6, "passed"), (5, 4, "passed"), (5, 3, "failed"), (100, 98, "passed"), (100, 97, "failed")],
 )
 def test_few_pictures_may_be_lost(first: int, found: int, status: str) -> None:
-    assert entry_of(PICTURES, "4x4", Shown(found, first, (50.0,))).status == status
+    assert entry_of(PICTURES, "4x4", PictureComparison(found, first, (50.0,))).status == status
 
 
 def test_the_worst_picture_is_told() -> None:
-    entry = entry_of(PICTURES, "6x4", Shown(2, 3, (70.0, 48.0, 60.0)))
+    entry = entry_of(PICTURES, "6x4", PictureComparison(2, 3, (70.0, 48.0, 60.0)))
     assert (entry.network, entry.case, entry.psnr_db) == ("end-to-end", "6x4", 48.0)
     assert entry.reason == ("2 of 3 right by the judge, where 3 were; at least 48.0 dB, half of them 60.0 dB or more")
 

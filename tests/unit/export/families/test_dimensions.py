@@ -121,8 +121,8 @@ def test_rotary_axes_are_a_quarter_and_three_eighths() -> None:
 def test_the_halo_covers_the_reach_of_the_head() -> None:
     for variant in ("1k", "4k", "8k"):
         d = published_dimensions(variant)
-        assert d.patch_px == 2 ** len(d.stages)
-        assert 3 * (2 ** len(d.stages) - 1) < 3 * d.patch_px
+        assert d.patch_px == 2 ** len(d.levels)
+        assert 3 * (2 ** len(d.levels) - 1) < 3 * d.patch_px
         assert model_spec(d).head.halo_rows == 3
     assert model_spec(published_dimensions("10k")).head.halo_rows is None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from l2p_engines.store.stages import Home, StageRunner, find_stage, stages
-from l2p_export.build.bundle import plan_build
+from l2p_export.build.bundle import check_build
 from l2p_export.checkpoint.demo import demo_dimensions
 from l2p_export.families.z_image_l2p import ZImageModel
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
@@ -68,5 +68,5 @@ def test_no_more_helpers_than_work(wanted: list[ToTrace], tmp_path: Path, proces
 
 
 def test_no_jobs() -> None:
-    with pytest.raises(UsageError, match="0 jobs, expected 1 or more"), plan_build(None, ("4k",), (), None, jobs=0):
+    with pytest.raises(UsageError, match="0 jobs, expected 1 or more"), check_build(None, ("4k",), (), None, jobs=0):
         pass

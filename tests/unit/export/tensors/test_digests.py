@@ -27,9 +27,9 @@ class Counting(Silent):
     def __init__(self) -> None:
         self.titles: list[str] = []
 
-    def stage(self, title: str, total: int = 0, unit: str = "bytes"):  # type: ignore[no-untyped-def]
+    def task(self, title: str, total: int = 0, unit: str = "bytes"):  # type: ignore[no-untyped-def]
         self.titles.append(title)
-        return super().stage(title, total, unit)
+        return super().task(title, total, unit)
 
 
 def test_spellings_of_equal_values_agree(tiny_path: Path, tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tiny_path: Path, tmp_pa
     copy.write_bytes(tiny_path.read_bytes())
 
     class Touching(Silent):
-        def stage(self, title: str, total: int = 0, unit: str = "bytes"):  # type: ignore[no-untyped-def]
+        def task(self, title: str, total: int = 0, unit: str = "bytes"):  # type: ignore[no-untyped-def]
             os.utime(copy)
-            return super().stage(title, total, unit)
+            return super().task(title, total, unit)
 
     with pytest.raises(HostError, match="a file changed while it was read"):
         digests(load_model(copy), tmp_path, Touching())

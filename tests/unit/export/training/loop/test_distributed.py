@@ -22,9 +22,9 @@ import fakes.training_team
 from fakes.sources import tiny_spec, write_tiny_corpus, write_tiny_source
 from fakes.training_team import STEPS, TRANSFERS
 from l2p_export.training.corpus.corpus import open_corpus
-from l2p_export.training.loop.distributed import ALONE, Team, gathered, joined, made_whole, own_part, part_for
+from l2p_export.training.loop.distributed import ALONE, ProcessGroup, gathered, joined, made_whole, own_part, part_for
 from l2p_export.training.source.folder import open_source
-from l2p_export.training.transfer.spec import PLAIN, Means
+from l2p_export.training.transfer.spec import PLAIN, TrainingOptions
 from l2p_export.training.transfer.train import transfer
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.progress import Silent
@@ -44,10 +44,10 @@ def launch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def train(root: Path, name: str, steps: int, **changes: Any) -> None:
     """One process."""
-    means = changes.pop("means", PLAIN)
+    options = changes.pop("options", PLAIN)
     spec = tiny_spec(steps, **({"save_every": 2} | changes))
     source, corpus = open_source(root / "source"), open_corpus(root / "corpus")
-    transfer(source, corpus, spec, root / f"{name}.safetensors", root / name, Silent(), means=means)
+    transfer(source, corpus, spec, root / f"{name}.safetensors", root / name, Silent(), options=options)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_two_processes_equal_one(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-cpu"])
 def test_one_process_goes_on_from_two(root: Path, name: str) -> None:
-    _, means, changes = TRANSFERS[name]
-    train(root, f"{name}-by-one", STEPS, means=replace(means, optimizer_device="same"), **changes)
+    _, options, changes = TRANSFERS[name]
+    train(root, f"{name}-by-one", STEPS, options=replace(options, optimizer_device="same"), **changes)
     start = load_file(root / "one" / "step-00000002" / "state.safetensors")
     assert difference(state(root, f"{name}-by-one"), state(root, "one"), start, "weights") < MOVED
 
@@ -142,8 +142,8 @@ def test_the_command_runs_under_the_launcher(root: Path) -> None:
 
 
 def test_one_process_starts_nothing() -> None:
-    with joined("cpu") as team:
-        assert team == ALONE
+    with joined("cpu") as ranks:
+        assert ranks == ALONE
         assert not torch.distributed.is_initialized()
     assert gathered(ALONE, [1.0, 2.0]) == [[1.0, 2.0]]
     tensor = torch.ones(2)
@@ -183,10 +183,19 @@ def test_each_of_several_processes_has_its_own_gpu(monkeypatch: pytest.MonkeyPat
 
 def test_cut_weights_draw_no_samples(tmp_path: Path) -> None:
     source, corpus = write_tiny_source(tmp_path / "source"), write_tiny_corpus(tmp_path / "corpus")
-    team = Team(0, 2, 2, is_sharded=True)
+    ranks = ProcessGroup(0, 2, 2, is_sharded=True)
     paths = tmp_path / "a.safetensors", tmp_path / "work"
     with pytest.raises(UsageError, match="cannot draw samples"):
-        transfer(source, corpus, tiny_spec(), *paths, Silent(), lambda step, model: None, means=Means(), team=team)
+        transfer(
+            source,
+            corpus,
+            tiny_spec(),
+            *paths,
+            Silent(),
+            lambda step, model: None,
+            options=TrainingOptions(),
+            ranks=ranks,
+        )
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

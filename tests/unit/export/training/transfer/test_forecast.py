@@ -18,20 +18,20 @@ from l2p_export.cli.train import transfer_command
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, published_dimensions
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
 from l2p_export.families.z_image_l2p.specs import model_spec
-from l2p_export.training.loop.distributed import ALONE, Team
+from l2p_export.training.loop.distributed import ALONE, ProcessGroup
 from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.transfer import forecast as forecasting
 from l2p_export.training.transfer.forecast import TrainingForecast, kept_bytes, require_memory, transfer_forecast
-from l2p_export.training.transfer.spec import PLAIN, Means, TransferSpec
+from l2p_export.training.transfer.spec import PLAIN, TrainingOptions, TransferSpec
 from l2p_runtime.errors import HostError
 from l2p_runtime.positions import rope_tables
 
 CAPTION_TOKENS = 32
-GPU = Team(device=torch.device("cuda", 0))
+GPU = ProcessGroup(device=torch.device("cuda", 0))
 
 
-def published(means: Means = PLAIN, team: Team = GPU, **changes: Any) -> TrainingForecast:
-    return transfer_forecast(published_dimensions("1k"), spec_1k(**changes), means, team, caption_tokens=128)
+def published(options: TrainingOptions = PLAIN, ranks: ProcessGroup = GPU, **changes: Any) -> TrainingForecast:
+    return transfer_forecast(published_dimensions("1k"), spec_1k(**changes), options, ranks, caption_tokens=128)
 
 
 def spec_1k(batch: int = 8, **changes: Any) -> TransferSpec:
@@ -83,20 +83,20 @@ def test_each_option_lowers_what_it_says() -> None:
     assert published(checkpointing=True).device_bytes["activations"] < whole.device_bytes["activations"] / 2
     assert published(window_tokens=16).device_bytes["activations"] < whole.device_bytes["activations"]
     for storage, part in {"bfloat16": 0.5, "float8": 0.25}.items():
-        trunk = published(Means(trunk_storage=storage)).device_bytes["trunk"]
+        trunk = published(TrainingOptions(trunk_storage=storage)).device_bytes["trunk"]
         assert trunk == pytest.approx(part * whole.device_bytes["trunk"], rel=0.01)
-    moved = published(Means("bf16", "float8", "cpu"), checkpointing=True)
+    moved = published(TrainingOptions("bf16", "float8", "cpu"), checkpointing=True)
     assert moved.device_bytes["weights"] == 2 * whole.trained_parameters
     assert "moments" not in moved.device_bytes
     assert moved.host_bytes["masters"] + moved.host_bytes["moments"] == 12 * whole.trained_parameters
-    cut = published(team=replace(GPU, size=4, local_size=4, is_sharded=True))
+    cut = published(ranks=replace(GPU, size=4, local_size=4, is_sharded=True))
     assert cut.device_bytes["moments"] == pytest.approx(whole.device_bytes["moments"] / 4)
     assert cut.device_bytes["activations"] == pytest.approx(whole.device_bytes["activations"] / 4)
 
 
 def test_processes_of_one_machine_share_its_memory() -> None:
-    one = published(team=ALONE)
-    two = published(team=Team(0, 2, 2))
+    one = published(ranks=ALONE)
+    two = published(ranks=ProcessGroup(0, 2, 2))
     assert one.host_total > one.device_total
     assert two.host_total - one.host_total >= 20 * one.trained_parameters + 4 * one.frozen_parameters
 
@@ -125,28 +125,28 @@ def test_activations_are_what_autograd_keeps(autocast: str, checkpointing: bool)
     inputs = _inputs(d, spec)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast == "bf16"):
         counted = _kept_by_autograd(lambda: model(*inputs), [*model.parameters(), *inputs])
-    kept, largest = kept_bytes(d, spec, Means(autocast), CAPTION_TOKENS)
+    kept, largest = kept_bytes(d, spec, TrainingOptions(autocast), CAPTION_TOKENS)
     assert kept == pytest.approx(counted, rel=0.1)
     assert 0 < largest < kept
 
 
 @pytest.mark.parametrize(
-    ("means", "changes", "names"),
+    ("options", "changes", "names"),
     [
         (PLAIN, {}, "--checkpointing, a larger --micro-batches, --trunk-storage"),
         (PLAIN, {"checkpointing": True, "batch": 1}, "--trunk-storage"),
-        (Means(trunk_storage="float8"), {"checkpointing": True, "batch": 1}, "--window-tokens"),
+        (TrainingOptions(trunk_storage="float8"), {"checkpointing": True, "batch": 1}, "--window-tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_way_out(
-    monkeypatch: pytest.MonkeyPatch, means: Means, changes: dict[str, Any], names: str
+    monkeypatch: pytest.MonkeyPatch, options: TrainingOptions, changes: dict[str, Any], names: str
 ) -> None:
-    forecast = published(means, ALONE, **changes)
+    forecast = published(options, ALONE, **changes)
     monkeypatch.setattr(forecasting, "available_host_bytes", lambda: forecast.host_total)
-    require_memory(forecast, spec_1k(**changes), means, ALONE)
+    require_memory(forecast, spec_1k(**changes), options, ALONE)
     monkeypatch.setattr(forecasting, "available_host_bytes", lambda: forecast.host_total - 1)
     with pytest.raises(HostError, match=r"host's memory, and .* are free") as refused:
-        require_memory(forecast, spec_1k(**changes), means, ALONE)
+        require_memory(forecast, spec_1k(**changes), options, ALONE)
     assert refused.value.exit_code == 3
     assert refused.value.hint.startswith(f"lower it with {names}")
 

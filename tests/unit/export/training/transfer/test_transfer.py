@@ -25,7 +25,7 @@ from l2p_export.tensors.sources import read_tensor
 from l2p_export.training.corpus.corpus import Corpus, append_rows, open_corpus, write_image
 from l2p_export.training.corpus.reader import image_reader
 from l2p_export.training.flow import sample
-from l2p_export.training.loop.distributed import ALONE, Team
+from l2p_export.training.loop.distributed import ALONE, ProcessGroup
 from l2p_export.training.loop.loop import CPU, Schedule
 from l2p_export.training.source.folder import Source, encode_texts
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
@@ -33,7 +33,7 @@ from l2p_export.training.transfer.batches import Batch, batches, embed_captions
 from l2p_export.training.transfer.model import initial_model
 from l2p_export.training.transfer.spec import (
     PLAIN,
-    Means,
+    TrainingOptions,
     TransferSpec,
     pixel_dimensions,
     require_compiler,
@@ -65,9 +65,9 @@ def batch(source: Source, corpus: Corpus) -> Batch:
     return batch_of(source, corpus, tiny_spec())
 
 
-def batch_of(source: Source, corpus: Corpus, spec: TransferSpec, team: Team = ALONE, micro: int = 0) -> Batch:
+def batch_of(source: Source, corpus: Corpus, spec: TransferSpec, ranks: ProcessGroup = ALONE, micro: int = 0) -> Batch:
     d = transfer_dimensions(source, spec)
-    return batches(corpus, embed_captions(source, corpus), d, spec, team)(3, micro)
+    return batches(corpus, embed_captions(source, corpus), d, spec, ranks)(3, micro)
 
 
 def model_of(source: Source, storage: str = "float32") -> PixelModel:
@@ -125,14 +125,14 @@ def test_wrong_specs(changes: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize("name", ["autocast", "trunk_storage", "optimizer_device"])
 def test_wrong_means(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is 'half', expected"):
-        Means(**{name: "half"})
+        TrainingOptions(**{name: "half"})
 
 
 def test_batches_split_over_processes() -> None:
     schedule = Schedule(steps=1, batch=12, learning_rate=1.0, micro_batches=2)
-    require_split(schedule, Team(0, 3))
+    require_split(schedule, ProcessGroup(0, 3))
     with pytest.raises(UsageError, match="12 samples do not split into 2 micro batches of each of 4") as refused:
-        require_split(schedule, Team(0, 4))
+        require_split(schedule, ProcessGroup(0, 4))
     assert refused.value.hint == "make the batch a multiple of 8"
 
 
@@ -189,11 +189,11 @@ def test_what_a_run_computes_is_part_of_its_settings(source: Source, corpus: Cor
     """Where its optimizer is, is not."""
     arguments = (source, corpus, tiny_spec(steps=1), tmp_path / "a.safetensors", tmp_path / "work", Silent())
     transfer(*arguments)
-    transfer(*arguments, means=Means(optimizer_device="cpu"))
+    transfer(*arguments, options=TrainingOptions(optimizer_device="cpu"))
     with pytest.raises(UsageError, match="trunk_storage is 'float8', it began with not set"):
-        transfer(*arguments, means=Means(trunk_storage="float8"))
+        transfer(*arguments, options=TrainingOptions(trunk_storage="float8"))
     with pytest.raises(UsageError, match="autocast is 'bf16', it began with not set"):
-        transfer(*arguments, means=Means(autocast="bf16"))
+        transfer(*arguments, options=TrainingOptions(autocast="bf16"))
 
 
 def test_stored_noise_is_the_runtimes(source: Source, corpus: Corpus, batch: Batch) -> None:
@@ -229,7 +229,7 @@ def test_a_steps_samples_do_not_depend_on_who_computes_them(source: Source, corp
     spec = tiny_spec(noise=noise, window_tokens=2, caption_dropout=0.5)
     whole = batch_of(source, corpus, spec)
     split = replace(spec, schedule=replace(spec.schedule, micro_batches=2))
-    parts = [batch_of(source, corpus, split, Team(rank, 2), micro) for rank in range(2) for micro in range(2)]
+    parts = [batch_of(source, corpus, split, ProcessGroup(rank, 2), micro) for rank in range(2) for micro in range(2)]
     for field in ("mixed", "time", "wanted"):
         assert torch.cat([getattr(part, field) for part in parts]).equal(getattr(whole, field))
     assert torch.cat([part.embeds.values for part in parts]).equal(whole.embeds.values)
@@ -412,13 +412,21 @@ def test_an_fp8_trunk_is_near(source: Source, batch: Batch) -> None:
 
 def test_rounding_is_said(source: Source, corpus: Corpus, tmp_path: Path) -> None:
     said: list[str] = []
-    report = SimpleNamespace(note=said.append, phases=Silent().phases, stage=Silent().stage)
+    report = SimpleNamespace(note=said.append, phases=Silent().phases, task=Silent().task)
     spec, work = tiny_spec(steps=1), tmp_path / "work"
-    transfer(source, corpus, spec, tmp_path / "a.safetensors", work / "8", report, means=Means(trunk_storage="float8"))
+    transfer(
+        source,
+        corpus,
+        spec,
+        tmp_path / "a.safetensors",
+        work / "8",
+        report,
+        options=TrainingOptions(trunk_storage="float8"),
+    )
     assert len(said) == 1
     assert "--trunk-storage float8 moves the frozen trunk's values by up to 0.02" in said[0]
-    exact = Means(trunk_storage="bfloat16")
-    transfer(source, corpus, spec, tmp_path / "b.safetensors", work / "16", report, means=exact)
+    exact = TrainingOptions(trunk_storage="bfloat16")
+    transfer(source, corpus, spec, tmp_path / "b.safetensors", work / "16", report, options=exact)
     assert len(said) == 1
 
 
@@ -510,10 +518,10 @@ def test_plain_means_change_no_settings() -> None:
 def test_without_a_compiler_nothing_is_compiled(device: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    team = replace(ALONE, device=torch.device(device))
-    require_compiler(PLAIN, team)
+    ranks = replace(ALONE, device=torch.device(device))
+    require_compiler(PLAIN, ranks)
     with pytest.raises(HostError, match=says) as refused:
-        require_compiler(Means(is_compiled=True), team)
+        require_compiler(TrainingOptions(is_compiled=True), ranks)
     assert refused.value.hint.startswith("install it, or leave --compile out")
 
 
@@ -522,9 +530,9 @@ def test_without_a_compiler_nothing_is_compiled(device: str, says: str, monkeypa
 @pytest.mark.slow
 def test_a_compiled_head_learns_the_same(source: Source, corpus: Corpus, tmp_path: Path) -> None:
     learnt = {}
-    for name, means in {"plain": PLAIN, "compiled": Means(is_compiled=True)}.items():
+    for name, options in {"plain": PLAIN, "compiled": TrainingOptions(is_compiled=True)}.items():
         out = tmp_path / f"{name}.safetensors"
-        transfer(source, corpus, tiny_spec(), out, tmp_path / name, Silent(), means=means)
+        transfer(source, corpus, tiny_spec(), out, tmp_path / name, Silent(), options=options)
         learnt[name] = load_file(out)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert difference(learnt["compiled"], learnt["plain"]) < 1e-3

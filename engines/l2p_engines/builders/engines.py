@@ -59,7 +59,7 @@ class EnginePlan(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineWishes:
+class EngineOptions:
     """What engines a build is asked for.
 
     Attributes:
@@ -85,20 +85,20 @@ class Engines:
     ledger: tuple[LedgerEntry, ...] = ()
 
 
-def engine_wishes(
+def parse_engine_options(
     backend: str,
     targets: str | None,
     settings: EngineSettings,
     head_bytes: int | None = None,
     timings: Path | None = None,
-) -> EngineWishes:
+) -> EngineOptions:
     """Read what `build` was given.
 
     Args:
         backend: `auto`, which builds engines when targets are named; `onnx`; or an engine library.
         targets: as `rtx-sm89,rtx-sm120`; None for `portable` with rtx, and the GPU of this machine with tensorrt.
         settings: how engines are built.
-        head_bytes: see `EngineWishes`.
+        head_bytes: see `EngineOptions`.
         timings: likewise.
 
     Raises:
@@ -111,7 +111,7 @@ def engine_wishes(
                 "engine options were given, and no engine is to be built",
                 hint="name what engines are for: --target rtx-sm89; and leave out --backend onnx",
             )
-        return EngineWishes()
+        return EngineOptions()
     this: EngineBackend = "rtx" if backend == "auto" else engine_backend(backend)
     parsed = parse_targets(targets if targets is not None else "this" if this == "tensorrt" else "portable", this)
     foreign = [target.spelling for target in parsed if backend not in ("auto", target.backend)]
@@ -122,11 +122,11 @@ def engine_wishes(
     for target in parsed:
         require_settings(target.backend, settings)
         require_timings(target.backend, timings)
-    return EngineWishes(parsed, settings, head_bytes, timings)
+    return EngineOptions(parsed, settings, head_bytes, timings)
 
 
 def require_engines_possible(
-    wishes: EngineWishes, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[EnginePlan]
+    options: EngineOptions, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[EnginePlan]
 ) -> None:
     """Refuse what no build can make, from profiles and plans alone.
 
@@ -134,22 +134,22 @@ def require_engines_possible(
         UsageError: a target lacks a dtype, a profile does not fit the model, or the head cannot be cut to what it
             may take.
     """
-    for target, plan in itertools.product(wishes.targets, plans):
+    for target, plan in itertools.product(options.targets, plans):
         require_dtypes(target, plan.dtypes)
         for profile in profiles:
             try:
-                stripe_rows(model, profile, _head_budget(wishes, model, plan))
+                stripe_rows(model, profile, _head_budget(options, model, plan))
             except HostError as error:
                 raise UsageError(f"profile `{profile.name}`: {error}", hint="raise --head-memory") from error
 
 
 def require_engine_resources(
-    wishes: EngineWishes, weight_bytes: Mapping[tuple[str, str], int], disk_bytes: int, where: str
+    options: EngineOptions, weight_bytes: Mapping[tuple[str, str], int], disk_bytes: int, where: str
 ) -> None:
     """Refuse engines that this machine has no room for, before anything is built.
 
     Args:
-        wishes: what is to be built.
+        options: what is to be built.
         weight_bytes: (network, plan) to the bytes of its weights, for engines that are yet to be built.
         disk_bytes: what is free where they go.
         where: what that folder is called.
@@ -157,7 +157,7 @@ def require_engine_resources(
     Raises:
         HostError: says how much is needed and how much is free.
     """
-    if not wishes.targets or not weight_bytes:
+    if not options.targets or not weight_bytes:
         return
     network, plan = max(weight_bytes, key=lambda key: weight_bytes[key])
     needed, free = build_memory_bytes(weight_bytes[network, plan]), available_host_bytes()
@@ -166,7 +166,7 @@ def require_engine_resources(
             f"building the engine of `{network}` in {plan} needs about {needed:,} bytes of memory, {free:,} are free",
             hint="build where there is more, or choose a --precision with smaller weights",
         )
-    engines = len(wishes.targets) * (sum(weight_bytes.values()) + ENGINE_KERNEL_BYTES * len(weight_bytes))
+    engines = len(options.targets) * (sum(weight_bytes.values()) + ENGINE_KERNEL_BYTES * len(weight_bytes))
     if engines > disk_bytes:
         raise HostError(
             f"`{where}` has {disk_bytes:,} bytes free, the engines need about {engines:,}",
@@ -176,7 +176,7 @@ def require_engine_resources(
 
 def build_engines(
     run: StageRunner,
-    wishes: EngineWishes,
+    options: EngineOptions,
     model: ModelSpec,
     profiles: Sequence[Profile],
     plans: Sequence[EnginePlan],
@@ -188,7 +188,7 @@ def build_engines(
 
     Args:
         run: keeps stages.
-        wishes: targets and settings.
+        options: targets and settings.
         model: the model.
         profiles: whose sizes the engines take.
         plans: of the graphs.
@@ -200,22 +200,22 @@ def build_engines(
         HostError: too little memory or disk, or the library failed.
         ParityError: an engine does not hold its graph's weights as they are.
     """
-    if not wishes.targets:
+    if not options.targets:
         return Engines()
-    versions = {backend: load_library(backend).version for backend in {target.backend for target in wishes.targets}}
+    versions = {backend: load_library(backend).version for backend in {target.backend for target in options.targets}}
     by_name = {plan.name: plan for plan in plans}
-    wanted = []
-    for target, (network, record) in itertools.product(wishes.targets, graphs):
+    requests = []
+    for target, (network, record) in itertools.product(options.targets, graphs):
         plan = by_name[record.plan]
-        shapes = engine_profiles(network, model, profiles, _head_budget(wishes, model, plan))
-        spec = EngineSpec(network, plan.name, target, shapes, plan.dtypes, wishes.settings)
-        wanted.append(
-            GraphToBuild(spec, files[record.graph], files[record.weights], versions[target.backend], wishes.timings)
+        shapes = engine_profiles(network, model, profiles, _head_budget(options, model, plan))
+        spec = EngineSpec(network, plan.name, target, shapes, plan.dtypes, options.settings)
+        requests.append(
+            GraphToBuild(spec, files[record.graph], files[record.weights], versions[target.backend], options.timings)
         )
-    left = [item for item in wanted if not is_built(run, item)]
+    left = [item for item in requests if not is_built(run, item)]
     sizes = {(item.spec.network.name, item.spec.plan): item.weights.size_bytes for item in left}
-    require_engine_resources(wishes, sizes, shutil.disk_usage(run.home.root).free, str(run.home.root))
-    made = [(item, engine_stage(run, item, _meter(reporter))) for item in wanted]
+    require_engine_resources(options, sizes, shutil.disk_usage(run.home.root).free, str(run.home.root))
+    made = [(item, engine_stage(run, item, _meter(reporter))) for item in requests]
     return Engines(
         records=tuple(engine_record(item, stage) for item, stage in made),
         files=tuple({record.path: record for _, stage in made for record in stage.files}.values()),
@@ -231,11 +231,11 @@ def _ledger(item: GraphToBuild, engine_bytes: int) -> Iterator[LedgerEntry]:
     yield LedgerEntry(read.comparison, spec.network.name, "outputs", "not run", reason)
 
 
-def _head_budget(wishes: EngineWishes, model: ModelSpec, plan: EnginePlan) -> HeadBudget | None:
-    if wishes.head_bytes is None and model.head.halo_rows is None:
+def _head_budget(options: EngineOptions, model: ModelSpec, plan: EnginePlan) -> HeadBudget | None:
+    if options.head_bytes is None and model.head.halo_rows is None:
         return None
     precision = "fp32" if plan.default == "float32" else "fp16"
-    return HeadBudget(wishes.head_bytes if wishes.head_bytes is not None else HEAD_BYTES, precision)
+    return HeadBudget(options.head_bytes if options.head_bytes is not None else HEAD_BYTES, precision)
 
 
 def _meter(reporter: Reporter) -> Meter:
