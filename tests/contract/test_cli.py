@@ -313,7 +313,7 @@ def test_every_command_in_the_readme_runs(bundles: Bundles, tmp_path: Path) -> N
     assert len(commands) >= 5
     assert FIRST_BUILD in commands
     bundles.path("demo-16")
-    link_stages(bundles.store, tmp_path / "demo-4k.bundle")
+    link_stages(bundles.demo_store, tmp_path / "demo-4k.bundle")
     shell = commands[0].replace("l2p-export", f"{shlex.quote(sys.executable)} -m l2p_export", 1)
     result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -323,7 +323,7 @@ def test_every_command_in_the_readme_runs(bundles: Bundles, tmp_path: Path) -> N
         done = run_cli(*arguments, cwd=tmp_path)
         assert done.returncode == 0, line + "\n" + done.stderr
         if line == FIRST_BUILD:
-            seed_store(bundles.store, tmp_path / "shared")
+            seed_store(bundles.demo_store, tmp_path / "shared")
             link_stages(tmp_path / "demo-4k.bundle", tmp_path / "shared")
     assert (tmp_path / "picture.png").is_file()
     (script,) = (block for language, block in blocks if language == "python")

@@ -114,7 +114,7 @@ def test_pictures_need_another_plan_and_a_size_that_divides(bundle: Path) -> Non
 @pytest.mark.timeout(1200)
 def test_plain_float8_is_built_from_the_same_statistics(bundles: Bundles, tmp_path: Path) -> None:
     """A store that has all but this plan's graphs."""
-    seed_store(bundles.store, tmp_path / "store")
+    seed_store(bundles.demo_store, tmp_path / "store")
     options = ("--precision", "fp8-plain", "--statistics", bundles.root / "demo-16.statistics.json", "--quiet")
     homes = ("--store", tmp_path / "store", "--out", tmp_path / "plain.bundle")
     done = run_cli("build", "--profile", bundles.root / "demo-16.toml", "--backend", "onnx", *options, *homes)
