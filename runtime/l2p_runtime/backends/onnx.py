@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: runs every graph of a bundle as it is. What its CUDA backend shares is here too."""
+"""ONNX Runtime on the CPU: runs every ONNX graph of a bundle unchanged. Shares code with its CUDA backend."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def make_options(ort: Any) -> Any:
 
 
 def threads_asked() -> int:
-    """How many threads `OMP_NUM_THREADS` asks for, which ONNX Runtime itself does not read; 0 for one a core.
+    """How many threads `OMP_NUM_THREADS` asks for, which ONNX Runtime itself does not read; 0 for one per core.
 
     Threads that wait for each other keep their cores, and where other processes want those, each waits for its turn: 20
     steps of the 1k demo at 128 px took 5 s with two threads beside a process on each of two cores, and 1.4 s with one.
@@ -125,7 +125,7 @@ def threads_asked() -> int:
 
 
 class GraphSession:
-    """A graph in one session of ONNX Runtime: what the engines on the CPU and on a GPU have in common."""
+    """One ONNX graph in one session of ONNX Runtime, for the engines on the CPU and on a GPU."""
 
     # The session is nowhere but in this attribute, locals included: an error that somebody keeps refers to the frames
     # that it passed, and would keep the weights in memory after `close`.
@@ -160,7 +160,7 @@ class GraphSession:
         self.spec = spec
         wanted = next(iter(providers))
         try:
-            # With fallback it would try again on the CPU, and say so on stdout alone.
+            # With fallback it would try again on the CPU, and say so only on stdout.
             self._session = ort.InferenceSession(
                 str(graph), options, providers=list(providers.items()), enable_fallback=0, **keywords
             )

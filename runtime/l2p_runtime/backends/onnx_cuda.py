@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: runs the bundle's graphs on every card that CUDA 13 knows, data-centre ones too."""
+"""ONNX Runtime on an NVIDIA GPU: runs ONNX graphs on every card that CUDA 13 knows, data-centre ones too."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _provider_options(device: CudaDevice) -> dict[str, str]:
         "arena_extend_strategy": "kSameAsRequested",
         # By default every algorithm is timed for every new shape, with all the memory that it may want.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # By default float32 products round their inputs to 10 bits; a plan that says float32 means it.
+        # By default float32 matrix products round their inputs to 10 bits; float32 in a plan means exact inputs.
         "use_tf32": "0",
     }
 
