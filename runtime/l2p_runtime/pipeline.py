@@ -315,7 +315,7 @@ class Pipeline:
         return [self._encoded[caption, truncate] if isinstance(caption, str) else caption for caption in captions]
 
     def _run_encoder(self, texts: Sequence[str], truncate: bool) -> list[NDArray[np.float32]]:
-        """Load the text encoder, run it and close it; the networks are released first if it does not fit beside them."""
+        """Load the text encoder, run it and close it; networks are released first if it does not fit beside them."""
         text, tokenizer = self.bundle.manifest.text, self._tokenizer
         if text is None or tokenizer is None:
             raise InternalError("texts reached the encoder without a tokenizer")

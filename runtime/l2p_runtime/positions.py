@@ -1,8 +1,8 @@
 """Rotary position tables. Positions are data, so a policy needs no other ONNX graph and no other engine.
 
 A token has a position (time, row, column). Caption token i is at (1+i, 0, 0), its padding included; image tokens are at
-(padded caption + 1, row, column); image pads are at (0, 0, 0). The tables are computed in float64 and stored as float32. They
-list image tokens, image pads, caption: the order of the sequence (docs/model.md, "Rotary positions", and
+(padded caption + 1, row, column); image pads are at (0, 0, 0). The tables are computed in float64 and stored as
+float32. They list image tokens, image pads, caption: the order of the sequence (docs/model.md, "Rotary positions", and
 docs/design.md, "Positions as data").
 """
 

@@ -43,7 +43,7 @@ def compile_engine(
     phases: Phases,
     timings: Path | None = None,
 ) -> Compiled:
-    """Compile a graph for a target and write the engine.
+    """Compile an ONNX graph for a target and write the engine.
 
     Args:
         library: of the target's backend.

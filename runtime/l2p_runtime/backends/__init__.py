@@ -96,7 +96,7 @@ class Backend:
 
     Attributes:
         identity: name and library version; another identity needs comparisons of its own.
-        load: (graph file, weights file, the network's inputs and outputs) to a ready engine.
+        load: (ONNX graph file, weights file, the network's inputs and outputs) to a ready engine.
         target: target that engines must be built for to run here; None for a backend that runs ONNX graphs.
         load_engine: (engine file, its record, the network's inputs and outputs) to a ready engine; None likewise.
     """

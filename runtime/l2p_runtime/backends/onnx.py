@@ -37,10 +37,10 @@ def open_device(device: int) -> Backend:
 
 
 class OnnxEngine:
-    """One graph in one ONNX Runtime session; implements `Engine`."""
+    """One ONNX graph in one ONNX Runtime session; implements `Engine`."""
 
     def __init__(self, graph: Path, weights: Path, spec: NetworkSpec) -> None:
-        """Load a graph and the weights that it points into.
+        """Load an ONNX graph and the weights that it points into.
 
         Raises:
             ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not the spec's.
@@ -104,7 +104,7 @@ def import_onnxruntime(install: str) -> Any:
 
 
 def make_options(ort: Any) -> Any:
-    """Session options that every graph of a bundle needs."""
+    """Session options that every ONNX graph of a bundle needs."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # ONNX Runtime's own rewriting of Q/DQ pairs breaks float8 graphs; others have none.
@@ -140,13 +140,13 @@ class GraphSession:
         advice: str,
         **keywords: Any,
     ) -> None:
-        """Open a graph where it is meant to run.
+        """Open an ONNX graph on the provider that must run it.
 
         Args:
             graph: the `.onnx`.
             spec: inputs and outputs that it must have.
             options: of the session.
-            providers: name to options; the first one is where it is meant to run.
+            providers: name to options; the first one must run it.
             advice: what to do about a graph that cannot run there.
             keywords: further ones of `InferenceSession`.
 

@@ -60,10 +60,10 @@ def open_device(device: int) -> Backend:
 
 
 class OnnxCudaEngine:
-    """One graph in one ONNX Runtime session on a GPU; implements `Engine`."""
+    """One ONNX graph in one ONNX Runtime session on a GPU; implements `Engine`."""
 
     def __init__(self, device: CudaDevice, graph: Path, weights: Path, spec: NetworkSpec) -> None:
-        """Load a graph; its weights are on the device afterwards.
+        """Load an ONNX graph; its weights are on the device afterwards.
 
         Raises:
             ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not the spec's.

@@ -85,7 +85,7 @@ def build_comparison(plan: str, target: str) -> Comparison:
 
 
 def ranges_comparison(plan: str) -> Comparison:
-    """Ranges measured in float32 with what a plan's graphs hold."""
+    """Ranges measured in float32 with what a plan's ONNX graphs can hold."""
     return Comparison("float32 ranges", "graph", plan)
 
 
