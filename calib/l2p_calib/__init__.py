@@ -1,1 +1,1 @@
-"""Precision plans, and how far one stage may be from the one before it."""
+"""Precision plans, calibration statistics, and the thresholds of comparisons."""

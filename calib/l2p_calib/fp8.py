@@ -1,7 +1,7 @@
-"""FP8 (E4M3): how values are rounded to it, and the scales that bring weights and activations into its range.
+"""FP8 (E4M3) quantization: rounding, and the scales that bring weights and activations into its range.
 
-A value is stored as the E4M3 number next to value / scale. Weights have a scale for each output channel, activations
-one for the whole tensor, chosen by the error that it would make of the histogram that was measured.
+A value is stored as the E4M3 number nearest to value / scale. Weights have one scale per output channel. Activations
+have one scale per tensor, chosen by the error that it makes on the measured histogram.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FP8_MAX = 448.0
-"""The largest E4M3 number; what is more saturates there (ONNX `QuantizeLinear`, `saturate` = 1)."""
+"""The largest E4M3 number; larger values saturate there (ONNX `QuantizeLinear`, `saturate` = 1)."""
 
 AMAX = "amax"
 PERCENTILES = (99.99, 99.9)
 MSE = "mse"
 
 NEAR_LEAST = 1.02
-"""A scale that saturates less is preferred to the one of least error while its own is within 2 % of that: the histogram
-knows some calls, and values beyond it saturate."""
+"""A scale that saturates less is preferred to the one of minimum error if its own error is within 2 % of that: the
+histogram covers only some calls, and values beyond it saturate."""
 
 _STEPS_AN_OCTAVE = 8
 _OCTAVES = 6
@@ -50,11 +50,14 @@ class ScaleChoice:
 
 
 def quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[Any]:
-    """The E4M3 numbers of values, as ml_dtypes' `float8_e4m3fn`: divided in float32, saturated, rounded to even.
+    """Quantize values to E4M3: divide in float32, saturate, round to even.
 
     Args:
         values: of any shape; NaN stays NaN.
         scale: one number, or an array that broadcasts.
+
+    Returns:
+        Values of the broadcast shape, of ml_dtypes' `float8_e4m3fn`.
     """
     import ml_dtypes
     import numpy as np
@@ -65,7 +68,7 @@ def quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) ->
 
 
 def fake_quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[np.float32]:
-    """What a graph computes with in place of values: encoded and decoded again, float32."""
+    """The float32 values that an FP8 ONNX graph computes with: quantized, then dequantized."""
     import numpy as np
 
     decoded: NDArray[np.float32] = quantize(values, scale).astype(np.float32) * np.asarray(scale, np.float32)
@@ -73,9 +76,12 @@ def fake_quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | floa
 
 
 def float16_scale(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The least float16 numbers that are no less than the scales, and never 0: graphs hold scales in float16.
+    """Scales rounded up to float16, and never to 0: ONNX graphs hold scales in float16.
 
-    What is encoded with such a scale is decoded with the same number, so that rounding the scale adds no error.
+    Values are quantized and dequantized with the same number, so rounding the scale adds no error.
+
+    Returns:
+        float32 of the same shape; every value is exact in float16.
 
     Raises:
         ArtifactError: a scale is negative, NaN, or more than float16 holds.
@@ -93,11 +99,14 @@ def float16_scale(scales: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def channel_scales(peaks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The scale of each output channel: its largest magnitude comes to 448; 1 for a channel of zeros.
+    """The scale per output channel, which maps its largest magnitude to 448; 1 for a channel of zeros.
 
     Args:
         peaks: [out], the largest magnitude of each row of a weight. Where it is NaN or Inf the scale is 1: whoever
             writes the weight refuses it by name.
+
+    Returns:
+        [out] float32; every value is exact in float16.
 
     Raises:
         ArtifactError: weights are so large that float16 does not hold their scale.
@@ -109,13 +118,13 @@ def channel_scales(peaks: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def scale_choices(ranges: Ranges) -> tuple[ScaleChoice, ...]:
-    """Every way to choose the scale of an activation, with the error it makes; those that saturate least come first.
+    """Every way to choose the scale of an activation, with its error, in the order of how little they saturate.
 
     Args:
         ranges: what was measured at the point that the layer reads.
 
     Raises:
-        ArtifactError: values were NaN or Inf, or none was other than 0, so that there is no scale.
+        ArtifactError: values were NaN or Inf, or all were 0, so that there is no scale.
     """
     if ranges.non_finite:
         raise ArtifactError(f"{ranges.non_finite} values were NaN or Inf; FP8 has no scale for these")
@@ -130,13 +139,13 @@ def scale_choices(ranges: Ranges) -> tuple[ScaleChoice, ...]:
 
 
 def best_choice(choices: tuple[ScaleChoice, ...]) -> ScaleChoice:
-    """The first choice whose error is within 2 % of the least."""
+    """The first choice whose error is within 2 % of the minimum."""
     least = min(choice.error for choice in choices)
     return next(choice for choice in choices if choice.error <= NEAR_LEAST * least)
 
 
 class _Histogram:
-    """Magnitudes as they were counted, taken as evenly spread within each bin."""
+    """Counted magnitudes, assumed to be spread evenly within each bin."""
 
     def __init__(self, ranges: Ranges) -> None:
         import numpy as np
@@ -166,7 +175,7 @@ class _Histogram:
 
 
 def _searched(largest: float) -> Iterator[float]:
-    """Scales from the largest on down, an eighth of an octave apart."""
+    """Scales from the largest downwards, an eighth of an octave apart."""
     for step in range(_OCTAVES * _STEPS_AN_OCTAVE + 1):
         scale = largest * 2.0 ** (-step / _STEPS_AN_OCTAVE)
         if scale > 0:

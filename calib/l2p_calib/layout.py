@@ -1,7 +1,7 @@
-"""What a family tells of one network: the points where values can be measured, and what can be done at each.
+"""Quantization layouts of networks: the points where values can be measured, and what can be done at each.
 
-A point is `LAYER:in` or `LAYER:out`, the values that a layer reads or makes, by its published name; `residual.trunk` is
-the stream between the trunk's blocks.
+A point is `LAYER:in` or `LAYER:out`: the input or output of a layer, by its published name. `residual.trunk` is the
+stream between the trunk's blocks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class Point:
 
     Attributes:
         name: as `layers.3.feed_forward.w2:in`.
-        holders: layers that must all compute in a wider dtype for the point to be held in it; none where nothing can
-            be widened, as inside attention.
-        scaled_by: layers whose weights scale the point when they are scaled.
+        holders: layers that must all compute in a wider dtype for the point to have that dtype; none where nothing
+            can be widened, as inside attention.
+        scaled_by: layers whose weights, when they are scaled, scale the point.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Layers in a row that a norm follows: scaling them is exact when the norm's epsilon follows.
+    """Consecutive layers before a norm: scaling them is exact when the norm's epsilon is scaled too.
 
     Attributes:
         first: the layer that is scaled where its own output, or what is linear in it, is too large.
         last: the layer whose output the norm reads.
-        usual: whichever of the two is scaled in every block.
+        usual: the one of the two that is scaled in every block.
     """
 
     first: str
@@ -45,7 +45,7 @@ class QuantizableLayer:
     """A linear layer that may be in FP8, or one input of attention.
 
     Attributes:
-        layer: its name; that of an input of attention is no layer's with weights, as `layers.3.attention.query`.
+        layer: its name; an input of attention has a name but no weights, as `layers.3.attention.query`.
         reads: the point of its input; layers that read one point read the same values.
         group: layers that are raised together, as `layers.3 qkv`.
     """
@@ -57,16 +57,17 @@ class QuantizableLayer:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The product of queries, keys and values: its inputs are in FP8 together or not at all.
+    """The attention of one block. Its query, key and value are all FP8, or none.
 
-    Queries and keys are measured behind the rotary embedding: a rotation keeps the length of a pair, and can make its
-    larger value 1.4 times what a norm left there.
+    Queries and keys are measured after the rotary embedding: a rotation keeps the length of a pair, but can make its
+    larger value 1.4 times as large as after the norm.
 
     Attributes:
         layer: its name, as `layers.3.attention`.
-        inputs: query, key and value, called so behind its name; the values are what a linear layer makes, `LAYER:out`.
-        rotates: layers whose output is rotated into query and key, as norms; an ONNX graph has no weight to name a
-            rotation by. Empty where nothing is rotated.
+        inputs: query, key and value, named by its name and one of these words; the value is the output of a linear
+            layer, `LAYER:out`.
+        rotates: layers whose output is rotated into query and key, as norms: an ONNX graph has no weight that could
+            name a rotation. Empty where nothing is rotated.
     """
 
     layer: str
@@ -81,7 +82,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Float32Layer:
-    """A layer, or a group of them by what their names begin with, that is float32 in every plan, with the reason."""
+    """A layer, or all layers whose names begin with `layer`, that is float32 in every plan, with the reason."""
 
     layer: str
     reason: str
@@ -94,9 +95,9 @@ class QuantizationLayout:
     Attributes:
         network: its name.
         layers: every name that a precision plan may give a dtype: layers, pads, and `residual.NETWORK`.
-        linear_layers: those of them that may be in FP8.
-        attentions: of each block; a plan names their inputs where they are in FP8, and otherwise nothing.
-        float32: those that no plan narrows.
+        linear_layers: linear layers that may be in FP8.
+        attentions: one per block; a plan lists their inputs only where they are in FP8.
+        float32: layers that no plan narrows.
     """
 
     network: str
@@ -129,7 +130,7 @@ class QuantizationLayout:
 
 
 ATTENTION_INPUTS = ("query", "key", "value")
-"""What inputs of attention are called behind its name, in this order."""
+"""Last parts of the names of attention inputs, in this order."""
 
 
 def layer_of_point(point: str) -> str:

@@ -1,4 +1,4 @@
-"""Measures of how far an output is from what was expected, and the thresholds that gate a bundle."""
+"""Error measures of an output against the expected one, and the thresholds that gate a bundle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EQUAL_PSNR_DB = 999.0
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The largest relative L2 error that passes, and why it is what it is."""
+    """The largest relative L2 error that passes, and the reason for the figure."""
 
     relative: float
     reason: str
@@ -43,21 +43,21 @@ THRESHOLDS: dict[BasePrecision, Threshold] = {
 """Base of a plan to its gate, against torch float32 on the same inputs."""
 
 WITHOUT_FP8 = ("head", "text_encoder", "stem.modulation")
-"""Outputs that no FP8 plan rounds; they are judged as those of an FP16 plan."""
+"""Outputs that no FP8 plan rounds; they are judged by the threshold of an FP16 plan."""
 
 _FP8_PREDICTION = Threshold(
     1e-1, "tokens off by 4.5 % made 6.1e-2 of a prediction of half-trained adapters; of the demo's 8e-3 at most"
 )
 _PREDICTIONS: dict[BasePrecision, Threshold] = {"fp8": _FP8_PREDICTION, "fp8-attention": _FP8_PREDICTION}
-"""Base of a plan to the gate of predictions, where that is another one: most of a prediction is the
-noise that the pixel head reads from the image itself, but on grids that a model never learnt it hangs on tokens."""
+"""Base of a plan to the gate of predictions, where it differs. Most of a prediction is the noise that the pixel head
+reads from the image itself, but on grids that a model was not trained on it depends on tokens."""
 
 END_TO_END = "end-to-end"
-"""What a ledger calls the whole prediction, where an entry otherwise names a network."""
+"""The name of the whole prediction in a ledger, in place of a network."""
 
 
 def threshold_of(base: BasePrecision, network: str = "") -> Threshold:
-    """The gate of plans of a base.
+    """The gate of a plan, by its base.
 
     Args:
         base: of the plan.
@@ -83,13 +83,13 @@ def compare(
     Values that are not finite fail whatever the threshold.
 
     Args:
-        expected: what should come out; every `pixel_step`-th row and column of it.
-        found: what came out, whole.
-        comparison: what the ledger says is compared.
+        expected: every `pixel_step`-th row and column of the expected output.
+        found: the whole output that was computed.
+        comparison: what is compared, for the ledger.
         network: as the ledger calls it.
-        case: likewise.
-        base: of the plan whose threshold holds.
-        pixel_step: 1 where all of the output is known.
+        case: as the ledger calls it.
+        base: of the plan, which decides the threshold.
+        pixel_step: 1 where the whole expected output is known.
     """
     import numpy as np
 
@@ -119,7 +119,7 @@ def compare(
 
 
 def require_passed(entries: Iterable[LedgerEntry], bases: Mapping[str, BasePrecision]) -> None:
-    """Gate: every comparison that was run has passed.
+    """Require that every comparison that was run has passed.
 
     Args:
         entries: of a ledger.
@@ -142,7 +142,7 @@ def require_passed(entries: Iterable[LedgerEntry], bases: Mapping[str, BasePreci
     ]
     advice = "try --precision fp32, and report the figures above"
     if all(arithmetic(bases[entry.comparison.plan]) == "fp8" for entry in failed):
-        advice = "`calibrate --sensitivity` makes a plan that keeps the products which FP8 hurts most, for --plan"
+        advice = "`calibrate --sensitivity` makes a plan for --plan that keeps the layers which FP8 hurts most"
     raise ParityError(
         f"{len(failed)} comparisons failed: {'; '.join(lines[:6])}",
         hint=f"no bundle was written over what was there; {advice}",
@@ -150,7 +150,7 @@ def require_passed(entries: Iterable[LedgerEntry], bases: Mapping[str, BasePreci
 
 
 def psnr_db(difference: NDArray[np.float64], peak: float) -> float:
-    """Peak signal to noise of what differs, in dB; `EQUAL_PSNR_DB` where nothing does."""
+    """Peak signal-to-noise ratio in dB; `EQUAL_PSNR_DB` where nothing differs."""
     import numpy as np
 
     mean_square = float(np.square(difference).mean())

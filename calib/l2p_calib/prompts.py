@@ -1,4 +1,4 @@
-"""Prompts, one a line: the captions that ship with the package, or a file of one's own."""
+"""Reads prompts, one per line: the captions that ship with the package, or a user's own file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from l2p_runtime.errors import UsageError
 
 FILE_BYTES_MAX = 1 << 20
-"""Of prompts to calibrate on, all of which are read."""
+"""Maximum size of a file of prompts to calibrate on; all of it is read."""
 
 
 def read_prompts(path: Path | None = None, most_bytes: int = FILE_BYTES_MAX) -> tuple[str, ...]:
@@ -16,7 +16,7 @@ def read_prompts(path: Path | None = None, most_bytes: int = FILE_BYTES_MAX) -> 
 
     Args:
         path: None for those of the package (Apache-2.0).
-        most_bytes: of the file.
+        most_bytes: maximum size of the file.
 
     Raises:
         UsageError: the file cannot be read, is not UTF-8, too large, or holds no prompt.
@@ -28,7 +28,7 @@ def read_prompts(path: Path | None = None, most_bytes: int = FILE_BYTES_MAX) -> 
     lines = (line.strip() for line in text.splitlines())
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
-        raise UsageError(f"`{path}` holds no prompt", hint="write one prompt a line")
+        raise UsageError(f"`{path}` holds no prompt", hint="write one prompt per line")
     return prompts
 
 
@@ -40,7 +40,8 @@ def _read(path: Path, most_bytes: int) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"cannot read prompts from `{path}`: {error.strerror or error}", hint="give a text file, one prompt a line"
+            f"cannot read prompts from `{path}`: {error.strerror or error}",
+            hint="give a text file, one prompt per line",
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"`{path}` is not UTF-8: {error}", hint="save it as UTF-8") from error

@@ -1,4 +1,4 @@
-"""Which products FP8 hurts: one group at a time, ranked, and the fewest that have to stay in higher precision."""
+"""Sensitivity sweep: the error of each group of layers in FP8, ranked, and the fewest that must stay in float16."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import UsageError
 
 GATE = 0.01
-"""Relative error of the denoiser's output that a swept plan may make, unless told otherwise: half of what the ledger
-allows a bundle in FP8, whose proof has other pictures and float16 beside it."""
+"""Default of the relative error of the denoiser's output that a swept plan may make: half of what the ledger allows a
+bundle in FP8, whose proof uses other pictures and adds float16."""
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far a denoiser with some products in FP8 is from the same one in float32.
+    """How far a denoiser with some layers in FP8 is from the same one in float32.
 
     Attributes:
-        error: relative L2 error of what it predicts, over all samples together.
-        worst: that of the sample with the largest.
-        image_psnr_db: of pictures that are drawn whole, against those in float32 of the same seeds: the least.
+        error: relative L2 error of its predictions, over all samples together.
+        worst: maximum relative L2 error of one sample.
+        image_psnr_db: minimum PSNR of complete pictures against those in float32 of the same seeds.
         right: pictures that show their prompts, by a judge; None where nothing can judge them.
     """
 
@@ -38,11 +38,11 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True)
 class GroupDeviation:
-    """What comes of one group of products alone in FP8.
+    """The deviation with only one group of layers in FP8.
 
     Attributes:
         group: as `layers.3 qkv`.
-        layers: its products.
+        layers: its layers.
         is_kept: whether the plan keeps them in float16.
     """
 
@@ -54,7 +54,7 @@ class GroupDeviation:
 
 @dataclass(frozen=True, slots=True)
 class KeptDeviation:
-    """What comes of all products in FP8 but the first `kept` groups of the ranking."""
+    """The deviation with all groups in FP8 except the first `kept` of the ranking."""
 
     kept: int
     deviation: Deviation
@@ -69,7 +69,7 @@ class Sensitivity:
         gate: relative error that was allowed.
         groups: the most harmful first.
         steps: what was tried to meet the gate, by the number of groups that were kept.
-        pictures: drawn whole each time.
+        pictures: number of complete pictures that are drawn each time.
         right: how many of them show their prompts in float32, by a judge; None where nothing can judge them.
     """
 
@@ -88,11 +88,11 @@ class Sensitivity:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Layer to why it is kept in float16; of those that are."""
+        """Layer to the reason why it is kept in float16, of the kept layers."""
         everything = next((step for step in self.steps if step.kept == 0), None)
-        told = f"; all products make {everything.deviation.error:.3g}" if everything else ""
+        told = f"; all groups make {everything.deviation.error:.3g}" if everything else ""
         return {
-            layer: f"kept in float16: {item.group} alone makes an error of {item.deviation.error:.3g}"
+            layer: f"kept in float16: only {item.group} in FP8 makes an error of {item.deviation.error:.3g}"
             f"{self._cost(item)}{told}, {self.gate:g} is allowed"
             for item in self.groups
             if item.is_kept
@@ -112,16 +112,16 @@ def sweep(
     advance: Callable[[int], None],
     right: int | None = None,
 ) -> Sensitivity:
-    """Measure every group alone in FP8, then keep as many of the worst as the gate asks for.
+    """Measure with only one group at a time in FP8, then keep as many of the worst groups as the gate requires.
 
-    What costs right pictures is worse than what costs none, and then what makes the larger error. How many are kept is
-    found by halving, in that order; the result was measured, and so was one group less.
+    Groups are ranked by the right pictures that they cost, then by error. The number that is kept is found by bisection
+    in that order. Both the result and one group less were measured.
 
     Args:
-        groups: name to its products.
+        groups: name to its layers.
         gate: relative error of the denoiser's output that is allowed.
         source: for people, see `Sensitivity`.
-        measure: given the products that are in FP8.
+        measure: given the layers that are in FP8.
         advance: told 1 after each group.
         right: pictures that are right in float32; None where nothing can judge them.
 
@@ -168,10 +168,10 @@ def require_gate(gate: float) -> None:
 
 
 def relative_errors(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Relative L2 error of all samples together, and of the worst.
+    """Relative L2 error of all samples together, and the maximum of one sample.
 
     Args:
-        sums: of each sample, the squares of the difference and of what was expected.
+        sums: of each sample, the sum of squares of the difference, and of the expected values.
     """
     difference, expected = (math.fsum(column) for column in zip(*sums, strict=True))
     ratios = [_ratio(*pair) for pair in sums]
@@ -180,7 +180,7 @@ def relative_errors(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def sensitivity_to_json(found: Sensitivity) -> str:
-    """The file: everything."""
+    """The whole sweep as JSON."""
     return json.dumps({**to_json(found), "kept": found.kept}, indent=1, allow_nan=False) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""Profiles that engines are built for."""
+"""Engine builds: profiles, builders, forecasts, and the store of stages."""

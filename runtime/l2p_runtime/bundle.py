@@ -1,4 +1,4 @@
-"""A bundle on disk: opened with suspicion, verified in full on request.
+"""Opens a bundle on disk: its content is not trusted, and is verified in full on request.
 
 Files carry their digest in their names, and replacing `bundle.json` is the only commit (docs/design.md, "Bundle"). A
 file may lie in a store that bundles share, under the same path there.
@@ -38,7 +38,7 @@ _READ_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: where it lies, what it says, and the digest that names its exact content."""
+    """An opened bundle: its folder, its manifest, and the digest of its exact content."""
 
     root: Path
     manifest: Manifest
@@ -46,12 +46,12 @@ class Bundle:
     store: Path | None = None
 
     def path(self, relative: str) -> Path:
-        """Where one of its files lies."""
+        """The path of one of its files on disk."""
         record = next((record for record in self.manifest.files if record.path == relative), None)
         return self.home(record) / relative if record is not None else self.root / relative
 
     def home(self, record: FileRecord) -> Path:
-        """The folder that a record's path starts from."""
+        """The folder that a record's path is relative to."""
         return self.store if record.in_store and self.store is not None else self.root
 
 
@@ -148,7 +148,7 @@ def file_digest(path: Path, advance: Callable[[int], None] = lambda size: None) 
 
 
 def file_stamp(path: Path) -> str:
-    """SHA-256 over the first and the last 64 KiB: sees another file at once, whatever its size."""
+    """SHA-256 over the first and the last 64 KiB: tells another file quickly, whatever its size."""
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(_STAMP_BYTES))
         file.seek(max(path.stat().st_size - _STAMP_BYTES, 0))

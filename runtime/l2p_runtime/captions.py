@@ -1,4 +1,4 @@
-"""Prompt embeddings as networks take them: padded to the sequence multiple, with a mask of real tokens."""
+"""Pads prompt embeddings to the sequence multiple, with a mask of real tokens."""
 
 from __future__ import annotations
 

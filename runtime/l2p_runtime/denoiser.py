@@ -1,9 +1,9 @@
-"""One denoising call: noisy pixels go down through stem, trunk, tail and head, and come out as a prediction.
+"""One denoising call: noisy pixels through stem, trunk, tail and head to a prediction.
 
-    prompt embeddings -> caption                      once a prompt
+    prompt embeddings -> caption                      once per prompt
     image -> stem -> trunk -> tail -> head -> prediction   every step
 
-Plain functions over engines; nothing here knows which backend runs them.
+Plain functions over engines, independent of the backend that runs them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Denoiser:
     """A model on one device.
 
     Attributes:
-        use: a network's engine by name, for as long as the context lasts: loaded already, or just for it.
+        use: yields a network's engine by name; it is loaded already, or only for the time of the context.
     """
 
     model: ModelSpec
@@ -49,7 +49,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Buffers that one denoising call writes: tokens [B,S,D] twice, in turn, and the modulation [B,A]."""
+    """Buffers of one denoising call: two of tokens [B,S,D], written alternately, and the modulation [B,A]."""
 
     tokens: Array
     other: Array
@@ -59,14 +59,17 @@ class Workspace:
 def encode_caption(
     denoiser: Denoiser, prompt_embeds: Sequence[NDArray[np.float32]], rows: int, columns: int, policy: str | Policy
 ) -> Condition:
-    """Run the caption network for one prompt an image, all of equal padded length.
+    """Run the caption network for one prompt per image, all of equal padded length.
 
     Args:
         denoiser: the networks.
-        prompt_embeds: one [L,C] an image of the batch, without padding.
+        prompt_embeds: one [L,C] per image of the batch, without padding.
         rows: h, token rows of the image.
         columns: w, token columns of the image.
         policy: position policy.
+
+    Returns:
+        Caption tokens [B,T,D] float32 and rotary tables [S,R] float32, on the device.
     """
     model, device = denoiser.model, denoiser.device
     padded, mask = pad_captions(model, prompt_embeds)
@@ -81,7 +84,7 @@ def encode_caption(
 
 
 def make_workspace(denoiser: Denoiser, condition: Condition) -> Workspace:
-    """Allocate the buffers of a call for prompts and size like this one's."""
+    """Allocate the buffers of a call, for the batch and size of a condition."""
     model, device = denoiser.model, denoiser.device
     batch, sequence = condition.caption.shape[0], condition.rope_cos.shape[0]
     shape = (batch, sequence, model.width)
@@ -101,8 +104,8 @@ def predict(
 ) -> None:
     """Fill each of `predictions` [B,3,H,W] with x0 - noise for the noisy `image` [B,3,H,W] at `time` [B].
 
-    Every network does its part for all prompts before the next one is used, so that each is loaded once a step where
-    they are not all in memory.
+    Every network runs for all prompts before the next one is used. So each is loaded once per step if they are not all
+    in memory.
 
     Args:
         denoiser: the networks.
@@ -111,7 +114,7 @@ def predict(
         conditions: the prompts.
         stripes: how the pixel head is cut.
         workspaces: buffers from `make_workspace`, one for each prompt.
-        predictions: where the results go, one for each prompt.
+        predictions: buffers of the results, one for each prompt.
         check: called between networks and stripes; it may raise to cancel.
     """
     prompts = list(zip(conditions, workspaces, predictions, strict=True))

@@ -1,4 +1,4 @@
-"""The one error tree: what was found, what was wanted, what to do, and the exit code that goes with it.
+"""The error classes: each error states what was found, what was expected, what to do, and an exit code.
 
 The codes (docs/design.md, "Exit codes"): 0 done, 2 usage, 3 environment, 4 artifact, 5 parity, 70 our bug,
 130/143 interrupted.
@@ -13,7 +13,7 @@ class L2PError(Exception):
     """A failure that a user can act on.
 
     Args:
-        message: what was found and what was wanted; no full stop unless it has several sentences.
+        message: what was found and what was expected; no full stop unless it has several sentences.
         hint: what to do about it, as an instruction or a command; empty when nothing can be done.
     """
 
@@ -37,17 +37,17 @@ class HostError(L2PError):
 
 
 class UnsupportedError(HostError):
-    """A backend cannot run what it was given, though nothing is wrong with it."""
+    """A backend cannot run a network, though nothing is wrong with the network."""
 
 
 class ArtifactError(L2PError):
-    """A checkpoint, graph, engine or bundle is damaged, foreign or not what it says."""
+    """A checkpoint, ONNX graph, engine or bundle is damaged, foreign or not what it claims to be."""
 
     exit_code = 4
 
 
 class ParityError(L2PError):
-    """A stage is further from the one before it than its threshold allows."""
+    """A comparison is over its threshold."""
 
     exit_code = 5
 

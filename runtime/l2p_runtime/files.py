@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed into place.
+"""Writes files that are complete or absent: under a temporary name, synced, then renamed into place.
 
 A temporary name is `.NAME.DIGITS.partial`, with 16 random hexadecimal digits: writers of one path never share it,
 whatever their process ids, and `sweep_partials` recognises what a killed process left.
@@ -23,7 +23,7 @@ _PARTIAL = re.compile(r"\.(.*)\.[0-9a-f]{16}\.partial", re.DOTALL)
 _RANDOM_BYTES = 8
 _NAME_BYTES_MAX = 255
 _TRIES = 16
-"""Names to try: one that is taken was put there by somebody who guessed it."""
+"""Names to try. A name that is taken was guessed by somebody else."""
 
 # File systems without a sync of folders answer one of these.
 _CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
@@ -33,13 +33,13 @@ _Made = TypeVar("_Made")
 
 @contextmanager
 def atomic_file(path: Path, *, work: Path | None = None) -> Iterator[BinaryIO]:
-    """Write a file that appears whole or not at all, and outlasts a power cut.
+    """Write a file that appears complete or not at all, and survives a power cut.
 
     After the block the file is synced and renamed over `path`, and the folder is synced. If the block raises, the
     temporary file is removed and what was at `path` stays.
 
     Args:
-        path: where to; a file or a link that is there is replaced. Its folder must exist.
+        path: the file; an existing file or link is replaced. Its folder must exist.
         work: folder for the temporary file, on the file system of `path`; the folder of `path` by default.
 
     Yields:
@@ -93,13 +93,13 @@ def write_json(path: Path, data: object, *, work: Path | None = None, indent: in
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that appears whole or not at all, and outlasts a power cut.
+    """Fill a folder that appears complete or not at all, and survives a power cut.
 
     After the block all files in the folder are synced, so the block may write them in any way; then the folder is
     renamed to `path`.
 
     Args:
-        path: where to; a folder that is there is removed first. Its parent must exist.
+        path: the folder; an existing one is removed first. Its parent must exist.
 
     Yields:
         The temporary folder, empty.
@@ -118,7 +118,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """Make a temporary folder beside `path`, and remove it afterwards with all that was not moved out of it.
+    """Make a temporary folder beside `path`, and remove it afterwards with everything that is still in it.
 
     Raises:
         OSError: the folder cannot be made.
@@ -159,7 +159,7 @@ def sweep_partials(folder: Path, *targets: str) -> None:
     Call it where no other process writes: it cannot tell a writer that runs from one that was killed.
 
     Args:
-        folder: where to look; not in the folders in it.
+        folder: where to look; its subfolders are not searched.
         targets: file names whose temporary files are removed; those of all files by default.
     """
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
@@ -172,9 +172,9 @@ def sweep_partials(folder: Path, *targets: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder outlast a power cut.
+    """Make names in a folder survive a power cut.
 
-    A file system that cannot sync folders is left at that, and so is a folder that may be written and not read.
+    Nothing is done on a file system that cannot sync folders, or for a folder that may be written but not read.
 
     Raises:
         OSError: the disk failed.
@@ -193,7 +193,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _new(path: Path, work: Path | None, make: Callable[[Path], _Made]) -> tuple[_Made, Path]:
-    """Something new under a temporary name, and the name; nothing that is there is opened or followed."""
+    """Something new under a temporary name, and the name. Existing files are neither opened nor followed."""
     for _ in range(_TRIES):
         partial = partial_path(path, work)
         with suppress(FileExistsError):
@@ -208,7 +208,7 @@ def _create(partial: Path) -> int:
 
 @contextmanager
 def _errors_naming(path: Path) -> Iterator[None]:
-    """Have errors name the file that was wanted in place of its temporary name."""
+    """Make errors name the requested file instead of its temporary name."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much one denoising call takes."""
+"""Memory that is available, and the forecast of what one denoising call takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CallMemory:
 
 
 def call_memory(model: ModelSpec, batch: int, rows: int, columns: int, caption_tokens: int) -> CallMemory:
-    """Forecast one denoising call in float32, attention scores held whole."""
+    """Forecast one denoising call in float32, with attention scores held whole."""
     sequence = model.padded(rows * columns) + caption_tokens
     row_px = model.patch_px * columns * model.patch_px
     pixel_values = 3 * row_px * rows
@@ -59,10 +59,10 @@ def fused_call_memory(model: ModelSpec, batch: int, rows: int, columns: int, cap
     image = rows * columns
     padded = model.padded(image)
     inner = (padded + caption_tokens) * (3 * model.ffn_width + 4 * model.width)
-    # The stem casts the image and then holds it as patches, beside the tokens it makes of them.
+    # The stem casts the image and holds it as patches, beside the tokens that it makes of them.
     patches = 2 * 3 * image * model.patch_px**2 + image * model.width
     row_px = model.patch_px * columns * model.patch_px
-    # A stripe's own copy of its pixels and tokens and what it predicts: float32, like all borders.
+    # A stripe's copy of its pixels and tokens, and its prediction: float32, like all inputs and outputs of networks.
     row_borders = _FLOAT_BYTES * batch * (6 * row_px + columns * model.width)
     return CallMemory(
         buffers_bytes=plain.buffers_bytes,
@@ -72,7 +72,7 @@ def fused_call_memory(model: ModelSpec, batch: int, rows: int, columns: int, cap
 
 
 def available_host_bytes() -> int:
-    """Memory the system could give now: the least of the kernel's estimate and what the process's limits leave.
+    """Memory in bytes that can be allocated now: the minimum of the kernel's estimate and the process's limits.
 
     Limits are those of its control group and of `ulimit -v` and `-d`.
     """

@@ -1,7 +1,7 @@
 """Finds and loads the native kernels: one C-ABI library, called through ctypes.
 
 The library is optional. Each kernel has a NumPy twin that gives the same bits, so a missing or foreign library costs
-time only; `native_status` says which one is in use, and why. `L2P_NATIVE=0` turns the library off.
+only time. `native_status` says which one is in use, and why. `L2P_NATIVE=0` turns the library off.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _load(path: Path) -> NativeLibrary | str:
         OSError: the file is not a library of this machine.
         AttributeError: a function is missing.
     """
-    # CDLL, not PyDLL: it lets go of the GIL while a kernel runs.
+    # CDLL, not PyDLL: it releases the GIL while a kernel runs.
     library = ctypes.CDLL(str(path))
     library.l2p_abi_version.argtypes = []
     library.l2p_abi_version.restype = ctypes.c_int

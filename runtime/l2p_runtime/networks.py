@@ -1,4 +1,4 @@
-"""A bundle's networks on a backend: which plan runs, from which files, at which sizes."""
+"""A bundle's networks on a backend: the precision plan, the files and the sizes that it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OpenedPlan:
-    """A precision plan of a bundle on an opened backend: what networks are loaded from, and run on."""
+    """A precision plan of a bundle on an opened backend: networks are loaded from the one and run on the other."""
 
     bundle: Bundle
     backend: Backend
@@ -32,12 +32,12 @@ class OpenedPlan:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     @property
     def base(self) -> BasePrecision:
-        """What the plan was made from."""
+        """The base precision of the plan."""
         return self.manifest.plan(self.plan).base
 
     @property
@@ -55,14 +55,14 @@ def open_plan(bundle: Bundle, name: str, device: int, plan: str | None) -> Opene
 
     Args:
         bundle: the bundle.
-        name: of a backend; `auto` takes the fastest that runs here and that the bundle has something for.
+        name: of a backend; `auto` takes the fastest that runs here and that the bundle has files for.
         device: index of the device.
         plan: precision plan; the first that the backend runs when None.
 
     Raises:
         UsageError: no such backend or plan.
         HostError: the backend cannot run here.
-        ArtifactError: the bundle has no engine, or no graph, for it.
+        ArtifactError: the bundle has no engine, or no ONNX graph, for it.
     """
     manifest = bundle.manifest
     if plan is not None:
@@ -88,7 +88,7 @@ def runnable_plans(bundle: Bundle, backend: Backend) -> list[str]:
     """The bundle's plans that a backend has all files for, in their order.
 
     Raises:
-        ArtifactError: there is none; says what the first lacks.
+        ArtifactError: there is none; names what the first plan lacks.
     """
     missing: list[ArtifactError] = []
     found = []
@@ -104,10 +104,10 @@ def runnable_plans(bundle: Bundle, backend: Backend) -> list[str]:
 
 
 def load_network(opened: OpenedPlan, network: str) -> Engine:
-    """One network, ready to run: its engine on an engine backend, else its graph.
+    """Load one network: its engine on an engine backend, else its ONNX graph.
 
     Raises:
-        ArtifactError: the bundle has not that engine or graph, or it is damaged.
+        ArtifactError: the bundle does not have that engine or ONNX graph, or it is damaged.
         HostError: it does not fit the device.
     """
     bundle, backend, spec = opened.bundle, opened.backend, opened.manifest.network(network)
@@ -131,7 +131,7 @@ def engine_record(opened: OpenedPlan, network: str) -> EngineRecord:
 
 
 def network_bytes(opened: OpenedPlan) -> dict[str, int]:
-    """Network to the bytes of what is loaded for it: its engine, or its graph's weights; the text encoder's too."""
+    """Network to the bytes of its engine, or of its ONNX graph's weights; the text encoder included."""
     manifest = opened.manifest
     sizes = {record.path: record.size_bytes for record in manifest.files}
     if not opened.runs_engines:
@@ -140,7 +140,7 @@ def network_bytes(opened: OpenedPlan) -> dict[str, int]:
 
 
 def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:
-    """The most token rows that a head engine takes at once, halo included, in an image of so many token columns.
+    """Maximum of token rows that a head engine takes at once, halo included, for an image of `columns` token columns.
 
     Raises:
         UsageError: it takes no such image.
@@ -162,7 +162,7 @@ def require_sizes(
     caption_tokens: int,
     stripes: Sequence[Stripe],
 ) -> None:
-    """Refuse a call that an engine was not built for, before anything is loaded for it.
+    """Refuse a call that an engine was not built for, before anything is loaded.
 
     Args:
         opened: on an engine backend; any other takes every size.

@@ -1,6 +1,6 @@
-"""Noise from a seed.
+"""Standard normal noise from a seed.
 
-The contract: a seed means the same noise, bit for bit, on every machine, backend, thread count and stripe.
+The contract: a seed gives the same noise, bit for bit, on every machine, backend, thread count and stripe.
 
 - Words: Philox-4x32-10 with the 64-bit seed as key (low word, high word) and the counter (x div 4, y, channel, image
   index). The four output words belong to x = 4k .. 4k+3, so any window can be made without the rest of the image.
@@ -12,7 +12,7 @@ The contract: a seed means the same noise, bit for bit, on every machine, backen
 No logarithm, sine or other function whose last bit differs between libraries is called. The table is within 3e-12 of
 the true inverse normal distribution function. Values lie within +-6.338, where 2^-33 is left on either side.
 
-`torch_cpu_noise` is apart from this: it follows PyTorch's CPU generator, to a tolerance.
+`torch_cpu_noise` is outside this contract: it follows PyTorch's CPU generator, to a tolerance.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def philox4x32(
     key0, key1 = key
     spare0, spare1 = np.empty_like(c0), np.empty_like(c0)
     for _ in range(10):
-        # c1 and c3 take up the high halves and become c0 and c2; the products' low halves become c1 and c3.
+        # c1 and c3 take up the high halves and become c0 and c2; the low halves of the results become c1 and c3.
         np.multiply(c0, 0xD2511F53, out=c0)
         np.multiply(c2, 0xCD9E8D57, out=c2)
         np.right_shift(c2, 32, out=spare0)
@@ -359,7 +359,7 @@ def _torch_blocks(draw: np.random.RandomState, out: NDArray[np.float32]) -> None
     """Box-Muller in blocks of 16: the first 8 uniforms give the radius, the last 8 the angle; rounded as PyTorch is."""
     uniform = (_torch_words(draw, out.size) & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
     uniform = uniform.reshape(-1, 2, 8)
-    # Float64 in between: its rounding to float32 hides what the libraries' functions differ in.
+    # Float64 in between: rounding it to float32 hides most differences between the libraries' functions.
     log = np.log((np.float32(1) - uniform[:, 0]).astype(np.float64)).astype(np.float32)
     radius = np.sqrt(np.float32(-2) * log)
     angle = (np.float32(2 * np.pi) * uniform[:, 1]).astype(np.float64)

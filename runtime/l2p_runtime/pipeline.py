@@ -1,4 +1,4 @@
-"""The runtime's front door: open a bundle, run one denoising call, or draw an image."""
+"""The runtime's main interface: opens a bundle, runs one denoising call, or draws an image."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 class Pipeline:
     """A bundle's networks on one device. Made by `Pipeline.open`; use it in a `with` block.
 
-    All networks stay loaded where they fit. Where they do not, each is loaded when its turn comes and closed after it,
-    so that the memory holds the largest network and not their sum.
+    All networks stay loaded if they fit. Otherwise each is loaded when it is needed and closed after use, so that the
+    memory must hold the largest network and not their sum.
 
     A pipeline serves one call at a time; open several for several threads.
     """
@@ -68,7 +68,7 @@ class Pipeline:
         self._engines: dict[str, Engine] = {}
         self._keeps_networks = False
         self._tokenizer: Tokenizer | None = None
-        # Of the last call alone: frames of one prompt load the text encoder once.
+        # Of only the last call: frames of one prompt load the text encoder once.
         self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
         self._memory_budget_bytes = memory_budget_bytes
         self._closed = False
@@ -92,8 +92,8 @@ class Pipeline:
             device: index of the device, where there are several.
             plan: precision plan; the first of the bundle's that the backend runs when None.
             memory_budget: bytes for weights, buffers and activations together, as a number or as `6GiB`: networks
-                are loaded one at a time if they must, and the pixel head runs in stripes that fit. Without it, what the
-                device has free.
+                are loaded one at a time if necessary, and the pixel head runs in stripes that fit. None for the free
+                memory of the device.
             store: where the bundle's shared files are, if it was moved away from the store it was built with.
 
         Raises:
@@ -114,7 +114,7 @@ class Pipeline:
 
     @classmethod
     def on_backend(cls, opened: OpenedPlan, memory_budget_bytes: int | None = None) -> Self:
-        """The same for a bundle and a backend that are open already; `close` leaves the device open.
+        """Make a pipeline from a bundle and a backend that are open already; `close` leaves the device open.
 
         Raises:
             ArtifactError: the bundle lacks the plan's files for the backend.
@@ -142,12 +142,12 @@ class Pipeline:
         *,
         positions: str | Policy | None = None,
     ) -> NDArray[np.float32]:
-        """One denoising call.
+        """Run one denoising call.
 
         Args:
             image: noisy pixels [B,3,H,W], float32, unit noise.
             time: t = 1 - sigma [B], 0 at pure noise.
-            prompt_embeds: unpadded embeddings [B,L,C], or one [L,C] an image, of equal padded length.
+            prompt_embeds: unpadded embeddings [B,L,C], or one [L,C] per image, of equal padded length.
             positions: position policy; the profile's when None.
 
         Returns:
@@ -213,9 +213,9 @@ class Pipeline:
             image_index: which image of the seed: another index, other noise.
             rng: `philox`, or `torch-cpu` for the noise of `torch.randn` on the CPU.
             dtype: full-range `uint8` or `uint16`, or `float16` in [0,1].
-            progress: told after each step.
-            preview: shown every step's estimate of the finished image, of `dtype`; takes buffers of its own.
-            cancelled: asked between networks and stripes.
+            progress: called after each step.
+            preview: receives every step's estimate of the finished image, of `dtype`; takes buffers of its own.
+            cancelled: called between networks and stripes; true stops the drawing.
 
         Returns:
             [H,W,3] of `dtype`.
@@ -279,7 +279,7 @@ class Pipeline:
         return self._keeps_networks
 
     def close(self) -> None:
-        """Give all memory back; further calls are refused."""
+        """Free all memory; further calls are refused."""
         self._release_networks()
         if self._owns_device and not self._closed:
             self._opened_plan.backend.device.close()
@@ -308,14 +308,14 @@ class Pipeline:
         return len(self._tokenizer.tokens(caption, truncate=truncate))
 
     def _embed(self, captions: Sequence[NDArray[np.float32] | str], truncate: bool) -> list[NDArray[np.float32]]:
-        """Put embeddings where there is text: all texts are encoded, then the encoder is released."""
+        """Replace texts by their embeddings: all texts are encoded, then the encoder is released."""
         texts = list(dict.fromkeys(caption for caption in captions if isinstance(caption, str)))
         if texts and any((text, truncate) not in self._encoded for text in texts):
             self._encoded = dict(zip(((t, truncate) for t in texts), self._run_encoder(texts, truncate), strict=True))
         return [self._encoded[caption, truncate] if isinstance(caption, str) else caption for caption in captions]
 
     def _run_encoder(self, texts: Sequence[str], truncate: bool) -> list[NDArray[np.float32]]:
-        """Load the text encoder, run it and close it; where it does not fit beside the networks, they make room."""
+        """Load the text encoder, run it and close it; networks are released first if it does not fit beside them."""
         text, tokenizer = self.bundle.manifest.text, self._tokenizer
         if text is None or tokenizer is None:
             raise InternalError("texts reached the encoder without a tokenizer")
@@ -340,7 +340,7 @@ class Pipeline:
 
     @contextmanager
     def _use(self, network: str) -> Iterator[Engine]:
-        """A network's engine: one that is kept, or one loaded for this use alone."""
+        """A network's engine: one that is kept, or one that is loaded only for this use."""
         kept = self._engines.get(network)
         if kept is not None:
             yield kept
@@ -352,7 +352,7 @@ class Pipeline:
             engine.close()
 
     def _load_what_fits(self) -> None:
-        """Load all networks, or none where they are to take turns.
+        """Load all networks, or none if they must take turns.
 
         Raises:
             HostError: the largest of them exceeds the budget.
@@ -387,7 +387,7 @@ class Pipeline:
         return load_network(self._opened_plan, network)
 
     def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int, further_bytes: int = 0) -> tuple[Stripe, ...]:
-        """Cut the head for a call; where all networks and the call do not fit together, the networks take turns.
+        """Cut the head for a call. If all networks and the call do not fit together, the networks take turns.
 
         Args:
             batch: images.
@@ -396,7 +396,7 @@ class Pipeline:
             further_bytes: buffers beside those of a denoising call.
 
         Raises:
-            HostError: the call does not fit even so.
+            HostError: the call does not fit even then.
             UsageError: engines were not built for this size.
         """
         model, sizes = self._denoiser.model, self._weight_bytes
@@ -421,13 +421,13 @@ class Pipeline:
         return stripes
 
     def _free_bytes(self) -> int:
-        """What there is beside the networks that are kept."""
+        """Bytes that are free beside the loaded networks."""
         if self._memory_budget_bytes is None:
             return self._opened_plan.backend.device.available_bytes()
         return self._memory_budget_bytes - (sum(self._weight_bytes.values()) if self._keeps_networks else 0)
 
     def _limit_bytes(self) -> int:
-        """What there would be with no network loaded: the budget, or what the device has free and networks hold."""
+        """Bytes that would be free with no network loaded: the budget, or free memory plus that of loaded networks."""
         if self._memory_budget_bytes is not None:
             return self._memory_budget_bytes
         held = sum(engine.memory_bytes() for engine in self._engines.values())

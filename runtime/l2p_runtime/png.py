@@ -1,6 +1,6 @@
-"""PNG files of 8 or 16 bits a channel with text in them (PNG third edition, W3C 2025).
+"""Writes PNG files of 8 or 16 bits per channel, with text in them (PNG third edition, W3C 2025).
 
-The common imaging libraries write no 16-bit RGB, and the runtime depends on NumPy alone.
+The common imaging libraries write no 16-bit RGB, and the runtime depends only on NumPy.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LEVEL = 6
 
 
 def write_png(path: Path, pixels: NDArray[Any], text: Mapping[str, str]) -> None:
-    """Write an image; the file appears whole or not at all.
+    """Write an image. The file appears complete, or not at all.
 
     Args:
-        path: where to; a file that is there is replaced.
+        path: the file; an existing one is replaced.
         pixels: [H,W,3] uint8 or uint16.
         text: keyword (Latin-1, up to 79 characters) to UTF-8 text, written as iTXt chunks.
 
@@ -46,7 +46,7 @@ def write_png(path: Path, pixels: NDArray[Any], text: Mapping[str, str]) -> None
 
 
 def encode_png(pixels: NDArray[Any], text: Mapping[str, str], *, level: int = _LEVEL) -> bytes:
-    """The same as bytes.
+    """An image as the bytes of a PNG file.
 
     Args:
         pixels: [H,W,3] uint8 or uint16.
@@ -79,7 +79,7 @@ def _write(file: BinaryIO, pixels: NDArray[Any], text: Mapping[str, str], level:
 
 
 def _filtered_rows(pixels: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
-    """Rows of bytes, each less the row above it, behind the number of that filter."""
+    """Rows of bytes: the number of the filter, then the difference from the row above."""
     import numpy as np
 
     above = np.zeros((1, pixels.shape[1] * 3 * pixels.dtype.itemsize), np.uint8)

@@ -1,8 +1,8 @@
-"""Rotary tables: positions are data, so a policy needs no other graph and no other engine.
+"""Rotary position tables. Positions are data, so a policy needs no other ONNX graph and no other engine.
 
-A token stands at (time, row, column). Caption token i at (1+i, 0, 0), its padding included; image tokens at
-(padded caption + 1, row, column); image pads at (0, 0, 0). The tables are computed in float64, stored as float32, and
-list image tokens, image pads, caption: the order of the sequence (docs/model.md, "Rotary positions", and
+A token has a position (time, row, column). Caption token i is at (1+i, 0, 0), its padding included; image tokens are at
+(padded caption + 1, row, column); image pads are at (0, 0, 0). The tables are computed in float64 and stored as
+float32. They list image tokens, image pads, caption: the order of the sequence (docs/model.md, "Rotary positions", and
 docs/design.md, "Positions as data").
 """
 
@@ -54,7 +54,7 @@ def rope_tables(
 
 
 def caption_tables(tables: Tables, caption_tokens: int) -> Tables:
-    """The rows [T, R] of the caption, which stand at the end of every table."""
+    """The last T rows of each table, [T, R], which belong to the caption."""
     cosine, sine = tables
     return cosine[-caption_tokens:], sine[-caption_tokens:]
 
@@ -125,7 +125,7 @@ def _tables(rotary: RotarySpec, positions: NDArray[np.float64], grid: tuple[int,
 
 
 def _stretch(rotary: RotarySpec, axis: int, grid: int) -> float:
-    """How far the grid exceeds the trained one; the time axis is never stretched."""
+    """Ratio of the grid to the trained one, at least 1; the time axis is never stretched."""
     return 1.0 if axis == 0 else max(grid / rotary.base_grid, 1.0)
 
 

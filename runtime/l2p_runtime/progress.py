@@ -1,4 +1,4 @@
-"""How long work tells where it stands; the command line draws it, tests and libraries may ignore it."""
+"""Progress reports of long work. The command line shows them, tests and libraries may ignore them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Receives the stages of a long piece of work."""
+    """Receives the progress of the tasks of long work."""
 
     def task(self, title: str, total: int = 0, unit: str = "bytes") -> AbstractContextManager[Callable[[int], None]]:
-        """Enter a stage; the function it gives is told how much was done since the last call."""
+        """Enter a task. Yields a function that receives the amount done since its last call."""
 
     def phases(self, title: str) -> AbstractContextManager[Callable[[float, str], None]]:
-        """Enter a stage that tells which part of it is done, from 0 to 1, what it is doing, and at 1 what it made."""
+        """Enter a task. Yields a function that receives the fraction done, 0 to 1, and the phase; at 1, the result."""
 
     def note(self, text: str) -> None:
-        """Say one line that the user should read."""
+        """Show one line that the user should read."""
 
 
 class Silent:

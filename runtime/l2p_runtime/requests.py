@@ -1,4 +1,4 @@
-"""What callers hand to the pipeline, checked once at the edge: sizes, embeddings, pixels, memory."""
+"""Checks of what callers pass to the pipeline: sizes, embeddings, pixels, memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rng = Literal["philox", "torch-cpu"]
 class ImageRequest:
     """One image, checked: token grid, captions (the prompt's, then the negative one's) and sampling.
 
-    A caption is embeddings [L,C], or text that the bundle's text encoder is to read.
+    A caption is embeddings [L,C], or text for the bundle's text encoder.
     """
 
     grid: tuple[int, int]
@@ -49,8 +49,8 @@ def image_request(
 ) -> ImageRequest:
     """Check everything a caller asks of one image, before anything is loaded or allocated.
 
-    Embeddings win over text; a prompt beside them is only a description. With a text encoder, the negative prompt is
-    empty text unless given.
+    Embeddings take precedence over text; a prompt beside them is only a description. With a text encoder, the
+    negative prompt is empty text unless given.
 
     Raises:
         UsageError: a value out of range, a size that does not divide, or text for a bundle without a text encoder.
@@ -105,7 +105,7 @@ def longest_px(model: ModelSpec) -> int:
 
 
 def check_embeds(model: ModelSpec, embeds: object, batch: int | None = None) -> list[NDArray[np.float32]]:
-    """One [L,C] float32 array an image, from [L,C], [B,L,C] or a sequence of [L,C].
+    """One [L,C] float32 array per image, from [L,C], [B,L,C] or a sequence of [L,C].
 
     Raises:
         UsageError: another rank or width, no tokens or too many, not finite, another batch size, or captions whose
@@ -120,7 +120,8 @@ def check_embeds(model: ModelSpec, embeds: object, batch: int | None = None) -> 
     captions = [_check_caption(model, np.asarray(caption)) for caption in embeds]
     if not captions or (batch is not None and len(captions) != batch):
         raise UsageError(
-            f"expected one caption an image, got {counted(len(captions), 'caption')} for {counted(batch or 1, 'image')}"
+            f"expected one caption per image, got {counted(len(captions), 'caption')} "
+            f"for {counted(batch or 1, 'image')}"
         )
     lengths = {model.padded(len(caption)) for caption in captions}
     if len(lengths) > 1:
@@ -135,7 +136,7 @@ def check_image(image: object) -> NDArray[np.float32]:
     """Noisy pixels [B,3,H,W] as contiguous float32.
 
     Raises:
-        UsageError: another rank, other channels, not finite, or no numbers.
+        UsageError: another rank, other channels, values that are not finite, or no numbers.
     """
     import numpy as np
 
@@ -177,7 +178,7 @@ def plan_call(
         need: what the call takes.
         limit_bytes: what a call may take while a transformer network runs.
         head_limit_bytes: what it may take while the head runs.
-        head_rows: the most token rows that the head takes at once; None for any number.
+        head_rows: maximum of token rows that the head takes at once; None for any number.
 
     Raises:
         HostError: the buffers, the attention or the smallest stripe do not fit.

@@ -1,4 +1,4 @@
-"""The sampler: takes noise to an image, one prediction a step, and shows what each step makes of it."""
+"""The sampler: turns noise into an image, one prediction per step and prompt, with a preview of each step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from l2p_runtime.stripes import Stripe
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Told (steps done, steps in all) after each step."""
+"""Receives (steps done, total steps) after each step."""
 
 Preview: TypeAlias = "Callable[[int, int, NDArray[Any]], None]"
-"""Told (step, steps in all, pixels [H,W,3]) before a step is taken: the image if the rest were one step from here."""
+"""Receives (step, total steps, pixels [H,W,3]) before each step: the image if one step from here finished it."""
 
 _FLOAT_BYTES = 4
 
@@ -39,7 +39,7 @@ def sample(
     preview: Preview | None,
     cancelled: Callable[[], bool],
 ) -> NDArray[Any]:
-    """Draw.
+    """Draw an image from noise.
 
     Args:
         denoiser: the model on its device.
@@ -48,9 +48,9 @@ def sample(
         stripes: of the head.
         sampling: steps, guidance and shift.
         dtype: of the pixels.
-        progress: told after each step.
-        preview: shown every step's estimate of the finished image.
-        cancelled: asked between networks and stripes.
+        progress: called after each step.
+        preview: receives every step's estimate of the finished image.
+        cancelled: called between networks and stripes; true stops the drawing.
 
     Returns:
         [H,W,3] of `dtype`.
@@ -81,7 +81,7 @@ def sample(
 
 
 def preview_bytes(height: int, width: int) -> int:
-    """What showing previews takes on the device beside the call: the estimate, and its pixels at most."""
+    """Bytes that previews take on the device beside the call, at most: the estimate and its pixels."""
     return _FLOAT_BYTES * 2 * 3 * height * width
 
 

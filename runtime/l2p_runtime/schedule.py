@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """Noise levels of each step and the final 0: `steps` + 1 values from 1 down.
+    """Sigma of each step and the final 0: `steps` + 1 values, descending from 1.
 
     sigma_i runs linearly from 1 towards 0 and is shifted to s sigma / (1 + (s - 1) sigma).
     """
@@ -13,5 +13,5 @@ def sigmas(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def model_time(sigma: float) -> float:
-    """The time a network is given: 0 at pure noise, 1 at a clean image. Kept in float32, not rounded to BF16."""
+    """The time input of a network: 0 at pure noise, 1 at a clean image. Kept in float32, not rounded to BF16."""
     return 1.0 - sigma

@@ -1,6 +1,6 @@
-"""What a server does with a bundle: checks a request against its limits, draws, says what went wrong.
+"""Serves a bundle: checks a request against limits, draws, describes failures.
 
-Nothing here knows Triton; the models in `runtime/triton_models/` turn tensors into these calls and back.
+Independent of Triton: the models in `runtime/triton_models/` turn tensors into these calls and back.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ ANY_BACKEND = "auto"
 PREVIEW_DTYPE: PixelDType = "uint8"
 
 Refusal: TypeAlias = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
-"""Why a request has no image: it is wrong, this server cannot, its caller gave up, or a bug."""
+"""Why a request has no image: it is wrong, this server cannot draw it, its caller cancelled, or a bug."""
 
 PictureComparison: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
-"""Told (step, steps in all, preview [h,w,3])."""
+"""Receives (step, total steps, preview [h,w,3])."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server takes, checked before anything is allocated for a request.
+    """Limits of requests, checked before anything is allocated for one.
 
     Attributes:
-        pixels: of one image, height times width.
-        steps: denoising steps of one image.
-        prompt_bytes: of a prompt, and of a negative one, in UTF-8.
+        pixels: maximum pixels of one image, height times width.
+        steps: maximum denoising steps of one image.
+        prompt_bytes: maximum bytes of a prompt, and of a negative one, in UTF-8.
     """
 
     pixels: int
@@ -57,11 +57,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
-    """What a service is made of; travels as the string parameters of a model's configuration.
+    """Settings of a service, stored as the string parameters of a model's configuration.
 
     Attributes:
         bundle: folder of the bundle, absolute or from the model's version folder.
-        bundle_digest: of the bundle it is meant to serve.
+        bundle_digest: digest of the bundle that it serves.
         backend: as `Pipeline.open` takes it.
         plan: precision plan; empty for the first that the backend runs.
         memory_budget: as `Pipeline.open` takes it; empty for what the device has free.
@@ -84,7 +84,7 @@ class ServiceSpec:
             raise UsageError(f"preview_px is {self.preview_px}, expected 1 or more")
 
     def to_parameters(self) -> dict[str, str]:
-        """As the configuration holds it."""
+        """The parameters of a model's configuration."""
         limits = self.limits
         own = {name: str(getattr(self, name)) for name in _TEXTS}
         return own | {
@@ -96,7 +96,7 @@ class ServiceSpec:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> Self:
-        """Read what `to_parameters` made; further parameters are left alone.
+        """Read the parameters that `to_parameters` made; further ones are ignored.
 
         Raises:
             UsageError: one is missing or no number.
@@ -118,12 +118,12 @@ class ServiceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """An image [H,W,3] and what was done for it.
+    """A finished image with its report.
 
     Attributes:
-        pixels: the image.
-        report: sampling as used, bundle, plan, seconds of each stage.
-        text: what a file of it says of itself.
+        pixels: the image, [H,W,3].
+        report: sampling as used, bundle, plan, seconds of each part of the work.
+        text: metadata for a file of the image.
     """
 
     pixels: NDArray[Any]
@@ -179,8 +179,8 @@ class Service:
         Args:
             values: `prompt` and `negative_prompt` as UTF-8 bytes, `prompt_embeds` and `negative_embeds` [L,C], and
                 the numbers `height`, `width`, `seed`, `steps`, `guidance`; what is absent has the bundle's default.
-            cancelled: asked between networks and stripes.
-            shown: shown a preview of every step.
+            cancelled: called between networks and stripes; true stops the drawing.
+            shown: receives a preview of every step.
 
         Raises:
             UsageError: a value that is wrong or over a limit; nothing was allocated for it.
@@ -221,7 +221,7 @@ class Service:
         return Drawn(pixels, report, picture_text(report, call["prompt"], call["negative_prompt"]))
 
     def probe(self) -> Drawn:
-        """Find out whether an image can be drawn now: look at the bundle's files, then draw the least one there is.
+        """Find out whether an image can be drawn now: check the bundle's files, then draw an image of the minimum size.
 
         Raises:
             ArtifactError: a file is absent or changed, or the bundle is another one.
@@ -241,7 +241,7 @@ class Service:
         return self.draw(values)
 
     def describe(self, error: BaseException) -> tuple[Refusal, str]:
-        """What a caller is told of a failure: no path of this machine, no line of ours."""
+        """A failure as callers see it, without paths of this machine and without source lines."""
         if isinstance(error, UsageError):
             return "INVALID_ARG", self._told(error)
         if isinstance(error, CancelledError):
@@ -253,11 +253,11 @@ class Service:
         return "INTERNAL", "this server failed in a way that it does not know; its log says more"
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._pipe.close()
 
     def _told(self, error: L2PError) -> str:
-        # Hints that name options are for whoever is at a command line.
+        # Hints that name options are for users of the command line.
         tells = isinstance(error, UsageError) and error.hint and "--" not in error.hint
         text = f"{error} ({error.hint})" if tells else str(error)
         bundle = self._pipe.bundle
@@ -303,10 +303,10 @@ class Service:
         return image_request(manifest, **rest, sampling=sampling, rng="philox", dtype=self.spec.dtype)
 
     def _check_bundle(self, *, first: bool = False) -> None:
-        """Hash every file whose size or time differ from when it was last right.
+        """Hash every file whose size or time has changed since it was last checked.
 
         Raises:
-            ArtifactError: one is absent or changed, or the manifest is another one.
+            ArtifactError: a file is absent or changed, or the manifest is another one.
         """
         bundle = self._pipe.bundle
         if not first and open_manifest_digest(bundle) != bundle.digest:
@@ -331,7 +331,7 @@ def open_manifest_digest(bundle: Bundle) -> str:
 
 
 def small_preview(pixels: NDArray[Any], longest_px: int) -> NDArray[np.uint8]:
-    """Pixels [H,W,3] as uint8 [h,w,3], every so-many-th of them, so that no side exceeds `longest_px`."""
+    """Pixels [H,W,3] as uint8 [h,w,3], every n-th row and column, so that no side exceeds `longest_px`."""
     import numpy as np
 
     step = max(1, -(-max(pixels.shape[:2]) // longest_px))
@@ -340,11 +340,11 @@ def small_preview(pixels: NDArray[Any], longest_px: int) -> NDArray[np.uint8]:
 
 
 def png_base64(pixels: NDArray[Any], text: Mapping[str, str]) -> bytes:
-    """A PNG file as ASCII, which JSON can carry.
+    """A PNG file as base64 in ASCII, which JSON can hold.
 
     Args:
-        pixels: [H,W,3] uint8, or float16 in [0,1], which becomes 16 bits a channel.
-        text: keyword to text that the file carries.
+        pixels: [H,W,3] uint8, or float16 in [0,1], which becomes 16 bits per channel.
+        text: keyword to text that the file holds.
     """
     import numpy as np
 
@@ -355,7 +355,7 @@ def png_base64(pixels: NDArray[Any], text: Mapping[str, str]) -> bytes:
 
 
 def picture_text(report: Mapping[str, Any], prompt: str | None, negative_prompt: str | None) -> dict[str, str]:
-    """What a file of an image says of itself, from the report that came with it."""
+    """Metadata for a file of an image, from its report."""
     names = ("seed", "steps", "guidance", "shift", "positions", "plan", "bundle", "trained")
     return {
         "Software": f"l2p-export {__version__}",

@@ -1,6 +1,6 @@
-"""Cutting the pixel head into horizontal stripes that together equal the whole, exactly in arithmetic.
+"""Cuts the pixel head into horizontal stripes that together equal the whole, exactly in arithmetic.
 
-A stripe covers whole token rows and reads a halo of rows on each side; what the halo spoils is thrown away. Three
+A stripe covers whole token rows and reads a halo of rows on each side; the halo's own results are thrown away. Three
 rows are enough where the patch is 2^levels pixels: 3 (2^levels - 1) pixels of reach are less than 3 patches.
 """
 
@@ -31,8 +31,8 @@ def plan_stripes(head: HeadSpec, rows: int, bytes_per_row: int, budget_bytes: in
     Args:
         head: halo of the model's head.
         rows: token rows of the image.
-        bytes_per_row: activation bytes that one token row takes inside the head.
-        budget_bytes: what one stripe may take.
+        bytes_per_row: activation bytes of one token row inside the head.
+        budget_bytes: maximum activation bytes of one stripe.
 
     Raises:
         HostError: not even one row with its halo fits, or the head cannot be cut and does not fit whole.
@@ -48,7 +48,7 @@ def plan_stripes(head: HeadSpec, rows: int, bytes_per_row: int, budget_bytes: in
         )
     kept = fitting - 2 * head.halo_rows
     if kept < 1:
-        # The least is one row with both halos, or the whole of a small image.
+        # The minimum is one row with both halos, or the whole of a small image.
         least = min(1 + 2 * head.halo_rows, rows) * bytes_per_row
         raise HostError(
             f"one stripe of the pixel head needs {least:,} bytes, {max(budget_bytes, 0):,} bytes are left for it",

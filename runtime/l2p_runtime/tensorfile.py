@@ -1,4 +1,4 @@
-"""Safetensors files, read with suspicion: the header is checked in full before anything is allocated.
+"""Reads safetensors files. The header is checked in full before anything is allocated.
 
 Layout (safetensors README, "Format"): 8 bytes little-endian header length, JSON header, tensor data.
 The `safetensors` library checks too, but answers with its own wording and cannot map BF16 for NumPy.

@@ -1,8 +1,8 @@
-"""Prompts to embeddings, without torch: chat template, token numbers, and the text encoder's hidden states.
+"""Turns prompts into embeddings, without torch: chat template, token numbers, text encoder.
 
 Token numbers are those of transformers' `apply_chat_template` followed by its tokenizer
 (docs/model.md, "Text encoder"): the template is filled in as text and tokenized whole, so special tokens that a prompt
-spells out count as such there and here.
+spells out count as such, as they do there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROMPT_CHARACTERS_MAX = 1 << 20
 _TEMPLATE_BYTES_MAX = 64 << 10
 _PLACE = "{prompt}"
 PROMPTS_AT_ONCE = 4
-"""The most prompts that go through the text encoder in one call."""
+"""Maximum of prompts that go through the text encoder in one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,11 @@ class Tokenizer:
         """Token numbers of a prompt in its template.
 
         Args:
-            prompt: text; an empty one gives the template alone.
-            truncate: cut at the right what is too long, the template's end first, as published.
+            prompt: text; an empty one gives only the template.
+            truncate: cut too long prompts on the right, the template's end first, as published.
 
         Raises:
-            UsageError: too long and not to be cut, or no text.
+            UsageError: the prompt is too long and `truncate` is false, or it is no text.
         """
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt is a {type(prompt).__name__}, expected text")
@@ -102,7 +102,7 @@ def load_tokenizer(path: Path, template: str, max_tokens: int = MAX_TOKENS) -> T
         ) from error
     try:
         library = tokenizers.Tokenizer.from_str(text)
-    # The library raises bare `Exception`, and its panics derive from BaseException alone.
+    # The library raises bare `Exception`; its panics derive only from BaseException.
     except Exception as error:
         raise ArtifactError(f"`{path}` is no tokenizer: {str(error)[:200]}", hint="download it again") from error
     library.no_truncation()
@@ -142,17 +142,17 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
 def encode_prompts(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], device: Device, *, truncate: bool = False
 ) -> list[NDArray[np.float32]]:
-    """Run the text encoder on prompts, some at a time, and strip the padding.
+    """Run the text encoder on prompts, `PROMPTS_AT_ONCE` at a time, and strip the padding.
 
     Args:
         engine: the loaded `text_encoder`.
-        tokenizer: what it was trained with.
+        tokenizer: the tokenizer that it was trained with.
         prompts: texts; all are tokenized before any is encoded.
         device: where the engine runs.
         truncate: cut prompts that are too long.
 
     Returns:
-        Embeddings [L,C] of each prompt, L its own number of tokens.
+        Embeddings [L,C] float32 of each prompt, L its own number of tokens.
 
     Raises:
         UsageError: a prompt is too long.
@@ -168,7 +168,7 @@ def encode_prompts(
 def _encode_batch(engine: Engine, rows: Sequence[list[int]], device: Device) -> list[NDArray[np.float32]]:
     import numpy as np
 
-    # Which number pads is of no account: attention is causal and masked, and padding stands at the right.
+    # Any number may pad: attention is causal and masked, and padding is on the right.
     ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
     mask = np.zeros_like(ids)
     for index, row in enumerate(rows):

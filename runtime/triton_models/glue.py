@@ -1,4 +1,4 @@
-"""What both models share: tensors to values and back, errors, counters. Copied beside each `model.py`."""
+"""Shared code of both models: tensors to values and back, errors, counters. Copied beside each `model.py`."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ class Host:
         if reads_wrong() and any(tensor["name"] == "prompt" for tensor in config["input"]):
             raise pb_utils.TritonModelException(
                 f"this server's Python backend cannot read texts with NumPy {np.__version__}: give it one with "
-                "numpy<2, use a newer server, or serve l2p_embeddings alone"
+                "numpy<2, use a newer server, or serve only l2p_embeddings"
             )
         try:
             self.service = Service.open(ServiceSpec.from_parameters(parameters), folder, device)

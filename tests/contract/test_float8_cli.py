@@ -155,7 +155,7 @@ def test_the_plan_of_a_sweep_keeps_what_it_says(swept: SweepResult) -> None:
     assert len(eighths) + len(kept) == 100
     assert not any(0 < sum(f"{name}.{part}" in kept for part in ("query", "key", "value")) < 3
                    for name in {name.rpartition(".")[0] for name in kept})  # fmt: skip
-    assert "alone makes an error of 0.0" in layers[min(kept)].reason
+    assert "in FP8 makes an error of 0.0" in layers[min(kept)].reason
     assert f"{GATE:g} is allowed" in layers[min(kept)].reason
 
 

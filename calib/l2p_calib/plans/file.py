@@ -38,7 +38,7 @@ EXPONENTS = range(-24, 25)
 """Powers of two that weights may be scaled by: float16 spans about forty."""
 
 INPUT_SCALES = (2.0**-24, 65504.0)
-"""The least and largest scale of an FP8 layer's inputs: graphs hold it in float16."""
+"""Minimum and maximum scale of an FP8 layer's inputs: ONNX graphs hold it in float16."""
 
 _FILE_BYTES_MAX = 64 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(-[a-z0-9][a-z0-9_]{0,31}){0,3}")
@@ -62,12 +62,12 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """How the inputs of a layer in FP8 are rounded, or an input of attention; scales of weights follow from these.
+    """How the input of an FP8 layer, or an input of attention, is rounded. Scales of weights follow from these.
 
     Attributes:
         input_scale: what inputs are divided by, before any scaling by powers of two.
         method: how it was chosen: one of the choices, or whatever a person calls it.
-        choices: what was there to choose from, each with its error.
+        choices: the scales to choose from, each with its error.
     """
 
     input_scale: float
@@ -88,13 +88,13 @@ class LayerPlan:
     """One layer.
 
     Attributes:
-        layer: published name; a pad token; `residual.NETWORK`; or an input of attention, which is listed where the plan
-            is to round it.
-        dtype: that its weights are stored in and that it computes in.
+        layer: published name; a pad token; `residual.NETWORK`; or an input of attention, which is listed only where
+            the plan rounds it.
+        dtype: dtype that its weights are stored in and that it computes in.
         exponent: its weights are stored times two to this power; only where a norm undoes it.
-        reason: why it is so; empty where it is the plan's default.
+        reason: why it has this dtype; empty where it is the plan's default.
         evidence: what was measured of it.
-        float8: how its inputs are rounded; of layers in FP8 alone.
+        float8: how its inputs are rounded; only of layers in FP8.
     """
 
     layer: str
@@ -121,8 +121,8 @@ class PlanFile:
         name: small letters, digits and dashes.
         base: the plan of `PLANS` that it was made from. A file without it has a name that starts with its base.
         default: dtype of layers that are not listed.
-        headroom: factor between the largest magnitude that was measured and the most that the dtype holds.
-        networks: what it was made for; it is refused for others. A network that is left out takes any weights.
+        headroom: factor between the largest magnitude that was measured and the maximum of the dtype.
+        networks: the weights it was made for; others are refused. A network that is left out takes any weights.
     """
 
     name: str
@@ -162,7 +162,7 @@ class PlanFile:
 
     @property
     def plan(self) -> PrecisionPlan:
-        """What graphs are made by."""
+        """The precision plan that ONNX graphs are exported under."""
         return PrecisionPlan(
             self.name,
             self.base,
@@ -203,7 +203,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def _with_base(parsed: object) -> object:
-    """What a file holds, with the base that files of earlier versions state by their plan's name."""
+    """The content of a file with its base; files of earlier versions state the base by their plan's name."""
     if not isinstance(parsed, dict) or "base" in parsed:
         return parsed
     name = parsed.get("name")
@@ -216,12 +216,12 @@ def _with_base(parsed: object) -> object:
 
 
 def check_layers(plan: PlanFile, layouts: Sequence[QuantizationLayout]) -> None:
-    """Check that a plan speaks of a model's layers, and scales those that may be.
+    """Check that a plan names only layers of a model, and scales only those that may be scaled.
 
     Raises:
-        ArtifactError: an unknown layer; one that no norm follows is scaled; or one is in FP8 that cannot be, or whose
-            input has another scale for another layer; or some inputs of an attention are in FP8 and others not, or
-            one is in float32.
+        ArtifactError: a layer is unknown; a layer that no norm follows is scaled; a layer is in FP8 that cannot be;
+            two layers read the same input with different scales; only some inputs of an attention are in FP8; or one
+            of them is in float32.
     """
     products = [product for layout in layouts for product in layout.quantizable]
     known = {layer for layout in layouts for layer in layout.layers} | {product.layer for product in products}
@@ -250,8 +250,8 @@ def _check_products(plan: PlanFile, reads: Mapping[str, str]) -> None:
             continue
         if entry.layer not in reads:
             raise ArtifactError(
-                f"plan `{plan.name}` has `{entry.layer}` in {FLOAT8}, which products of attention and feed-forward, "
-                "and inputs of attention, alone can be",
+                f"plan `{plan.name}` has `{entry.layer}` in {FLOAT8}, which only linear layers of attention and "
+                "feed-forward, and inputs of attention, can be",
                 hint=f"as `{min(reads)}`; set this one to {plan.default}" if reads else f"set it to {plan.default}",
             )
         other, scale = scales.setdefault(reads[entry.layer], (entry.layer, entry.float8.input_scale))
@@ -275,7 +275,7 @@ def _check_attention(plan: PlanFile, attention: Attention) -> None:
         )
     if len(set(dtypes.values())) > 1:
         raise ArtifactError(
-            f"plan `{plan.name}` has {told}: what attention multiplies is in {FLOAT8} altogether or not at all",
+            f"plan `{plan.name}` has {told}: query, key and value must be all {FLOAT8}, or none",
             hint=f"give all three {FLOAT8} with an input_scale, or set them to {plan.default}",
         )
 

@@ -1,7 +1,8 @@
-"""A float16 plan from measurement: which branches are scaled by how much, and what has to stay in float32.
+"""Float16 plans from measurement: the power of two of each branch, and the layers that must stay in float32.
 
-Every branch that a norm follows is scaled by 2^-6, which is exact; more where values ask for it. What may still exceed
-float16, with a headroom, is raised to float32: linears, embedders, convolutions and the residual, never attention.
+Every branch that a norm follows is scaled by 2^-6, which is exact, or by more where values need it. Layers that may
+still exceed float16, with a headroom, are raised to float32: linear layers, embedders, convolutions and the residual,
+never attention.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from l2p_runtime.errors import ParityError
 FLOAT16_MAX = 65504.0
 
 HEADROOM = 4.0
-"""How far the largest value that was measured stays under the most that float16 holds: other prompts, sizes and
-timesteps bring larger ones."""
+"""Factor between the largest value that was measured and the maximum of float16: other prompts, sizes and timesteps
+bring larger values."""
 
 USUAL_EXPONENT = -6
-"""What every branch is scaled by. The published model peaks at 63,000 there (docs/model.md, "Value ranges");
+"""The exponent of every branch. The published model peaks at 63,000 there (docs/model.md, "Value ranges");
 1,000 is far from both ends of float16."""
 
 WEIGHT_PEAK_MIN = 2.0**-11
@@ -71,7 +72,7 @@ def measured_plan(base: NamedPlan, measurements: Sequence[Measurement], headroom
 
 
 def overflows(plan: PrecisionPlan, measurement: Measurement, limit: float = FLOAT16_MAX) -> list[tuple[str, float]]:
-    """Points that a plan holds in float16, with the scaled magnitude that is over the limit; empty where none is."""
+    """Points that a plan holds in float16 and whose scaled magnitude is over the limit, with it, largest first."""
     found = []
     for point in measurement.layout.points:
         is_narrow = not point.holders or any(plan.carrier(layer) == "float16" for layer in point.holders)
@@ -87,12 +88,12 @@ def largest(plan: PrecisionPlan, measurement: Measurement) -> tuple[str, float]:
 
 
 def base_layers(base: PrecisionPlan, item: Measurement) -> list[LayerPlan]:
-    """The layers of one network as a plan's rules have them, nothing scaled and nothing raised, with their evidence."""
+    """The layers of one network by the plan's rules, with their evidence; nothing is scaled or raised."""
     return [_entry(base, item, layer, 0, None) for layer in item.layout.layers]
 
 
 def measured_layers(base: PrecisionPlan, item: Measurement, headroom: float = HEADROOM) -> list[LayerPlan]:
-    """The layers of one network, scaled and raised as was measured.
+    """The layers of one network, scaled and raised by what was measured.
 
     Raises:
         ArtifactError: the network made NaN or Inf in float32.
@@ -113,7 +114,7 @@ def measured_layers(base: PrecisionPlan, item: Measurement, headroom: float = HE
 def _raised_by_values(
     base: PrecisionPlan, item: Measurement, exponents: Mapping[str, int], headroom: float
 ) -> dict[str, list[str]]:
-    """Layers that values keep from float16, with the reasons."""
+    """Layers whose values do not fit float16, with the reasons."""
     raised: dict[str, list[str]] = {}
     limit = FLOAT16_MAX / headroom
     for point in item.layout.points:
@@ -132,7 +133,7 @@ def _raised_by_values(
 def _raised_by_weights(
     base: PrecisionPlan, item: Measurement, exponents: Mapping[str, int], headroom: float
 ) -> dict[str, list[str]]:
-    """Layers that weights keep from float16, with the reasons; a gain that large makes values that large."""
+    """Layers whose weights do not fit float16, with the reasons; a gain that large makes values that large."""
     raised: dict[str, list[str]] = {}
     for tensor, peak in item.weight_peaks.items():
         layer = layer_of(tensor)
@@ -162,12 +163,12 @@ def _entry(
 
 
 def evidence_of(point: str, ranges: Ranges) -> Evidence:
-    """What a plan tells of a point that was measured."""
+    """The figures that a plan states for a measured point."""
     return Evidence(point, ranges.peak, ranges.percentile(99.9), ranges.calls)
 
 
 def _branch_exponents(branch: Branch, item: Measurement, limit: float) -> dict[str, int]:
-    """Exponents of a branch: the usual one, more where values ask for it, and none that the weights do not bear."""
+    """Exponents of a branch: the usual one, more where values need it, and none that underflows the weights."""
     inner = [point.name for point in item.layout.points if point.scaled_by == (branch.first,)]
     needed = min((_exponent_for(item.peak(name), limit) for name in inner), default=0)
     usual = {branch.usual: USUAL_EXPONENT}
@@ -183,7 +184,7 @@ def _exponent_for(peak: float, limit: float) -> int:
 
 
 def _exponent_borne(item: Measurement, layer: str) -> int:
-    """The least power of two, 0 or less, that leaves a layer's weights in the normal range of float16."""
+    """The minimum power of two, 0 or less, that leaves a layer's weights in the normal range of float16."""
     peak = max((peak for tensor, peak in item.weight_peaks.items() if layer_of(tensor) == layer), default=0.0)
     return -max(0, math.floor(math.log2(peak / WEIGHT_PEAK_MIN))) if peak > 0 else EXPONENTS.start
 

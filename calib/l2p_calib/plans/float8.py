@@ -1,6 +1,6 @@
-"""A plan with products in FP8: a measured float16 plan whose products get a scale for what they read.
+"""FP8 plans: a measured float16 plan whose linear layers are in FP8, each with a scale for its inputs.
 
-Where it has the inputs of attention in FP8, these are listed behind the layers, each with a scale of its own.
+If query, key and value are in FP8 too, they are listed after the layers, each with a scale of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from l2p_calib.statistics.ranges import require_finite
 from l2p_runtime.errors import ArtifactError, HostError
 
 PLAIN = "fp8-plain"
-"""The plan that chooses nothing: every product in FP8, scales by the largest value, no branch scaled, none raised."""
+"""The plan that chooses nothing: every linear layer in FP8, scales by the maximum, no branch scaled, none raised."""
 
 
 def float8_plan(
@@ -26,20 +26,21 @@ def float8_plan(
     headroom: float = HEADROOM,
     kept: Mapping[str, str] | None = None,
 ) -> PlanFile:
-    """Complete a plan that has products in FP8.
+    """Complete a plan that has linear layers in FP8.
 
-    What is not in FP8 is as in a measured float16 plan. A product that float16 could not hold stays in float32, one
-    whose inputs were all 0 in float16, and so does an attention of which one input was all 0.
+    Layers that are not in FP8 are as in a measured float16 plan. A linear layer that float16 could not hold stays in
+    float32. A linear layer whose inputs were all 0 stays in float16, and so does an attention with an input that was
+    all 0.
 
     Args:
         base: its name, and what that says whatever is measured.
         measurements: of every network.
-        headroom: of what float16 holds, see `measured.HEADROOM`.
-        kept: products that are to stay in float16 all the same, with the reason.
+        headroom: of what float16 holds, see `float16.HEADROOM`.
+        kept: layers that must stay in float16, with the reason.
 
     Raises:
         HostError: nothing was measured of a network, which machines with little memory leave out.
-        ArtifactError: a network made NaN or Inf in float32, or what it is to round in FP8 was not measured.
+        ArtifactError: a network made NaN or Inf in float32, or a point that is rounded to FP8 was not measured.
         ParityError: values inside attention exceed float16, and nothing exact brings them down.
     """
     plan = base.of(item.layout for item in measurements)
@@ -49,7 +50,7 @@ def float8_plan(
 
 
 def _layers(base: PrecisionPlan, item: Measurement, headroom: float, kept: Mapping[str, str]) -> Iterator[LayerPlan]:
-    """The layers of one network, and the inputs of attention that the plan's rules have in FP8."""
+    """The layers of one network, then the inputs of attention that the plan's rules put in FP8."""
     is_plain = base.base == PLAIN
     if item.statistics is not None:
         require_finite(item.statistics)
@@ -117,6 +118,6 @@ def _unrounded(entry: LayerPlan, base: PrecisionPlan, why: str) -> LayerPlan:
 
 
 def _joined(entry: LayerPlan, base: PrecisionPlan, why: str) -> str:
-    """The reasons of a layer, without that of the rule, which all products share."""
+    """The reasons of a layer, without that of the rule, which all FP8 layers share."""
     shared = {rule.reason for rule in base.rules if rule.dtype == FLOAT8}
     return "; ".join([*(part for part in entry.reason.split("; ") if part and part not in shared), why])

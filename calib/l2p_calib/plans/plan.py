@@ -1,8 +1,8 @@
-"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and why.
+"""Precision plans: each layer's dtype, the power of two that its weights are scaled by, and the reason.
 
-docs/design.md, "Precision", has the rules in short.
+docs/design.md, "Precision", summarizes the rules.
 
-A plan's name is free; its base says what a bundle is judged by.
+A plan's name is free; its base decides the thresholds that a bundle is judged by.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from l2p_runtime.contract.codec import to_json
 ComputeDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 
 FLOAT8: Final = "float8_e4m3fn"
-"""The dtype of products of FP8 numbers: their inputs and weights are rounded to it, what they make is not. An input of
-attention that has it is rounded, and attention makes the plan's default."""
+"""The dtype of FP8 layers. A linear layer rounds its inputs and weights to it, but not its outputs. An input of
+attention is rounded to it; the output of attention has the plan's default dtype."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FLOAT8: 1}
 """Bytes of a value of each dtype."""
@@ -70,7 +70,7 @@ class InputScale:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """Which dtype each layer's weights are stored in, and so computes in; scales of weights, and of inputs of FP8.
+    """The dtype that each layer stores its weights in and computes in, scales of weights, and scales of FP8 inputs.
 
     Attributes:
         name: free; files and manifests know the plan by it.
@@ -91,7 +91,7 @@ class PrecisionPlan:
         return max(matching, key=lambda rule: len(rule.layer)).dtype if matching else self.default
 
     def carrier(self, layer: str) -> ComputeDType:
-        """The dtype of what a layer makes, and of what it reads before it is rounded: its own, but for FP8 layers."""
+        """The dtype of a layer's outputs, and of its inputs before rounding: its own, or the default for FP8 layers."""
         dtype = self.dtype(layer)
         return self.default if dtype == FLOAT8 else dtype
 
@@ -100,7 +100,7 @@ class PrecisionPlan:
         return next((scale.exponent for scale in self.scales if scale.layer == layer), 0)
 
     def of_layers(self, layers: Collection[str]) -> PrecisionPlan:
-        """What it says of some layers, without the reasons: equal where the layers' graphs are equal.
+        """The plan restricted to some layers, without the reasons: equal where the layers' ONNX graphs are equal.
 
         Args:
             layers: names of layers and tensors.
@@ -129,10 +129,10 @@ class PrecisionPlan:
 
     @property
     def opset(self) -> int:
-        """ONNX operator set of the plan's graphs.
+        """ONNX opset of the plan's ONNX graphs.
 
         TensorRT for RTX refuses the float32 `Attention` operator of opset 23 and builds it decomposed at 20
-        (docs/design.md, "TensorRT facts"); a float16 or bfloat16 graph keeps it whole.
+        (docs/design.md, "TensorRT facts"); a float16 or bfloat16 ONNX graph keeps it whole.
         """
         return OPSET_DECOMPOSED_ATTENTION if self.default == "float32" else OPSET_WHOLE_ATTENTION
 
@@ -144,7 +144,7 @@ class PrecisionPlan:
 
 
 Role = Literal["linear", "attention"]
-"""What a layout lists to be in FP8: linear layers (`products`), and inputs of attention (`attentions`)."""
+"""Kinds of layers that may be in FP8: linear layers (`linear_layers`), and inputs of attention (`attentions`)."""
 
 _REASONS: Mapping[Role, str] = {
     "linear": "a product of attention or feed-forward",
@@ -154,7 +154,7 @@ _REASONS: Mapping[Role, str] = {
 
 @dataclass(frozen=True, slots=True)
 class NamedPlan:
-    """A plan as it is before a model is known: the dtype of layers by their role, which a model's layouts give them.
+    """A plan before a model is known: the dtype of layers by role. A model's layouts give each layer its role.
 
     Attributes:
         name: free, as of a plan.
@@ -182,7 +182,7 @@ class NamedPlan:
 
     @property
     def dtypes(self) -> tuple[ComputeDType, ...]:
-        """Every dtype that its plans may compute in."""
+        """Every dtype that a plan made from it may compute in."""
         found: list[ComputeDType] = [self.default, "float32"]
         return tuple(dict.fromkeys([*found, FLOAT8] if self.float8 else found))
 
@@ -202,4 +202,4 @@ SWEPT: tuple[BasePrecision, ...] = ("fp8", "fp8-attention")
 """Plans that a sweep can start from."""
 
 MEASURED: tuple[BasePrecision, ...] = ("fp16", *SWEPT, "fp8-plain")
-"""Plans that a build completes from what it measures; the others are taken as they stand."""
+"""Plans that a build completes with measurements; the others are used unchanged."""

@@ -1,4 +1,4 @@
-"""Statistics of a float32 graph: ONNX Runtime is asked for the values of its points as further outputs."""
+"""Activation statistics of a float32 ONNX graph: ONNX Runtime returns the values of its points as further outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 GROUP_BYTES = 1 << 30
-"""What the values of points that are asked for at once may take; a graph with more is run several times."""
+"""Maximum bytes of the point values of one run; an ONNX graph with more is run several times."""
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
@@ -26,15 +26,15 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv")
 def point_values(
     graph: onnx.GraphProto, layout: QuantizationLayout, published_names: Callable[[str], Sequence[str]]
 ) -> dict[str, str]:
-    """Point to the name of the value that it is in a graph.
+    """Point to the name of its value in an ONNX graph.
 
     Args:
-        graph: a network in float32, as it is exported.
+        graph: an exported network in float32.
         layout: the network's points, and the rotations among them.
         published_names: name of a stored weight to the published names of what it holds.
 
     Raises:
-        ArtifactError: a point is not in the graph.
+        ArtifactError: a point is not in the ONNX graph.
     """
     found = dict(_values(graph, layout.rotations, published_names))
     wanted = [point.name for point in layout.points]
@@ -54,18 +54,18 @@ def count_graph(
     keep: Callable[[int, Arrays], None],
     advance: Callable[[int], None],
 ) -> dict[str, RangeCounter]:
-    """Run a graph on every sample and count the values of its points.
+    """Run an ONNX graph on every sample and count the values of its points.
 
     Args:
-        path: the graph, in a folder with its weights.
+        path: the ONNX graph, in a folder with its weights.
         points: point to the name of its value, from `point_values`.
         samples: each makes the inputs of one call.
-        values_bytes: what the values of all points take in the largest sample, about.
+        values_bytes: approximate bytes of the values of all points in the largest sample.
         keep: given the number of each sample and the network's own outputs for it.
         advance: told 1 after each run.
 
     Returns:
-        Point to what was counted.
+        Point to its counter.
     """
     counters = {point: RangeCounter() for point in points}
     groups = graph_groups(tuple(points), values_bytes)
@@ -86,14 +86,14 @@ def count_graph(
 
 
 def graph_groups(points: Sequence[str], values_bytes: int) -> list[Sequence[str]]:
-    """Points in groups whose values fit `GROUP_BYTES`, about; a graph runs once for each."""
+    """Points in groups whose values take about `GROUP_BYTES` at most; the ONNX graph runs once per group."""
     groups = max(1, min(len(points), -(-values_bytes // GROUP_BYTES)))
     size = -(-len(points) // groups)
     return [points[start : start + size] for start in range(0, len(points), size)]
 
 
 def _open(path: Path, values: Sequence[str], *, with_own: bool) -> tuple[Any, list[str]]:
-    """A session whose outputs are these values, and the graph's own when asked for."""
+    """A session whose outputs are these values and, if asked for, the ONNX graph's own; and the names of the latter."""
     import onnx
 
     try:
@@ -112,7 +112,7 @@ def _open(path: Path, values: Sequence[str], *, with_own: bool) -> tuple[Any, li
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    # Fused nodes have no values in between; a graph that is asked for some must stay as it is.
+    # Fusion removes intermediate values, which must stay.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
@@ -123,7 +123,7 @@ def _open(path: Path, values: Sequence[str], *, with_own: bool) -> tuple[Any, li
 def _values(
     graph: onnx.GraphProto, rotations: Mapping[str, str], published_names: Callable[[str], Sequence[str]]
 ) -> Iterator[tuple[str, str]]:
-    """Every point that a graph has, with its value; `rotations` has layers by the layer whose output they rotate."""
+    """Every point of an ONNX graph with its value; `rotations`: layer whose output is rotated to the rotated input."""
     weights = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     maker: dict[str, onnx.NodeProto] = {}
@@ -151,7 +151,7 @@ def _values(
 
 
 def _parts(node: onnx.NodeProto, count: int, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> list[str]:
-    """The outputs of a product, one for each weight that it joins: it is reshaped, split, and each part squeezed."""
+    """The outputs of a matrix product, one per joined weight: it is reshaped, split, and each part squeezed."""
     if count == 1:
         return [node.output[0]]
     (reshape,) = readers[node.output[0]]
@@ -160,7 +160,7 @@ def _parts(node: onnx.NodeProto, count: int, readers: Mapping[str, Sequence[onnx
 
 
 def _biased(value: str, layer: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str:
-    """A product's value with its bias, where that is added by a node of its own."""
+    """The value of a matrix product with its bias, where a node of its own adds that."""
     following = readers.get(value, ())
     if len(following) == 1 and following[0].op_type == "Add" and f"{layer}.bias" in following[0].input:
         return str(following[0].output[0])
@@ -170,7 +170,7 @@ def _biased(value: str, layer: str, readers: Mapping[str, Sequence[onnx.NodeProt
 def _normed(
     value: str, maker: Mapping[str, onnx.NodeProto], readers: Mapping[str, Sequence[onnx.NodeProto]]
 ) -> str | None:
-    """What a norm reads, from its value before the gain, x / rms(x); None where it is no norm."""
+    """The input x of a norm, from its value before the gain, x / rms(x); None where it is no norm."""
     product = maker.get(value)
     if product is None or product.op_type != "Mul":
         return None
@@ -187,12 +187,12 @@ def _rotated_point(
 
 
 def _rotated(value: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str | None:
-    """What a rotation makes of a value: its pairs are taken apart and joined again, by the nearest Concat behind it."""
+    """The rotated value: a rotation takes pairs apart, and the nearest Concat behind the value joins them again."""
     reached = [value]
     for name in reached:
         for node in readers.get(name, ()):
             if node.op_type == "Concat":
                 return str(node.output[0])
-            # Sizes are joined as well, to be reshaped by.
+            # A Concat of sizes, for a Reshape, is another one.
             reached += node.output if node.op_type != "Shape" else ()
     return None

@@ -1,7 +1,7 @@
-"""Activation statistics: what values a network's points take, over any number of denoising calls.
+"""Activation statistics: ranges and histograms of a network's points, over any number of denoising calls.
 
-A point's magnitudes are counted in eighths of an octave, by the first bits of their float32, so that statistics take
-constant memory, and those of two runs are merged exactly, in any order.
+A point's magnitudes are counted in eighths of an octave, by the first bits of their float32. So statistics take
+constant memory, and those of two runs merge exactly, in any order.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """What values one point took.
+    """The range and histogram of one point.
 
     Attributes:
         calls: denoising calls that it was seen in.
         count: finite values.
         non_finite: values that were NaN or Inf.
-        low: the least finite value; 0 without any.
-        high: the largest.
-        first_bin: of the magnitudes' histogram.
-        bins: how many magnitudes fall into each bin from there on.
+        low: the minimum of the finite values; 0 without any.
+        high: their maximum; 0 without any.
+        first_bin: first bin of the histogram of magnitudes.
+        bins: number of magnitudes in each bin from there on.
     """
 
     calls: int
@@ -81,11 +81,11 @@ class Ranges:
 
     @property
     def is_constant(self) -> bool:
-        """Whether all values are one."""
+        """Whether all values are equal."""
         return self.count > 1 and self.low == self.high
 
     def percentile(self, percent: float) -> float:
-        """A magnitude that so many percent of the values do not exceed: the upper edge of a bin, or the peak.
+        """The magnitude that `percent` of the values do not exceed: the upper edge of a bin, or the peak.
 
         Args:
             percent: 0 to 100.
@@ -220,7 +220,7 @@ def network_statistics(network: str, sha256: str, counters: Mapping[str, RangeCo
 
 
 def merge_ranges(first: Ranges, second: Ranges) -> Ranges:
-    """The ranges of both together: exact, whatever the order."""
+    """The ranges of both together, exact in any order."""
     with_values = [ranges for ranges in (first, second) if ranges.count]
     start = min((ranges.first_bin for ranges in with_values), default=0)
     stop = max((ranges.first_bin + len(ranges.bins) for ranges in with_values), default=0)
@@ -258,7 +258,7 @@ def merge_networks(parts: Sequence[NetworkStatistics]) -> NetworkStatistics:
 
 
 def merge_statistics(files: Iterable[Statistics]) -> Statistics:
-    """All of several files: networks of equal weights are merged, the others stand side by side."""
+    """Statistics of several files: networks of equal weights are merged, the others are kept side by side."""
     groups: dict[tuple[str, str], list[NetworkStatistics]] = {}
     sources: dict[str, None] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Statistics of a torch module that is passed in: hooks on its layers, and nothing of torch imported here."""
+"""Activation statistics of a torch module, by hooks on its layers; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def counting(module: nn.Module, points: Iterable[str]) -> Iterator[Mapping[str, 
         points: names as `layers.3.feed_forward.w2:in`; `residual.NETWORK:out` is the module's own (first) output.
 
     Yields:
-        Point to what it has counted.
+        Point to its counter.
     """
     counters = {point: RangeCounter() for point in points}
     handles = [_observe(module, point, counter) for point, counter in counters.items()]

@@ -1,1 +1,1 @@
-"""Engine builders: an engine library turns a graph into an engine, in a process of its own."""
+"""Engine builders: an engine library compiles an ONNX graph to an engine, in a process of its own."""

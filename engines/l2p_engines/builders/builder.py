@@ -1,6 +1,6 @@
-"""Engines, each built in a process of its own.
+"""Builds each engine in a process of its own.
 
-An interrupt ends it at once, a crash of the library is an error like any other, and its memory is given back.
+So an interrupt ends a build at once, a crash of the library becomes an error, and all its memory is freed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATIENCE_SECONDS = 1.0
 
 _LINES_KEPT = 40
 _LINE_BYTES = 4096
-"""A longer line is taken for several."""
+"""A longer line is split."""
 _PIPE_BYTES = 1 << 16
 
 
@@ -47,12 +47,12 @@ def build_engine(
     progress: Callable[[BuildProgress], None] = lambda progress: None,
     stalled_seconds: float = STALLED_SECONDS,
 ) -> EngineBuilt:
-    """Build one engine and put it at `out`; nothing is left there or beside it when that fails.
+    """Build one engine and put it at `out`. A build that fails leaves no files.
 
     Args:
         request: what to build.
-        out: the finished file; its folder is there.
-        progress: told where the build stands, in this thread; what it raises ends the build.
+        out: the finished file; its folder must exist.
+        progress: receives the progress, in this thread; an exception that it raises ends the build.
         stalled_seconds: how long the process may say nothing and use no processor time before it is ended.
 
     Raises:
@@ -69,14 +69,14 @@ def build_engine(
         built = _Build(request, partial, progress, stalled_seconds).run()
         commit_file(partial, out)
     finally:
-        # A file system that cannot be written refuses this too, and why the build failed is worth more.
+        # A file system that cannot be written refuses this too; the error of the build matters more.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return built
 
 
 def build_memory_bytes(weight_bytes: int) -> int:
-    """Memory that the process of a build takes, forecast; what it maps of the weights' file is not counted."""
+    """Forecast of the memory that the process of a build takes, in bytes, without the weights' file that it maps."""
     return ENGINE_BUILD_BYTES + round(ENGINE_BUILD_FACTOR * weight_bytes)
 
 
@@ -87,9 +87,9 @@ class _Build:
     Attributes:
         free_bytes: memory that was free before it.
         phase: what the library was last doing.
-        lines: the last errors of its log, then what it printed. Warnings are not among them: they come with builds
-            that succeed too, and would be taken for the cause.
-        result: what the process came to, as it said itself; None while it has not.
+        lines: the last errors of its log, then the lines that it printed. Warnings are left out: builds that succeed
+            have them too, and they would be taken for the cause.
+        result: the result that the process reported; None until then.
     """
 
     request: EngineRequest
@@ -127,7 +127,7 @@ class _Build:
         return replace(self.result, seconds=time.monotonic() - started, peak_memory_bytes=peak_bytes)
 
     def _listen(self, pipe: IO[bytes], watch: StallWatch) -> None:
-        """Hear what the worker says until it has said all; one that stalls is an error."""
+        """Read the worker's messages until it has sent all; a worker that stalls is an error."""
         ready = select.poll()
         ready.register(pipe, select.POLLIN)
         rest = b""
@@ -183,7 +183,7 @@ class _Build:
         return type(error)(f"{error}\n{happened}", hint=error.hint) if known else error
 
     def _stall(self, seconds: float) -> L2PError:
-        """The error for a process that does nothing any more."""
+        """The error for a process that has stalled."""
         return HostError(
             f"out of memory, most likely: the builder of `{self.request.spec.label}` did nothing for {seconds:.0f} "
             f"seconds while it was at `{self.phase}`, as the library does after memory was refused to it; "
@@ -208,13 +208,13 @@ def _require_disk(request: EngineRequest, out: Path) -> None:
 
 
 def _start(request: EngineRequest, partial: Path) -> subprocess.Popen[bytes]:
-    # The graph goes by its plain name from inside its folder: the libraries take paths in UTF-8 alone.
+    # The graph goes by its plain name from inside its folder: the libraries take only paths in UTF-8.
     timings = str(request.timings.resolve()) if request.timings is not None else ""
     arguments = [request.graph.name, str(partial.resolve()), str(os.getpid()), timings]
     command = [sys.executable, "-P", "-m", "l2p_engines.builders.worker", *arguments]
     pipe = subprocess.PIPE
     folder = request.graph.parent
-    # It imports what this process imports, from wherever that found it.
+    # The worker imports modules from the same paths as this process.
     paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
     return subprocess.Popen(  # noqa: S603 - this Python and our own module
         command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env={**os.environ, "PYTHONPATH": paths}
@@ -222,7 +222,7 @@ def _start(request: EngineRequest, partial: Path) -> subprocess.Popen[bytes]:
 
 
 def _send(pipe: IO[bytes] | None, data: object) -> None:
-    """Write what a worker is to do; one that has died already tells why by other means."""
+    """Send a worker its task. Why a worker has already died is found out elsewhere."""
     try:
         with _opened(pipe) as stdin:
             stdin.write(json.dumps(data).encode())
@@ -231,7 +231,7 @@ def _send(pipe: IO[bytes] | None, data: object) -> None:
 
 
 def _stop(worker: subprocess.Popen[bytes]) -> None:
-    """End a worker that may still run, and wait until it has."""
+    """End a worker that may still run, and wait for its end."""
     try:
         if worker.poll() is None:
             worker.terminate()

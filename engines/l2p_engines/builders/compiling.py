@@ -1,6 +1,6 @@
-"""One graph becomes one engine, in this process: parse, check, set profiles, compile, stream to disk.
+"""Compiles one ONNX graph to one engine, in this process: parse, check, set profiles, compile, stream to disk.
 
-Every call of the library that returns None, -1 or False to say that it failed is checked here, and nowhere else.
+Only this module checks the library's calls, which return None, -1 or False when they fail.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def compile_engine(
     phases: Phases,
     timings: Path | None = None,
 ) -> Compiled:
-    """Compile a graph for a target and write the engine.
+    """Compile an ONNX graph for a target and write the engine.
 
     Args:
         library: of the target's backend.
-        spec: what the engine is to be.
+        spec: the engine to build.
         graph: path of the `.onnx`, in UTF-8, with its weights beside it.
-        out: where the engine is written; what is there is replaced.
-        journal: hears the library's log.
-        phases: hear where it stands.
+        out: path of the engine; a file that is there is replaced.
+        journal: receives the library's log.
+        phases: receives the progress.
         timings: kernel timings that TensorRT reads and writes; None without.
 
     Raises:
@@ -92,7 +92,7 @@ def compile_engine(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is being built, and what the library has said of it."""
+    """The engine that is being built, and the library's log of it."""
 
     what: str
     journal: Journal
@@ -126,7 +126,7 @@ def _parser_error(error: Any) -> str:
 
 
 def _require_tensors(trt: Module, spec: EngineSpec, network: Any) -> None:
-    """The parsed graph has the inputs and outputs of the network, no other and no fewer.
+    """Require that the parsed graph has exactly the inputs and outputs of the network.
 
     The parsers take an empty file for a graph without any, and a profile may name inputs that are not there.
     """
@@ -194,7 +194,7 @@ def _build(
         with out.open("wb") as file:
             writer = _make_writer(trt, file, phases)
             built = builder.build_serialized_network_to_stream(network, config, writer)
-            # The libraries go on when a write fails, and report success.
+            # The libraries continue when a write fails, and report success.
             if writer.error is not None:
                 raise writer.error
             if not built:

@@ -1,4 +1,4 @@
-"""The engines of a bundle: what a build is asked for, whether it fits, and the making of each."""
+"""Engines of a bundle: the options of a build, checks of resources, and the build of each engine."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ three, on a card of 12 GiB beside the trunk's float16 weights when networks take
 
 
 class EnginePlan(Protocol):
-    """What a build must know of a precision plan."""
+    """The facts of a precision plan that an engine build needs."""
 
     @property
     def name(self) -> str:
-        """As manifests spell it."""
+        """Name of the plan, as manifests spell it."""
 
     @property
     def default(self) -> str:
@@ -60,11 +60,11 @@ class EnginePlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What engines a build is asked for.
+    """The engines that a build is asked for.
 
     Attributes:
-        targets: what each graph is compiled for; none for a bundle of graphs alone.
-        settings: how.
+        targets: what each ONNX graph is compiled for; none for a bundle of only ONNX graphs.
+        settings: how engines are built.
         head_bytes: device memory that one stripe of the pixel head may take; None for `HEAD_BYTES`, or a whole head
             where the model's cannot be cut.
         timings: kernel timings that TensorRT reads and writes; None without.
@@ -78,7 +78,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Finished engines: what the manifest says of them."""
+    """Finished engines, as the manifest describes them."""
 
     records: tuple[EngineRecord, ...] = ()
     files: tuple[FileRecord, ...] = ()
@@ -92,23 +92,23 @@ def parse_engine_options(
     head_bytes: int | None = None,
     timings: Path | None = None,
 ) -> EngineOptions:
-    """Read what `build` was given.
+    """Read the engine options of `build`.
 
     Args:
         backend: `auto`, which builds engines when targets are named; `onnx`; or an engine library.
         targets: as `rtx-sm89,rtx-sm120`; None for `portable` with rtx, and the GPU of this machine with tensorrt.
         settings: how engines are built.
         head_bytes: see `EngineOptions`.
-        timings: likewise.
+        timings: see `EngineOptions`.
 
     Raises:
-        UsageError: a target or setting that does not exist, or that the backend has not.
+        UsageError: a target or setting that does not exist, or that the backend does not have.
         HostError: the backend's library is not installed.
     """
     if backend == "onnx" or (backend == "auto" and targets is None):
         if targets is not None or settings != EngineSettings() or head_bytes is not None or timings is not None:
             raise UsageError(
-                "engine options were given, and no engine is to be built",
+                "engine options were given, but no engine is built",
                 hint="name what engines are for: --target rtx-sm89; and leave out --backend onnx",
             )
         return EngineOptions()
@@ -128,11 +128,11 @@ def parse_engine_options(
 def require_engines_possible(
     options: EngineOptions, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[EnginePlan]
 ) -> None:
-    """Refuse what no build can make, from profiles and plans alone.
+    """Refuse engines that no build can make. Needs only profiles and plans.
 
     Raises:
-        UsageError: a target lacks a dtype, a profile does not fit the model, or the head cannot be cut to what it
-            may take.
+        UsageError: a target lacks a dtype, a profile does not fit the model, or the head cannot be cut to fit its
+            budget.
     """
     for target, plan in itertools.product(options.targets, plans):
         require_dtypes(target, plan.dtypes)
@@ -149,10 +149,10 @@ def require_engine_resources(
     """Refuse engines that this machine has no room for, before anything is built.
 
     Args:
-        options: what is to be built.
-        weight_bytes: (network, plan) to the bytes of its weights, for engines that are yet to be built.
-        disk_bytes: what is free where they go.
-        where: what that folder is called.
+        options: targets and settings.
+        weight_bytes: (network, plan) to the bytes of its weights, for engines that are not built yet.
+        disk_bytes: free bytes of the disk that they are written to.
+        where: name of that folder, for messages.
 
     Raises:
         HostError: says how much is needed and how much is free.
@@ -184,21 +184,21 @@ def build_engines(
     files: Mapping[str, FileRecord],
     reporter: Reporter,
 ) -> Engines:
-    """Compile every graph for every target, one at a time; what is there already is not built again.
+    """Compile every ONNX graph for every target, one at a time. Engines that exist are not built again.
 
     Args:
         run: keeps stages.
         options: targets and settings.
         model: the model.
-        profiles: whose sizes the engines take.
-        plans: of the graphs.
-        graphs: each network with its graph in a plan.
-        files: path to record, of all graphs and weights.
+        profiles: sizes that the engines take.
+        plans: precision plans of the ONNX graphs.
+        graphs: each network with its ONNX graph under a plan.
+        files: path to record, of all ONNX graphs and weights.
         reporter: shows where each build stands.
 
     Raises:
         HostError: too little memory or disk, or the library failed.
-        ParityError: an engine does not hold its graph's weights as they are.
+        ParityError: an engine does not store its ONNX graph's weights in their precision.
     """
     if not options.targets:
         return Engines()

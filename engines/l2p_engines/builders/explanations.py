@@ -1,6 +1,6 @@
-"""What the engine libraries' messages mean: a table from a message to its cause and its cure.
+"""Explains messages of the engine libraries: a table from a message to its cause and its cure.
 
-The libraries fail by returning nothing and logging why, in words that say which check of theirs failed. Sources of the
+The libraries return nothing when they fail, and log which of their checks failed. Sources of the
 table: builds that were made to fail (docs/design.md, "TensorRT facts"), and the trackers of the libraries and of
 projects that use them.
 """
@@ -178,7 +178,7 @@ EXPLANATIONS: tuple[Explanation, ...] = (
         r"graph_jit\.cpp:\d+.{0,20}CHECK\(status == CUDA_SUCCESS\)|CHECK\(sm_vers_\.size\(\) == 1\)",
         "host",
         "what was asked for is compiled on a GPU, as engines are whose weights can be replaced",
-        "build it on a machine with a GPU and for that GPU alone, or leave it out",
+        "build it on a machine with a GPU and only for that GPU, or leave it out",
     ),
     Explanation(
         r"CUDA initialization failure|cudaError(?:_t)? ?(?:35|100)\b|driver version is insufficient|no CUDA-capable",
@@ -187,14 +187,14 @@ EXPLANATIONS: tuple[Explanation, ...] = (
         "install a driver for CUDA 13, or build for a named target, as in --target rtx-sm89",
     ),
 )
-"""In the order in which they are tried: what follows from something else stands after it."""
+"""In the order in which they are tried: consequences stand after their causes."""
 
-# A machine with no driver adds this to every error of a build that needs none.
+# On a machine without a driver, the library adds this to every error, even of builds that need no driver.
 _ECHO = re.compile(r"Error Code 1: Cuda Runtime \(In catchCudaError .*cudaError 35")
 
 
 def explain(messages: Sequence[str]) -> tuple[Explanation, str, str] | None:
-    """The explanation of what a library logged, with its cause and cure filled in; None when the table has none.
+    """The explanation of a library's messages, with its cause and cure filled in; None when the table has none.
 
     Args:
         messages: errors and warnings, oldest first.
@@ -213,9 +213,9 @@ def build_error(what: str, messages: Sequence[str], happened: str = "") -> L2PEr
     """The error for a build that failed.
 
     Args:
-        what: what was being built, by what.
-        messages: the library's last, oldest first.
-        happened: which call failed and how, for messages that nothing explains.
+        what: the engine that was built, and the library.
+        messages: the library's last messages, oldest first.
+        happened: which call failed and how, for messages that are not in the table.
     """
     said = quote(messages) or ", and the library said nothing"
     found = explain(messages)
@@ -229,7 +229,7 @@ def build_error(what: str, messages: Sequence[str], happened: str = "") -> L2PEr
 
 
 def quote(messages: Sequence[str]) -> str:
-    """The last of a library's messages, as the end of an error's text; empty when there are none."""
+    """The last messages of a library, as the end of an error's text; empty when there are none."""
     lines = "".join(f"\n  {clean_line(line)}" for line in without_echoes(messages)[-LINES_SHOWN:])
     return f"; the library said:{lines}" if lines else ""
 

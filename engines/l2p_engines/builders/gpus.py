@@ -1,4 +1,4 @@
-"""The GPUs of this machine, asked of the driver alone: no CUDA library and no Python package is needed."""
+"""Lists the GPUs of this machine. Needs only the driver: no CUDA library and no Python package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What listens to an engine library while it builds: to its log, and to where it stands."""
+"""Listeners of an engine library while it builds: its log and its progress."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from l2p_engines.builders.trt import Module
 ERRORS_KEPT = 50
 WARNINGS_KEPT = 200
 WRITING = "writing engine"
-"""What a build is at while its file is written, which is no phase of the library's."""
+"""Phase of a build while its file is written, which the library does not report as a phase."""
 
 _INTERVAL_SECONDS = 0.1
 _SPOKEN_DEPTH = 1
-"""Phases down to this depth are always told of: a small network has thousands of deeper ones."""
+"""Phases down to this depth are always reported: a small network has thousands of deeper ones."""
 _MESSAGE_CHARACTERS = 2000
 
 
@@ -28,8 +28,8 @@ class Journal:
     """The library's log as it grows: its last errors, and each warning once.
 
     Attributes:
-        tell: hears each line above the library's own chatter, as severity and text.
-        logger: the library's own object, which must outlive all that it is given to.
+        tell: receives each line above the verbose level, as severity and text.
+        logger: the library's logger object, which must outlive all objects that use it.
     """
 
     tell: Callable[[str, str], None] = lambda severity, text: None
@@ -59,7 +59,7 @@ class _Phase:
 
 @dataclass(slots=True)
 class Phases:
-    """The nested phases of a build, told of as they change; called from any of the library's threads."""
+    """The nested phases of a build, reported as they change. Any of the library's threads may call it."""
 
     tell: Callable[[BuildProgress], None] = lambda progress: None
     fraction: float = 0.0
@@ -90,7 +90,7 @@ class Phases:
                 del self._open[name]
 
     def wrote(self, size_bytes: int) -> None:
-        """So many bytes of the engine are written."""
+        """`size_bytes` of the engine are written so far."""
         with self._lock:
             self.tell(BuildProgress(WRITING, 0, size_bytes, 0, self.fraction))
 
@@ -103,7 +103,7 @@ class Phases:
             self.tell(BuildProgress(name, phase.depth, phase.done, phase.steps, self.fraction))
 
     def _reached(self, name: str | None) -> float:
-        """How much of the outermost phase is done, this phase being a part of its parent's next step."""
+        """Fraction of the outermost phase that is done; a phase is a part of its parent's next step."""
         share = 0.0
         while name in self._open:
             phase = self._open[name]
@@ -127,7 +127,7 @@ def make_logger(trt: Module, journal: Journal) -> Any:
 
 
 def make_monitor(trt: Module, phases: Phases) -> Any:
-    """The library's progress object that tells phases; it never asks the library to stop, which kills do faster."""
+    """The library's progress object that reports phases. It never asks the library to stop: a kill is faster."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Reading an engine's precision back after its build, as far as this machine can (docs/design.md, "Read-back").
+"""Reads the precision of an engine back after its build, as far as this machine can (docs/design.md, "Read-back").
 
-Without a GPU an engine cannot be opened. What its size tells is how many bytes its weights are stored in, so that a
-build whose weights were widened, or narrowed, is found; what its kernels compute in stays unverified.
+Without a GPU an engine cannot be opened. Its size shows how many bytes its weights take, so a build that widened or
+narrowed them is found. The precision that its kernels compute in stays unverified.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from l2p_runtime.contract import LedgerEntry, build_comparison
 from l2p_runtime.errors import ParityError
 
 WEIGHT_BYTES_THRESHOLD = 0.02
-"""Largest part by which an engine without its kernels may differ from its weights: 0.2 % for 11.69 GB of float16 and
+"""Maximum relative difference of an engine without its kernels from its weights: 0.2 % for 11.69 GB of float16 and
 0.5 % for 5.85 GB of float8 (docs/design.md, "TensorRT facts"); a wrong dtype makes 50 % or more."""
 
 _UNVERIFIED = "compute precision not verified: that needs a GPU that opens the engine"
 
 
 def read_back(spec: EngineSpec, weight_bytes: int, engine_bytes: int) -> LedgerEntry:
-    """Compare what an engine takes with what its weights take.
+    """Compare the size of an engine with the size of its weights.
 
     Args:
-        spec: what was built.
-        weight_bytes: of the graph's weights.
+        spec: the engine that was built.
+        weight_bytes: of the ONNX graph's weights.
         engine_bytes: of the engine's file.
 
     Returns:
-        The comparison, not run for networks so small that kernels hide their weights.
+        The comparison; "not run" for networks so small that kernels hide their weights.
 
     Raises:
         ParityError: the weights are stored in another precision than the graph's.

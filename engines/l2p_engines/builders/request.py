@@ -1,6 +1,6 @@
-"""What a build of one engine is asked for, tells and gives: all that passes between its process and the one it serves.
+"""Request, progress and result of one engine build, as they pass between the worker process and its parent.
 
-All of it is plain data, since it travels as JSON.
+All of them are plain data, since they travel as JSON.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from l2p_runtime.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """All that decides an engine but its graph and the exact version of the library.
+    """Everything that decides an engine, except its ONNX graph and the exact version of the library.
 
     Attributes:
-        network: inputs and outputs that the graph must have.
+        network: inputs and outputs that the ONNX graph must have.
         plan: name of the precision plan.
-        target: what it is to run on.
+        target: what the engine runs on.
         profiles: one optimization profile each.
-        dtypes: what the graph computes in, as `float16`.
-        settings: how it is built.
+        dtypes: dtypes that the ONNX graph computes in, as `float16`.
+        settings: how the engine is built.
     """
 
     network: NetworkSpec
@@ -46,22 +46,22 @@ class EngineSpec:
                 raise UsageError(
                     f"a profile has inputs {', '.join(found)}; `{self.network.name}` takes {', '.join(names)}"
                 )
-            # The libraries only warn of a shape that the graph cannot take, and build all the same.
+            # The libraries only warn of a shape that the graph cannot take, and build anyway.
             for at in ("min", "opt", "max"):
                 self.network.sizes({shapes.name: getattr(shapes, at) for shapes in profile.inputs})
 
     @property
     def label(self) -> str:
-        """What people call it: `head.fp16.rtx1.7-sm89`."""
+        """Name for messages: `head.fp16.rtx1.7-sm89`."""
         return f"{self.network.name}.{self.plan}.{self.target.spelling}"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One engine to be built.
+    """One engine to build.
 
     Attributes:
-        spec: what decides it.
+        spec: network, plan, target, profiles and settings.
         graph: the `.onnx`; its weights lie in the same folder.
         weight_bytes: bytes of these weights.
         timings: kernel timings that TensorRT reads and writes; None without.
@@ -91,10 +91,10 @@ def require_timings(backend: EngineBackend, timings: Path | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """Where a build stands.
+    """Progress of a build.
 
     Attributes:
-        phase: what the library calls what it is doing; phases and their number differ between versions.
+        phase: the library's name of the current phase; phases and their number differ between versions.
         depth: 0 for the outermost phase.
         step: steps of this phase that are done.
         steps: steps of this phase; 0 when unknown.
@@ -116,10 +116,10 @@ class EngineBuilt:
         sha256: of the file, hashed while it was written.
         size_bytes: of the file.
         seconds: from the start of its process to its end.
-        peak_memory_bytes: most anonymous memory that its process held; weights that it maps are not among it.
+        peak_memory_bytes: maximum anonymous memory of its process, without the weights that it maps.
         library_version: in full, `1.7.1.116`.
         profiles: as the library gave them back.
-        warnings: what the library's log warned of, each once.
+        warnings: the warnings of the library's log, each once.
     """
 
     sha256: str

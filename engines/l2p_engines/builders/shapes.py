@@ -1,9 +1,9 @@
-"""From profiles to what an engine is built for: the least, preferred and largest shape of every input of a network.
+"""Turns profiles into engine shapes: the minimum, preferred and maximum shape of every input of a network.
 
     Profile -> symbol_ranges -> engine_profiles
 
-Every symbol of a network's shapes grows with the sizes that a profile ranges over, so that its least value belongs to
-the least sizes and its largest to the largest, and no size between them falls outside.
+Every symbol of a network's shapes grows with the sizes of a profile. So its minimum belongs to the minimum sizes, its
+maximum to the maximum sizes, and every size between them is covered.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def engine_profiles(
     (docs/design.md, "TensorRT facts").
 
     Args:
-        network: whose inputs they are.
+        network: the network with these inputs.
         model: decides how sizes become tokens.
         profiles: at least one.
-        head_budget: what a stripe of the head may take; the head runs whole without it.
+        head_budget: memory of one stripe of the head; None if the head runs whole.
 
     Raises:
         UsageError: a profile does not fit the model.
@@ -52,7 +52,7 @@ def engine_profiles(
 
 
 def symbol_ranges(model: ModelSpec, profile: Profile, head_budget: HeadBudget | None = None) -> dict[str, Range]:
-    """The range of every symbol that a network's shapes are written in.
+    """The range of every symbol of the networks' shapes.
 
     B batch, h and w rows and columns of whole tokens that the head can take, t captions in multiples of the sequence
     multiple, s padded image tokens and caption tokens together, r rows of a stripe of the head, L tokens of a prompt
@@ -85,10 +85,10 @@ def symbol_ranges(model: ModelSpec, profile: Profile, head_budget: HeadBudget | 
 
 
 def stripe_rows(model: ModelSpec, profile: Profile, head_budget: HeadBudget | None = None) -> int:
-    """The most token rows that a head engine takes at once, halo included.
+    """The maximum of token rows that a head engine takes at once, halo included.
 
-    `plan_stripes(model.head, rows, 1, stripe_rows)` cuts any image of the profile for that engine, and the largest
-    exactly as its budget does.
+    `plan_stripes(model.head, rows, 1, stripe_rows)` cuts any image of the profile for that engine. It cuts the
+    largest image exactly as the budget does.
 
     Raises:
         HostError: the head cannot be cut to fit its budget.
@@ -103,10 +103,10 @@ def stripe_rows(model: ModelSpec, profile: Profile, head_budget: HeadBudget | No
 
 
 def _head_rows(model: ModelSpec, profile: Profile, head_budget: HeadBudget | None) -> Range:
-    """Rows of a stripe in units of what the head's rows come in.
+    """Rows of a stripe in units of `head.row_multiple`.
 
-    From 1, since the last stripe may be short and a small image has few rows. Preferred is the longest stripe of an
-    image of the preferred height.
+    The minimum is 1, since the last stripe may be short and a small image has few rows. The preferred value is the
+    longest stripe of an image of the preferred height.
     """
     most = stripe_rows(model, profile, head_budget)
     stripes = plan_stripes(model.head, profile.height_px.opt // model.patch_px, 1, most)

@@ -1,4 +1,4 @@
-"""Engines as stages: each is built once for its graph, target, shapes and settings, and read back."""
+"""Engines as stages: each is built once for its ONNX graph, target, shapes and settings, and read back."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from l2p_runtime.contract import EngineProfile, EngineRecord, FileRecord
 from l2p_runtime.contract.codec import from_json
 
 Meter: TypeAlias = Callable[[str], AbstractContextManager[Callable[[BuildProgress], None]]]
-"""Title to a context that gives a function to be told where a build stands."""
+"""Title to a context that yields a function, which receives the progress of a build."""
 
 _RECIPE = ("compiling.py", "trt.py", "readback.py")
-"""The code that decides what an engine is; when it changes, engines are built again."""
+"""The code that decides the content of an engine; when it changes, engines are built again."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What is known of a finished engine beside its file.
+    """Facts of a finished engine, besides its file.
 
     Attributes:
         library_version: in full, `1.7.1.116`.
         profiles: as the library gave them back.
         warnings: of the library's log.
-        seconds: that the build took.
-        peak_memory_bytes: anonymous memory that its process held.
-        forecast_memory_bytes: what was expected.
+        seconds: duration of the build.
+        peak_memory_bytes: maximum anonymous memory of its process.
+        forecast_memory_bytes: the forecast of that.
     """
 
     library_version: str
@@ -49,7 +49,7 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class GraphToBuild:
-    """A graph and the engine that is wanted of it.
+    """An ONNX graph and the engine to build from it.
 
     Attributes:
         library_version: of the installed library, in full.
@@ -64,12 +64,12 @@ class GraphToBuild:
 
     @property
     def key(self) -> str:
-        """Key of the engine's stage. Neither plan nor profiles go by name: equal graphs and shapes share an engine."""
+        """Key of the engine's stage. It holds no plan or profile names: equal graphs and shapes share an engine."""
         return stage_key("engine", self.inputs)
 
     @property
     def inputs(self) -> dict[str, object]:
-        """All that decides the engine."""
+        """Everything that decides the content of the engine."""
         return {
             "graph": self.graph.sha256,
             "weights": self.weights.sha256,
@@ -82,7 +82,7 @@ class GraphToBuild:
 
 
 def engine_stage(run: StageRunner, wanted: GraphToBuild, meter: Meter) -> Stage:
-    """The engine of one graph as a stage; its one file is the engine, its facts are `EngineFacts`.
+    """The engine of one ONNX graph as a stage; its one file is the engine, its facts are `EngineFacts`.
 
     Raises:
         ArtifactError: the graph is damaged, or another network's.
@@ -113,7 +113,7 @@ def engine_stage(run: StageRunner, wanted: GraphToBuild, meter: Meter) -> Stage:
 
 
 def engine_record(wanted: GraphToBuild, stage: Stage) -> EngineRecord:
-    """What a bundle says of a finished engine."""
+    """The record of a finished engine in a bundle."""
     facts, spec = engine_facts(stage), wanted.spec
     return EngineRecord(
         network=spec.network.name,
@@ -128,17 +128,17 @@ def engine_record(wanted: GraphToBuild, stage: Stage) -> EngineRecord:
 
 
 def engine_facts(stage: Stage) -> EngineFacts:
-    """What is known of a finished engine."""
+    """The facts of a finished engine."""
     return from_json(EngineFacts, stage.facts)
 
 
 def is_built(run: StageRunner, wanted: GraphToBuild) -> bool:
-    """Whether the engine is there already."""
+    """Whether the engine exists already."""
     return find_stage(run.home, wanted.key) is not None
 
 
 def _summary(wanted: GraphToBuild, built: EngineBuilt) -> str:
-    """What an engine took beside what was forecast."""
+    """Size and memory of an engine, each with its forecast."""
     forecast = wanted.weights.size_bytes + ENGINE_KERNEL_BYTES * len(wanted.spec.profiles)
     memory = build_memory_bytes(wanted.weights.size_bytes)
     return (

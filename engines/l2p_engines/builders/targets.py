@@ -1,4 +1,4 @@
-"""What an engine runs on: backend, version of its library, compute capability; written `rtx1.7-sm89`.
+"""Targets of engines: backend, version of its library, compute capability; written `rtx1.7-sm89`.
 
 On the command line the version is left out: `rtx-sm89,rtx-sm120`, `portable`, `this`.
 """
@@ -25,7 +25,7 @@ THIS = "this"
 
 _SPELLING = re.compile(r"(rtx|tensorrt)([0-9]+\.[0-9]+)?-(sm[0-9]{2,3}|portable)")
 _LEAST = {"bfloat16": 80, "float8_e4m3fn": 89}
-"""The least compute capability of a dtype; what is not here runs everywhere."""
+"""Minimum compute capability of a dtype; dtypes that are not listed run everywhere."""
 _SPOKEN = {"bfloat16": "BF16", "float8_e4m3fn": "FP8"}
 
 
@@ -34,7 +34,7 @@ def parse_targets(
     this_backend: EngineBackend = "rtx",
     version: Callable[[EngineBackend], str] = library_version,
 ) -> tuple[Target, ...]:
-    """Read what `--target` was given: one or several by comma, each once.
+    """Read the value of `--target`: one target or several by comma. Repeated ones are dropped.
 
     Args:
         text: as `rtx-sm89,rtx-sm120`, `portable` or `this`; a version may be named, and must be the installed one.
@@ -54,7 +54,7 @@ def parse_targets(
 def runs(target: Target, dtype: str) -> bool:
     """Whether a target computes in a dtype.
 
-    A portable engine leaves to the GPU what it lacks: an FP8 build with no capability set succeeds.
+    A portable target does so for every dtype: an FP8 build with no capability set succeeds, and the GPU decides.
     """
     if target.compute_capability == PORTABLE:
         return True
@@ -65,7 +65,7 @@ def require_dtypes(target: Target, dtypes: Iterable[str]) -> None:
     """Refuse a dtype that a target's GPUs do not compute in, before anything is built.
 
     Args:
-        target: where the engine is to run.
+        target: target of the engine.
         dtypes: of its graph, as `float16` or `float8_e4m3fn`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Kernel timings of earlier builds, which TensorRT reads instead of timing the same kernels again.
 
-TensorRT for RTX times no kernels while it builds, and has no use for them. A cache belongs to one GPU and one version
-of the library; another's is refused by the library, and made anew.
+TensorRT for RTX times no kernels while it builds, so it has no timing cache. A cache belongs to one GPU and one version
+of the library. The library refuses any other cache, and a new one is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TIMINGS_BYTES_MAX = 1 << 30
 
 
 def load_timings(config: Any, path: Path) -> None:
-    """Give a builder's configuration the timings of a file, or none when there is no file or it is another GPU's.
+    """Give a builder's configuration the timings of a file, or none when there is no file or it belongs to another GPU.
 
     Raises:
         HostError: the file cannot be read.
@@ -33,7 +33,7 @@ def load_timings(config: Any, path: Path) -> None:
 
 
 def store_timings(config: Any, path: Path) -> None:
-    """Write what a build has timed; the file appears whole or not at all.
+    """Write the timings of a build. The file appears complete, or not at all.
 
     Raises:
         HostError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""The two engine libraries behind one small protocol, loaded on first use; the only module that knows how they differ.
+"""The two engine libraries behind one protocol, loaded on first use. Only this module knows how they differ.
 
 `rtx` is TensorRT for RTX, which compiles ahead of time with no GPU; `tensorrt` is TensorRT, which times kernels on the
 GPU of the machine. Their calls are otherwise the same, and so is what they do on failure: return None, -1 or False.
@@ -31,7 +31,7 @@ class EngineSettings:
         workspace_bytes: device memory that one operation may take; a kernel that wants more is not used.
         optimization_level: 0 to 5; higher builds longer and may run faster.
         weight_streaming: weights may stay in host memory while the engine runs.
-        tf32: float32 products may round their inputs to 10 bits, which the libraries do unless told not to.
+        tf32: float32 matrix products may round their inputs to 10 bits, which is the libraries' default.
         version_compatible: runs on later versions of the library too.
         hardware_compatible: runs on later GPUs too.
     """
@@ -51,7 +51,7 @@ class EngineSettings:
 
 
 class EngineLibrary(Protocol):
-    """What a backend does its own way."""
+    """The operations in which the backends differ."""
 
     @property
     def backend(self) -> EngineBackend:
@@ -106,7 +106,7 @@ class TensorRtLibrary:
     backend: EngineBackend = "tensorrt"
 
     def require_gpu(self, capability: str) -> None:
-        """Without a driver TensorRT returns objects that crash the process, so that the driver is asked first."""
+        """Ask the driver first: without a driver, TensorRT returns objects that crash the process."""
         gpu = first_gpu("TensorRT builds engines on a GPU")
         if gpu.capability != capability:
             raise HostError(
@@ -231,7 +231,7 @@ def apply_settings(library: EngineLibrary, config: Any, capability: str, setting
     for flag, value in flags.items():
         (config.set_flag if value else config.clear_flag)(flag)
     refused = []
-    # By default an engine keeps its layers' names alone, and no inspector tells what they compute in.
+    # By default an engine keeps only its layers' names, and no inspector tells what they compute in.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if config.profiling_verbosity != trt.ProfilingVerbosity.DETAILED:
         refused.append(f"the profiling verbosity is {config.profiling_verbosity}")

@@ -1,6 +1,6 @@
-"""What the kernel tells of a worker while it builds: the memory that it holds, and whether it still does anything.
+"""Observes a worker while it builds: the memory that it holds, and whether it has stalled.
 
-All of it stands in `/proc`. Where that cannot be read nothing is known of a worker, and none is taken for stalled.
+All figures come from `/proc`. If that cannot be read, no worker is taken for stalled.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STALLED_SECONDS = 60.0
-"""How long a worker may say nothing and do nothing. TensorRT for RTX 1.7.1 waits for itself forever when memory is
+"""How long a worker may send nothing and do nothing. TensorRT for RTX 1.7.1 waits for itself forever when memory is
 refused to one of its threads: every thread sleeps, and no processor time is used (seen under `ulimit -d`)."""
 
 _PROC = Path("/proc")
 _LOOK_SECONDS = 1.0
 _MEMORY_SECONDS = 0.05
 _ASLEEP = "SZX"
-"""Sleeping, ended, or ending; running, waiting for a disk and stopped by a signal or a debugger are not among them."""
+"""Sleeping, ended, or ending. Running, waiting for a disk, and stopped by a signal or a debugger do not count."""
 
 
 @dataclass(slots=True)
 class StallWatch:
-    """Finds a process that will do nothing ever again, looked at every `look_seconds` while nothing is heard of it.
+    """Finds a process that has stalled. It is looked at every `look_seconds` while it sends nothing.
 
     Signs of life are processor time, pages read from disk or swap, and any thread that is not asleep.
 
     Attributes:
         process: its id.
         limit_seconds: how long it may show no sign of life.
-        idle_seconds: for how long it has shown none. Counted by looks and not by the clock, which goes on while both
-            processes are suspended.
+        idle_seconds: for how long it has shown none. Counted by looks and not by the clock, which also runs while
+            both processes are suspended.
     """
 
     process: int
@@ -41,15 +41,15 @@ class StallWatch:
 
     @property
     def look_seconds(self) -> float:
-        """From one look to the next."""
+        """Seconds from one look to the next."""
         return min(_LOOK_SECONDS, self.limit_seconds / 10)
 
     def heard(self) -> None:
-        """It has said something, or what it does cannot be seen from here."""
+        """Reset the idle time: the process has sent something, or its work cannot be observed."""
         self.idle_seconds = 0.0
 
     def look(self) -> bool:
-        """Look once more; whether it has stalled."""
+        """Look once more; return whether it has stalled."""
         used = _used(self.process)
         is_idle = used is not None and used == self._used and _is_asleep(self.process)
         self._used = used
@@ -58,7 +58,7 @@ class StallWatch:
 
 
 class MemoryWatch(threading.Thread):
-    """Reads a process's anonymous memory while it works: the kernel keeps no peak of that alone."""
+    """Reads a process's anonymous memory while it works: the kernel keeps no peak of only that."""
 
     def __init__(self, process: int) -> None:
         super().__init__(daemon=True)
@@ -74,7 +74,7 @@ class MemoryWatch(threading.Thread):
                 return
 
     def stop(self) -> int:
-        """The most that was seen, bytes."""
+        """Stop, and return the maximum in bytes."""
         self._done.set()
         if self.is_alive():
             self.join()

@@ -1,11 +1,11 @@
 """The process that one engine is built in: `python -m l2p_engines.builders.worker GRAPH OUT PARENT_PID TIMINGS`.
 
-An `EngineSpec` comes as JSON on stdin. What happens goes out as JSON, an object a line:
+An `EngineSpec` comes as JSON on stdin. Messages go out as JSON, one object per line:
 
     {"log": [SEVERITY, TEXT]}    {"progress": BuildProgress}
     at last {"built": EngineBuilt} or {"error": [TYPE, TEXT, HINT]}
 
-The library may print to stdout itself; here that is stderr, and the lines above have a descriptor of their own.
+The library may print to stdout, which is redirected to stderr here. The lines above have a descriptor of their own.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a model takes, told from shapes before anything is built: operations, weights, activations, host memory, disk.
+"""Forecasts from shapes, before anything is built: operations, weights, activations, host memory, disk.
 
     count_tokens -> forward_flops, border_bytes, engine_memory     one denoising call
     weight_bytes -> host_needs                                     a build
 
-Arithmetic alone. Where a figure rests on a measurement, it is a named constant with its source; what only a GPU can
-tell (seconds, workspace of the kernels it picks) is not forecast. A multiply-add is 2 FLOP.
+Only arithmetic. A figure that rests on a measurement is a named constant with its source. Figures that only a GPU can
+tell (seconds, workspace of the kernels it picks) are not forecast. A multiply-add is 2 FLOP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from l2p_runtime.memory import CallMemory, call_memory, fused_call_memory
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 Rows = Literal["call", "image", "padded_image", "caption", "sequence"]
-"""What a matrix product has a row for, in each image of a batch: the call itself, or every token of a kind."""
+"""The rows of a matrix product, per image of a batch: one for the call, or one per token of a kind."""
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 """From the most bytes to the fewest."""
@@ -32,7 +32,8 @@ ENGINE_BUILD_FACTOR = 1.09
 ENGINE_BUILD_BYTES = 320 << 20
 """Beside that: the library and its compiler, 150 to 310 MB in every small build."""
 ENGINE_KERNEL_BYTES = 10_000_000
-"""An engine over its weights: 2 to 9 MB a network at the published size, 18 MB for its trunk (docs/engines.md)."""
+"""Bytes of an engine beyond its weights: 2 to 9 MB per network at the published size, 18 MB for its trunk
+(docs/engines.md)."""
 DISK_SPARE_BYTES = 64 << 20
 """Graphs without their weights, reference cases, and the file system's own bookkeeping."""
 
@@ -41,12 +42,12 @@ _FLOAT_BYTES, _HALF_BYTES = 4, 2
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """What one network computes with its weights; those that are named nowhere are tables, gains and biases.
+    """Operations of one network with its weights. Weights that are not named are tables, gains and biases.
 
     Attributes:
-        linear_layers: weight [out,in] of a linear layer to what it is multiplied by a row of.
+        linear_layers: weight [out,in] of a linear layer to the rows of its input.
         convolutions: weight [out,in,k,k] to how often the sides of the image were halved where it runs.
-        attentions: of each attention, what it has a row for, and the channels of all its heads.
+        attentions: the rows of each attention, and the channels of all its heads.
     """
 
     linear_layers: Mapping[str, Rows]
@@ -60,8 +61,8 @@ class NetworkCost:
 
     Attributes:
         shapes: published name and shape of every tensor, in the order the model declares them.
-        operations: what it computes with them.
-        float8: tensors that an FP8 plan has in 8 bits.
+        operations: its operations with them.
+        float8: tensors that an FP8 plan stores in 8 bits.
         float32: tensors that no plan narrows.
     """
 
@@ -83,12 +84,12 @@ class NetworkCost:
 
 
 NetworkCosts: TypeAlias = Mapping[str, NetworkCost]
-"""Network to what it costs."""
+"""Network to its cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallSize:
-    """What one denoising call is asked for: an image size and a padded caption."""
+    """Size of one denoising call: image and padded caption."""
 
     height_px: int
     width_px: int
@@ -98,7 +99,7 @@ class CallSize:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """How long the sequences of a call are.
+    """Sequence lengths of a call, in tokens.
 
     Attributes:
         image: N, one for each patch.
@@ -116,12 +117,12 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations of one forward, split by what does them.
+    """Floating-point operations of one forward, by kind.
 
     Attributes:
-        linear: matrix products with weights, `linear_fp8` among them.
+        linear: matrix products with weights, `linear_fp8` included.
         linear_fp8: those that an FP8 plan runs in 8 bits: attention and feed-forward of the transformer blocks.
-        attention: products of queries, keys and values.
+        attention: matrix products of queries, keys and values.
         unet: convolutions of the pixel head.
     """
 
@@ -138,7 +139,7 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class HostNeeds:
-    """What a build takes from the machine, in bytes.
+    """Memory and disk that a build takes, in bytes.
 
     Attributes:
         export: memory while graphs are written.
@@ -198,14 +199,14 @@ def largest_tensor_bytes(networks: NetworkCosts, precision: str) -> int:
 
 
 def engine_memory(model: ModelSpec, call: CallSize, precision: str) -> CallMemory:
-    """What one call takes besides weights in an engine."""
+    """Memory of one call in an engine, besides weights."""
     tokens = count_tokens(model, call)
     size = (model, call.batch, tokens.rows, tokens.columns, tokens.caption)
     return call_memory(*size) if precision == "fp32" else fused_call_memory(*size)
 
 
 def border_bytes(model: ModelSpec, call: CallSize) -> dict[str, int]:
-    """Bytes that each network of a step must read and write at its borders, all float32."""
+    """Bytes of the inputs and outputs of each network of a step, all float32."""
     tokens = count_tokens(model, call)
     image = 3 * call.height_px * call.width_px
     sequence, caption = tokens.sequence * model.width, tokens.caption * model.width
@@ -223,8 +224,8 @@ def host_needs(weights: Mapping[tuple[str, str], int], largest_tensor_bytes: int
 
     Args:
         weights: (network, plan) to the bytes of its weights.
-        largest_tensor_bytes: of any tensor as it is stored; graphs are streamed, so that no more is held.
-        engine_targets: engines of each graph: one for each target; 0 for a build of graphs alone.
+        largest_tensor_bytes: maximum bytes of a stored tensor; weights are streamed, so no more is held.
+        engine_targets: number of targets, each with an engine per ONNX graph; 0 for a build of only ONNX graphs.
     """
     graphs = sum(weights.values())
     export = EXPORT_LIBRARIES_BYTES + largest_tensor_bytes
@@ -242,7 +243,7 @@ def _network_flops(cost: NetworkCost, tokens: Tokens, pixels: int, batch: int) -
     rows["sequence"] = tokens.sequence
     linear_flops = {name: 2 * math.prod(shapes[name]) * rows[kind] for name, kind in operations.linear_layers.items()}
     linear_fp8 = sum(count for name, count in linear_flops.items() if name in cost.float8)
-    # Scores and their product with the values: two products of S x S for each channel.
+    # Scores, and their product with the values: two matrix products of S x S per channel.
     attention = sum(4 * rows[kind] ** 2 * channels for kind, channels in operations.attentions)
     unet = sum(
         2 * math.prod(shapes[name]) * (pixels // 4**halvings) for name, halvings in operations.convolutions.items()

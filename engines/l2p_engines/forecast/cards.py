@@ -1,4 +1,4 @@
-"""NVIDIA cards: memory, bandwidth and peak arithmetic, as their data sheets state them."""
+"""NVIDIA cards: memory, bandwidth and peak arithmetic from their data sheets."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class Card:
     def peak_tflops(self, precision: str) -> float | None:
         """Dense peak in 10^12 FLOP a second; None when unknown.
 
-        For fp32 it is TF32's, half of float16's on every card that has TF32: whoever multiplies in true float32 is
-        no faster.
+        For fp32 it is the peak of TF32: half of float16's on every card that has TF32. True float32 is no faster.
         """
         if precision == "fp8":
             return self.fp8_tflops

@@ -1,7 +1,7 @@
-"""Whether a call fits a card or a machine, what would make it fit, and how fast a step can be at the very best.
+"""Finds whether a call fits a card or a machine, settings that make it fit, and the minimum time of a step.
 
-Weights stay in memory together, or one network's at a time; the pixel head is cut into as many stripes as it takes.
-Answers are found by trying the settings, in the order in which they cost least.
+Weights stay in memory together, or one network's at a time. The pixel head is cut into as many stripes as necessary.
+Settings are tried in order of cost, cheapest first.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from l2p_runtime.memory import CallMemory
 from l2p_runtime.stripes import plan_stripes
 
 Residence = Literal["all", "one"]
-"""Whose weights are in memory: all networks', or one network's at a time."""
+"""Networks whose weights are in memory: all, or one at a time."""
 
 CARD_RESERVE_BYTES = 768 << 20
-"""Of a card's memory: CUDA context, kernels and a desktop. An assumption, not a measurement."""
+"""Part of a card's memory that CUDA context, kernels and a desktop take. An assumption, not a measurement."""
 
 STEP_NETWORKS = ("stem", "trunk", "tail", "head")
 """The networks that every denoising step runs."""
@@ -31,8 +31,8 @@ class Fit:
     """One call under one budget.
 
     Attributes:
-        fits: whether it does.
-        needed_bytes: what it takes with the head cut to fit; where it does not fit, the least that it would take.
+        fits: whether the call fits.
+        needed_bytes: what it takes with the head cut to fit; where it does not fit, the minimum that it would take.
         stripes: pieces that the head is cut into; 0 when the call does not fit.
     """
 
@@ -43,7 +43,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What can be changed to make a call fit."""
+    """One combination of the settings that can be changed to make a call fit."""
 
     call: CallSize
     precision: str
@@ -52,12 +52,12 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The least time of one network: nothing is faster, and what runs is slower.
+    """The minimum time of one network, a lower bound: a real run is slower.
 
     Attributes:
-        seconds: the larger of the two.
+        seconds: the larger of the two below.
         compute_seconds: operations over peak arithmetic; None where the card's peak is unknown.
-        memory_seconds: weights and borders, each moved once, over bandwidth.
+        memory_seconds: weights, inputs and outputs, each moved once, over bandwidth.
     """
 
     seconds: float
@@ -76,10 +76,10 @@ def fit_call(
     """Try one call.
 
     Args:
-        model: its halo says how the head may be cut.
+        model: its halo decides how the head may be cut.
         call: size of the image.
         memory: what the call takes besides weights.
-        weights: bytes of each network's weights. A text encoder among them is in memory alone, before the others.
+        weights: bytes of each network's weights. A text encoder is in memory before the others, and only then.
         residence: which weights are in memory at once.
         budget_bytes: for weights, buffers and activations.
     """
@@ -88,7 +88,7 @@ def fit_call(
     encoder = weights.get(TEXT_ENCODER, 0)
     head = weights.get("head", 0)
     others = [size for network, size in weights.items() if network not in ("head", TEXT_ENCODER)]
-    # Weights beside which a transformer network and the head run: everybody's, or their own.
+    # Weights in memory while a transformer network or the head runs: those of all networks, or only its own.
     beside_tokens, beside_head = (sum(others) + head,) * 2 if residence == "all" else (max(others, default=0), head)
 
     def needed(rows_at_once: int) -> int:
@@ -105,7 +105,7 @@ def fit_call(
 def find_settings(
     wanted: Setting, precisions: Iterable[str], smaller: Iterable[CallSize], fits: Callable[[Setting], bool]
 ) -> tuple[Setting, ...]:
-    """The nearest settings under which a call that does not fit would: other weights in memory, precision, then size.
+    """The nearest settings under which a call would fit. Tries weights in memory, then precision, then size.
 
     Args:
         wanted: what does not fit.
@@ -124,7 +124,7 @@ def find_settings(
     one = replace(wanted, residence="one")
     together = first(replace(wanted, precision=precision) for precision in lower)
     apart = first(replace(one, precision=precision) for precision in (wanted.precision, *lower))
-    # With all networks in memory nothing is loaded twice, so that one at a time is worth it for precision alone.
+    # With all networks in memory nothing is loaded twice, so one at a time pays only if it keeps a higher precision.
     found = apart if [setting.precision for setting in apart] != [setting.precision for setting in together] else ()
     found += together
     if not found:
@@ -151,17 +151,17 @@ def smaller_calls(model: ModelSpec, call: CallSize) -> Iterator[CallSize]:
 def step_bounds(
     card: Card, precision: str, flops: Mapping[str, Flops], weights: Mapping[str, int], borders: Mapping[str, int]
 ) -> dict[str, Bound]:
-    """The least time of each network of one forward on a card.
+    """The minimum time of each network of one forward on a card.
 
-    Peaks are those of dense tensor cores with float32 accumulation. Activations inside a network are taken to cost
-    nothing, which flatters the pixel head most of all.
+    Peaks are those of dense tensor cores with float32 accumulation. Activations inside a network are assumed to cost
+    nothing, which is most optimistic for the pixel head.
 
     Args:
         card: where it would run.
         precision: one that the card runs.
         flops: operations of each network.
         weights: bytes of each network's weights.
-        borders: bytes that each network reads and writes at its borders.
+        borders: bytes of the inputs and outputs of each network.
     """
     return {
         network: _bound(card, precision, flops[network], weights[network] + borders[network])

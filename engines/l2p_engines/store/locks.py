@@ -1,4 +1,4 @@
-"""Lock files that the kernel drops with their process."""
+"""Lock files that the kernel releases when their process ends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def locked(
     is_shared: bool = False,
     busy: str = "another process holds a lock",
 ) -> Iterator[None]:
-    """Hold a lock file; the kernel drops it with the process, however that ends, and the file goes with the lock.
+    """Hold a lock file. The kernel releases it however the process ends; leaving the block removes the file.
 
     Args:
         path: the lock file.
-        waiting: told that somebody else holds it, before waiting for it; without it, that is an error.
+        waiting: called before waiting for another holder; without it, another holder is an error.
         is_shared: others may hold it too.
         busy: what the error says.
 

@@ -1,4 +1,4 @@
-"""The folder a build writes: locked while it works, committed by one rename, swept of what nobody refers to."""
+"""The output folder of a build: locked while it works, committed by one rename, swept of unused files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OutputFolder:
     root: Path
 
     def committed(self) -> bytes:
-        """The manifest that is there; empty without one."""
+        """Bytes of the current manifest; empty without one."""
         path = self.root / MANIFEST_NAME
         return path.read_bytes() if path.is_file() else b""
 
@@ -36,7 +36,7 @@ class OutputFolder:
         """Replace `bundle.json`: from here on the new bundle is the bundle.
 
         Args:
-            manifest: what the bundle is to be.
+            manifest: the new manifest.
             store: where its shared files are.
             stage_keys: stages whose records stay, so that the next build finds them.
         """
@@ -46,7 +46,7 @@ class OutputFolder:
         return Bundle(self.root, manifest, bundle_digest(data), store)
 
     def tidy(self, stage_keys: Collection[str]) -> None:
-        """Remove what the manifest does not name, and records of other stages than these."""
+        """Remove files that the manifest does not name, and records of other stages than these."""
         _sweep(self.root, stage_keys)
 
 
@@ -54,11 +54,11 @@ class OutputFolder:
 def open_output(root: Path) -> Iterator[OutputFolder]:
     """Make and lock the folder.
 
-    A build that was stopped keeps its finished stages, so that the next one goes on from there; one that cannot succeed
-    leaves what was there before.
+    A build that was stopped keeps its finished stages, and the next one resumes after them. A build that cannot succeed
+    leaves the folder as it was before.
 
     Raises:
-        UsageError: the path is a file, or a folder that holds something else than a bundle.
+        UsageError: the path is a file, or a folder that holds anything but a bundle.
         HostError: another build holds it, or it cannot be written.
     """
     require_bundle_or_nothing(root)
@@ -127,7 +127,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _sweep(root: Path, stage_keys: Collection[str]) -> None:
-    """Remove what the manifest does not name, and every record of a stage but those of `stage_keys` that it does."""
+    """Remove files that the manifest does not name, and records; those of `stage_keys` with all files named stay."""
     named = _named_files(root)
     if named is None:
         return
@@ -146,7 +146,7 @@ def _sweep(root: Path, stage_keys: Collection[str]) -> None:
 
 
 def _sweep_leftovers(root: Path) -> None:
-    """Remove what no finished stage and no manifest names: pieces that a stop left half-done."""
+    """Remove files that no finished stage and no manifest names: leftovers of a build that was stopped."""
     sweep_work(root)
     sweep_partials(root, *_REPLACED)
     named = _named_files(root)
@@ -155,7 +155,7 @@ def _sweep_leftovers(root: Path) -> None:
     finished = stages(root)
     own = named[0] | {record.path for stage in finished for record in stage.files}
     if not own:
-        # Digests alone are no work worth a folder.
+        # Only digests: not worth keeping a folder for.
         for record in (root / STAGES).glob("*"):
             record.unlink()
     _sweep_files(root, own)

@@ -1,9 +1,9 @@
-"""A store: one folder whose stages and files many bundles share, so that a trunk is written once.
+"""Stores: folders whose stages and files many bundles share, so that a trunk is written only once.
 
 Its files (docs/design.md, "Bundle"):
 
 l2p-store.json             makes the folder a store
-bundles/DIGEST.PLACE.json  where a bundle lies that uses it; what no bundle uses can be pruned
+bundles/DIGEST.PLACE.json  path of a bundle that uses it; files that no bundle uses can be pruned
 graphs/, stages/, ...      as in any home of stages
 """
 
@@ -50,7 +50,7 @@ class StoreEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreFindings:
-    """What a check found: damaged paths with what is wrong, and leftovers that it removed."""
+    """Result of a check: damaged paths with the reason, and leftovers that it removed."""
 
     files: int
     size_bytes: int
@@ -60,7 +60,7 @@ class StoreFindings:
 
 @contextmanager
 def open_store(root: Path) -> Iterator[Home]:
-    """Make a store if need be, and keep it from being pruned while it is used.
+    """Make a store if there is none, and keep it from being pruned while it is used.
 
     Raises:
         UsageError: the folder holds something else.
@@ -85,10 +85,10 @@ def open_store(root: Path) -> Iterator[Home]:
 
 
 def register_bundle(store: Home, bundle: Path, digest: str) -> None:
-    """Let a store know a bundle, and the bundle its store; nothing is written that is so already.
+    """Record a bundle in a store, and the store in the bundle. Nothing is written if both are recorded already.
 
-    Call it before the bundle's manifest is replaced: until then, the bundle that is there needs its own store, so
-    earlier stores stay on its list.
+    Call it before the bundle's manifest is replaced. Until then the old bundle needs its own store, so earlier stores
+    stay on its list.
     """
     work, folder = store.root / WORK, str(bundle.resolve())
     work.mkdir(exist_ok=True)
@@ -145,12 +145,12 @@ def prune_store(root: Path, *, older_than_seconds: float = 0.0, dry_run: bool = 
 
 
 def check_store(root: Path, *, remove: bool, advance: Callable[[int], None]) -> StoreFindings:
-    """Hash every file, and clear what killed builds left.
+    """Hash every file, and remove leftovers of killed builds.
 
     Args:
         root: the store.
-        remove: also remove what is damaged, with the stages that made it, so that the next build makes it again.
-        advance: told the bytes hashed since the last call.
+        remove: also remove damaged files, with the stages that made them, so that the next build makes them again.
+        advance: receives the bytes hashed since the last call.
 
     Raises:
         HostError: no store, or a build is using it.
@@ -201,7 +201,7 @@ def _remove_damaged(root: Path, names: set[str]) -> None:
 def _records(root: Path) -> dict[str, FileRecord]:
     """Path to record of every file that a stage names, or that a bundle names and that is there.
 
-    A bundle's files count though their stage is lost; one that is gone is for the bundle to miss.
+    A bundle's files count even if their stage is lost. A missing file is found when the bundle is opened.
     """
     of_bundles = (
         record

@@ -1,12 +1,12 @@
-"""Finished pieces of work, found again by what went into them.
+"""Stages: cached, content-addressed steps of a build.
 
 A home is a folder, a bundle's own or a store that bundles share:
 
     graphs/, engines/, traces/, ...        files that carry their digest in their names
-    stages/KEY.json                        the record of one finished stage; KEY is the digest of all that went in
-    .work/KEY/, .work/KEY.lock             a stage that is being made, and the lock of whoever makes it
+    stages/KEY.json                        the record of one finished stage; KEY is the digest of its inputs
+    .work/KEY/, .work/KEY.lock             a stage that is being made, and the lock of the process that makes it
 
-A record is written last and by one rename, so a kill at any moment leaves a stage finished or not begun.
+A record is written last and by one rename, so after a kill at any moment a stage is either finished or not begun.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Stage:
     """A finished stage.
 
     Attributes:
-        key: digest of the kind and of all that went in.
+        key: digest of the kind and of all inputs.
         kind: `graph`, `engine`, `trace`, `digests`, `proof`.
-        label: what people call it, as `trunk.fp16`.
-        files: what it made.
-        facts: what else it found out, as JSON.
+        label: name for messages, as `trunk.fp16`.
+        files: the files that it made.
+        facts: further results, as JSON.
     """
 
     schema: int
@@ -61,7 +61,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:
-    """What a stage has just made: files in its work folder, to be moved to `folder`, with their digests; and facts."""
+    """The output of a stage: files in its work folder with their digests, to be moved to `folder`, and facts."""
 
     folder: str = ""
     files: tuple[tuple[Path, str], ...] = ()
@@ -70,7 +70,7 @@ class StageOutput:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where stages are kept; `is_shared` when other bundles use it too."""
+    """The folder where stages are kept; `is_shared` if other bundles use it too."""
 
     root: Path
     is_shared: bool = False
@@ -81,8 +81,8 @@ class StageRunner:
     """`run_stage` in the home of one build.
 
     Attributes:
-        waiting: told that another process is making a stage that is wanted here.
-        keys: of every stage that was run, found or made; grows.
+        waiting: called when another process is making a stage that is needed here.
+        keys: of every stage that was found or made; grows.
         made: `kind label` of every stage that was made; grows.
     """
 
@@ -130,11 +130,11 @@ def run_stage(
 
     Args:
         home: where to look and to keep it.
-        kind: what sort of work it is.
-        label: what people call it.
-        inputs: all that decides the result, as JSON or specs.
-        make: does the work in the folder it is given, and says what it made.
-        waiting: told, once, that another process is making this stage.
+        kind: kind of work.
+        label: name for messages.
+        inputs: everything that decides the result, as JSON or specs.
+        make: does the work in the folder it is given, and returns its output.
+        waiting: called once when another process is making this stage.
 
     Raises:
         ArtifactError: a shared home holds the stage, but its files were changed.
@@ -158,7 +158,7 @@ def run_stage(
 
 
 def find_stage(home: Home, key: str) -> Stage | None:
-    """A finished stage whose files are all there and unchanged; None when it is yet to be made.
+    """A finished stage whose files are all there and unchanged; None if it must be made.
 
     Raises:
         ArtifactError: in a shared home, a file was changed. In a bundle of its own it is simply made again.
@@ -180,7 +180,7 @@ def find_stage(home: Home, key: str) -> Stage | None:
 
 
 def read_stage(path: Path) -> Stage | None:
-    """A record as it stands; None when there is none, none that can be read, or one that belongs to another name."""
+    """Read a record; None if it is missing, cannot be read, or belongs to another name."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _RECORD_BYTES_MAX:
@@ -209,7 +209,7 @@ def named_by_content(path: Path, name: str, sha256: str) -> Path:
 def sweep_work(root: Path) -> list[Path]:
     """Remove what killed builds left in `.work`; a stage that a running one makes stays. Returns what was removed.
 
-    Call it where no other process writes records: under the lock of a bundle, or alone in a store.
+    Call it where no other process writes records: under the lock of a bundle, or the exclusive lock of a store.
     """
     work, removed = root / WORK, []
     entries = sorted(work.iterdir()) if work.is_dir() else []
@@ -241,6 +241,6 @@ def _publish(home: Home, stage: Stage, made: StageOutput, work: Path) -> Stage:
     finished = Stage(stage.schema, stage.key, stage.kind, stage.label, tuple(records), to_json(made.facts))
     record = home.root / STAGES / f"{stage.key}.json"
     record.parent.mkdir(exist_ok=True)
-    # Whatever lies in the folder of records is taken for one.
+    # Every file in the folder of records is taken for a record.
     write_json(record, finished, work=work)
     return finished

@@ -1,4 +1,4 @@
-"""What pixels are computed on. One file a backend; nothing else in the runtime names one."""
+"""Backends, which run networks. One file per backend; nothing else in the runtime names one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Array(Protocol):
 class Device(Protocol):
     """Memory, copies and the few kernels that run between networks, on one stream.
 
-    A device takes no arrays but its own, whose class is not said here.
+    A device takes only its own arrays; their class is up to the device.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Device(Protocol):
         """The values on the host; may be the array itself."""
 
     def contiguous(self, view: Any) -> Array:
-        """The view itself when its values lie one behind the other, else a copy."""
+        """The view itself if its values are contiguous, else a copy."""
 
     def copy(self, target: Any, source: Any) -> None:
         """Copy values between equally shaped views."""
@@ -72,7 +72,7 @@ class Device(Protocol):
         """Memory that could be allocated now."""
 
     def close(self) -> None:
-        """Give everything back; neither the device nor its arrays may be used any more."""
+        """Free everything; neither the device nor its arrays may be used afterwards."""
 
 
 class Engine(Protocol):
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """Bytes of memory that `close` gives back."""
 
     def close(self) -> None:
-        """Give the memory back; the engine cannot run again."""
+        """Free the memory; the engine cannot run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,9 @@ class Backend:
     """A device and how it loads a network.
 
     Attributes:
-        identity: name and library version: what another ledger would come from.
-        load: (graph file, weights file, the network's inputs and outputs) to a ready engine.
-        target: what engines must be built for to run here; None for a backend that runs graphs.
+        identity: name and library version; another identity needs comparisons of its own.
+        load: (ONNX graph file, weights file, the network's inputs and outputs) to a ready engine.
+        target: target that engines must be built for to run here; None for a backend that runs ONNX graphs.
         load_engine: (engine file, its record, the network's inputs and outputs) to a ready engine; None likewise.
     """
 

@@ -1,7 +1,7 @@
-"""An NVIDIA GPU as a device: memory, copies and kernels on one stream, through the CUDA driver alone.
+"""An NVIDIA GPU as a device: memory, copies and kernels on one stream. Needs only the CUDA driver.
 
-This is no backend: it has no networks. Backends that run them on a GPU open it first, and hand its stream and the
-addresses of its arrays to their engine library.
+It is a device, not a backend. Backends that run networks on a GPU open it first, and pass its stream and the addresses
+of its arrays to their engine library.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class CudaDevice:
     def scratch(self, size_bytes: int) -> CudaArray:
         """The one buffer that all networks put their activations in, uint8 [size_bytes].
 
-        It grows when more is asked for, so that what it takes is the most of any network and not their sum. Ask anew
-        before each run, drop it after it, and use it on `stream` only: whoever runs next writes to the same memory.
+        It grows when more is asked for, so it takes the maximum of all networks and not their sum. Ask for it before
+        each run, drop it afterwards, and use it only on `stream`: the next network writes to the same memory.
 
         Args:
             size_bytes: how much the network needs.

@@ -1,4 +1,4 @@
-"""Device memory seen as arrays: views by basic indexing as in NumPy, and how one view is copied into another."""
+"""Arrays in device memory: views by basic indexing as in NumPy, and copies between views."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class CudaArray:
         return contiguous_array(shape, self.dtype, self.address, self.memory)
 
     def _expanded(self, index: Any) -> list[Any]:
-        """One entry an axis."""
+        """One entry per axis."""
         entries = list(index) if isinstance(index, tuple) else [index]
         dots = [place for place, entry in enumerate(entries) if entry is Ellipsis]
         missing = self.ndim - (len(entries) - len(dots))

@@ -1,4 +1,4 @@
-"""One GPU through the CUDA driver: every call checked, memory in stream order, all of it given back."""
+"""One GPU through the CUDA driver: every call is checked, memory is stream-ordered and all of it is freed."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class HostDevice:
         return values
 
     def contiguous(self, view: Any) -> NDArray[Any]:
-        """The view itself when its values lie one behind the other, else a copy."""
+        """The view itself if its values are contiguous, else a copy."""
         import numpy as np
 
         return np.ascontiguousarray(view)

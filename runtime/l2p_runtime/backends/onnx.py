@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: runs every graph of a bundle as it is. What its CUDA backend shares is here too."""
+"""ONNX Runtime on the CPU: runs every ONNX graph of a bundle unchanged. Shares code with its CUDA backend."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def open_device(device: int) -> Backend:
 
 
 class OnnxEngine:
-    """One graph in one ONNX Runtime session; implements `Engine`."""
+    """One ONNX graph in one ONNX Runtime session; implements `Engine`."""
 
     def __init__(self, graph: Path, weights: Path, spec: NetworkSpec) -> None:
-        """Load a graph and the weights that it points into.
+        """Load an ONNX graph and the weights that it points into.
 
         Raises:
             ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not the spec's.
@@ -104,7 +104,7 @@ def import_onnxruntime(install: str) -> Any:
 
 
 def make_options(ort: Any) -> Any:
-    """Session options that every graph of a bundle needs."""
+    """Session options that every ONNX graph of a bundle needs."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # ONNX Runtime's own rewriting of Q/DQ pairs breaks float8 graphs; others have none.
@@ -114,7 +114,7 @@ def make_options(ort: Any) -> Any:
 
 
 def threads_asked() -> int:
-    """How many threads `OMP_NUM_THREADS` asks for, which ONNX Runtime itself does not read; 0 for one a core.
+    """How many threads `OMP_NUM_THREADS` asks for, which ONNX Runtime itself does not read; 0 for one per core.
 
     Threads that wait for each other keep their cores, and where other processes want those, each waits for its turn: 20
     steps of the 1k demo at 128 px took 5 s with two threads beside a process on each of two cores, and 1.4 s with one.
@@ -125,7 +125,7 @@ def threads_asked() -> int:
 
 
 class GraphSession:
-    """A graph in one session of ONNX Runtime: what the engines on the CPU and on a GPU have in common."""
+    """One ONNX graph in one session of ONNX Runtime, for the engines on the CPU and on a GPU."""
 
     # The session is nowhere but in this attribute, locals included: an error that somebody keeps refers to the frames
     # that it passed, and would keep the weights in memory after `close`.
@@ -140,13 +140,13 @@ class GraphSession:
         advice: str,
         **keywords: Any,
     ) -> None:
-        """Open a graph where it is meant to run.
+        """Open an ONNX graph on the provider that must run it.
 
         Args:
             graph: the `.onnx`.
             spec: inputs and outputs that it must have.
             options: of the session.
-            providers: name to options; the first one is where it is meant to run.
+            providers: name to options; the first one must run it.
             advice: what to do about a graph that cannot run there.
             keywords: further ones of `InferenceSession`.
 
@@ -160,7 +160,7 @@ class GraphSession:
         self.spec = spec
         wanted = next(iter(providers))
         try:
-            # With fallback it would try again on the CPU, and say so on stdout alone.
+            # With fallback it would try again on the CPU, and say so only on stdout.
             self._session = ort.InferenceSession(
                 str(graph), options, providers=list(providers.items()), enable_fallback=0, **keywords
             )

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: runs the bundle's graphs on every card that CUDA 13 knows, data-centre ones too."""
+"""ONNX Runtime on an NVIDIA GPU: runs ONNX graphs on every card that CUDA 13 knows, data-centre ones too."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def open_device(device: int) -> Backend:
 
 
 class OnnxCudaEngine:
-    """One graph in one ONNX Runtime session on a GPU; implements `Engine`."""
+    """One ONNX graph in one ONNX Runtime session on a GPU; implements `Engine`."""
 
     def __init__(self, device: CudaDevice, graph: Path, weights: Path, spec: NetworkSpec) -> None:
-        """Load a graph; its weights are on the device afterwards.
+        """Load an ONNX graph; its weights are on the device afterwards.
 
         Raises:
             ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not the spec's.
@@ -131,7 +131,7 @@ def _provider_options(device: CudaDevice) -> dict[str, str]:
         "arena_extend_strategy": "kSameAsRequested",
         # By default every algorithm is timed for every new shape, with all the memory that it may want.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # By default float32 products round their inputs to 10 bits; a plan that says float32 means it.
+        # By default float32 matrix products round their inputs to 10 bits; float32 in a plan means exact inputs.
         "use_tf32": "0",
     }
 

@@ -1,9 +1,9 @@
-"""Engines of TensorRT and of TensorRT for RTX: opened once, run on the device's stream in memory that all share.
+"""Engines of TensorRT and of TensorRT for RTX: opened once, run on the device's stream in shared scratch memory.
 
     file -> TrtEngine -> run(inputs, outputs): profile, shapes, scratch memory, addresses, launch
 
 Both libraries have the same calls and fail alike: they return None, False or 0 and say why in their log. Each such
-answer is an error here. Without a driver they may crash the process, so that a device is opened before they are used.
+answer is raised as an error here. Without a driver they may crash the process, so a device is opened first.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class TrtEngine:
             self._require(found == budget, f"weight_streaming_budget_v2 = {budget} (it is {found})")
 
     def _require_interface(self, file: str, profiles: int) -> None:
-        """The engine has the spec's inputs and outputs and the record's profiles, no other and no fewer."""
+        """The engine has the spec's inputs and outputs and the record's profiles, and no others."""
         trt = self._shared.module
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         for kind, mode, wanted in (

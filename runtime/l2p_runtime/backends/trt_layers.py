@@ -1,4 +1,4 @@
-"""What an engine computes in, layer by layer, as its library's inspector tells it."""
+"""Reads the dtypes that an engine's layers compute in from its library's inspector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LayerPrecision:
         name: the library's, which joins the names of fused layers.
         kind: what it does; empty when not told.
         outputs: dtypes of its outputs as `float16`, the library's own words where they are unknown; empty when not
-            told, as in engines that were built to keep names alone.
+            told, as in engines that were built to keep only names.
     """
 
     name: str
@@ -27,7 +27,7 @@ class LayerPrecision:
 
 
 def read_layers(module: Module, engine: Any) -> tuple[LayerPrecision, ...]:
-    """What an opened engine computes in, layer by layer.
+    """The dtypes that an opened engine computes in, layer by layer.
 
     Args:
         module: the library.

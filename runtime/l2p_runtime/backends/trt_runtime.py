@@ -1,4 +1,4 @@
-"""One engine library on one device: its log, its runtime object, and what it runs on."""
+"""One engine library on one device: its log, its runtime object and its target."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PictureComparison: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
-"""Told (step, steps in all, preview [h,w,3])."""
+"""Receives (step, total steps, preview [h,w,3])."""
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _POLL_SECONDS = 0.05
@@ -41,8 +41,8 @@ _REGION_BYTES_MAX = 4 << 30
 class Reply:
     """An image [H,W,3], and what the server says of it: bundle, plan, sampling as used, seconds.
 
-    The first few images that a caller holds at a time are the shared memory that they came through: the caller's alone
-    until the array and all views of it are gone, also after the client was closed.
+    The first few images that a caller holds at a time are views of the shared memory that they came through. Only the
+    caller uses it until the array and all views of it are gone, also after the client was closed.
     """
 
     pixels: NDArray[Any]
@@ -137,7 +137,7 @@ class Client:
         prompt_embeds: NDArray[np.float32] | None = None,
         negative_embeds: NDArray[np.float32] | None = None,
     ) -> Reply:
-        """Draw one image and show a preview of every step; gRPC alone.
+        """Draw one image and show a preview of every step; only over gRPC.
 
         The arguments are those of `generate`, and `shown`, told each step with its preview in the caller's thread, and
         `cancelled`, asked about twenty times a second: the server then stops drawing.

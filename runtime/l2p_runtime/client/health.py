@@ -1,9 +1,9 @@
-"""Whether a server can draw: asked by drawing the least image, over HTTP, with the standard library alone.
+"""Checks whether a server can draw, by drawing an image of the minimum size over HTTP. Standard library only.
 
     python -m l2p_runtime.client.health http://127.0.0.1:8000
 
-A server says that it is ready while the process behind a model is dead, so its own answer is not enough. Every model
-looks at its bundle's files and then draws one step of the least size.
+A server says that it is ready even if the process behind a model is dead, so its own answer is not enough. Every model
+checks its bundle's files and then draws one step at the minimum size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ModelHealth:
     Attributes:
         reason: why it cannot; empty when it can.
         bundle: digest of the bundle that it drew with; empty when it did not.
-        seconds: that the image took.
+        seconds: time that the image took.
     """
 
     model: str
@@ -66,7 +66,7 @@ def check_health(url: str, *, timeout_s: float = TIMEOUT_S, models: Sequence[str
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print one line a model; 0 when all can draw, 3 when one cannot."""
+    """Print one line per model; return 0 if all can draw, 3 if one cannot."""
     try:
         found = check_health(arguments[0] if arguments else "http://127.0.0.1:8000", models=arguments[1:])
     except L2PError as error:
@@ -86,7 +86,7 @@ def _model_health(url: str, name: str, entries: Sequence[Mapping[str, Any]], tim
         reason = (reasons or states or ["it is not loaded"])[-1].partition("\n\nAt:")[0]
         return ModelHealth(name, healthy=False, reason=reason)
     if name.startswith(NETWORKS_PREFIX):
-        # A network alone is no image; the server's word is all that there is.
+        # One network draws no image, so only the server's own answer is left.
         return ModelHealth(name, healthy=True)
     status, config = _call(f"{url}/v2/models/{name}/config", None, timeout_s)
     if status != 200:

@@ -1,4 +1,4 @@
-"""The contract every part reads: specs, profiles, the bundle manifest. Standard library only."""
+"""The contract between all parts: specs, profiles, the bundle manifest. Imports only the standard library."""
 
 from l2p_runtime.contract.engine import (
     CAPABILITIES,

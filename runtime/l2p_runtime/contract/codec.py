@@ -1,4 +1,4 @@
-"""Strict JSON for the frozen specs: what a dataclass declares is what a file may hold.
+"""Strict JSON for the frozen specs: a file may hold exactly the fields that a dataclass declares.
 
 Unknown keys, missing keys and wrong types are errors that name the place, as in `graphs[2].weights`.
 """

@@ -1,6 +1,6 @@
-"""What an engine is built for and what it runs on, as bundles say it.
+"""Targets and optimization profiles of engines, as bundles store them.
 
-The words are those of docs/design.md, "Words" and "Profiles".
+The terms are those of docs/design.md, "Words" and "Profiles".
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Literal, get_args
 from l2p_runtime.errors import UsageError
 
 EngineBackend = Literal["rtx", "tensorrt"]
-"""Which library builds and runs an engine: TensorRT for RTX, or TensorRT."""
+"""The library that builds and runs an engine: TensorRT for RTX, or TensorRT."""
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = get_args(EngineBackend)
 
 LIBRARY_TITLES: Mapping[EngineBackend, str] = {"rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
-"""What people call the libraries."""
+"""Product names of the libraries, for messages."""
 
 CAPABILITIES: Mapping[EngineBackend, tuple[str, ...]] = {
     "rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     "tensorrt": ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121"),
 }
-"""Compute capabilities that a library builds for. RTX 1.7 has these six and no other, sm90 among the missing."""
+"""Compute capabilities that a library builds for. RTX 1.7 has only these six; sm90 is missing."""
 
 PORTABLE = "portable"
 """In place of a compute capability: an engine of `rtx` that leaves it unset runs on every GPU that it supports."""
@@ -58,7 +58,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class InputShapes:
-    """The least, preferred and largest shape of one input."""
+    """Minimum, preferred and maximum shape of one input."""
 
     name: str
     min: tuple[int, ...]
@@ -75,7 +75,7 @@ class InputShapes:
             )
 
     def covers(self, shape: Sequence[int]) -> bool:
-        """Whether a concrete shape lies within."""
+        """Whether a concrete shape lies within the range."""
         return len(shape) == len(self.min) and all(
             low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
         )
@@ -120,15 +120,15 @@ def short_version(version: str) -> str:
 
 
 def require_capability(backend: EngineBackend, capability: str, found: str = "") -> None:
-    """Refuse what a library does not build for.
+    """Refuse a compute capability that a library does not build for.
 
     Args:
         backend: the library.
         capability: `sm89` or `portable`.
-        found: whose capability it is, to begin the message with.
+        found: beginning of the message, which names the GPU.
 
     Raises:
-        UsageError: names what it builds for.
+        UsageError: names the capabilities that the library builds for.
     """
     title = LIBRARY_TITLES[backend]
     if capability == PORTABLE and backend == "tensorrt":

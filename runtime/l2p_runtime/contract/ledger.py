@@ -1,4 +1,4 @@
-"""The ledger of a bundle: how far each thing that was made is from what it was made from."""
+"""The ledger of a bundle: comparisons of ONNX graphs, engines and pictures with their baselines."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Subject = Literal["graph", "engine", "pictures"]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is compared with what.
+    """A subject and the baseline that it is compared with.
 
     Attributes:
         baseline: outputs of torch float32; the ranges that were measured in float32; the ONNX graph that an engine
             was built from; or pictures drawn under another plan.
         subject: what is judged: ONNX graphs, engines, or pictures.
         plan: name of the subject's precision plan.
-        target: of an engine, as `rtx1.7-sm89`; None for graphs and pictures.
-        baseline_plan: plan of the baseline's pictures; None for every other baseline.
+        target: target of an engine, as `rtx1.7-sm89`; None for ONNX graphs and pictures.
+        baseline_plan: precision plan of the baseline's pictures; None for every other baseline.
     """
 
     baseline: Baseline
@@ -52,9 +52,9 @@ class LedgerEntry:
     Attributes:
         network: one of `NETWORKS`, `text_encoder`, or `end-to-end`.
         relative: L2 norm of the difference over that of the expected values.
-        psnr_db: peak signal to noise, the peak being the largest expected magnitude, of pictures 255; 999 if equal.
+        psnr_db: peak signal-to-noise ratio; the peak is the maximum expected magnitude, 255 for pictures; 999 if equal.
         threshold: the largest `relative` that passes.
-        reason: why the threshold is what it is, what was found where there is none, or why nothing was run.
+        reason: the reason for the threshold; the finding where there is none; or why nothing was run.
     """
 
     comparison: Comparison
@@ -80,17 +80,17 @@ def engine_comparison(plan: str, target: str) -> Comparison:
 
 
 def build_comparison(plan: str, target: str) -> Comparison:
-    """A plan's engines with the graphs they were built from, without running either."""
+    """A plan's engines with the ONNX graphs they were built from, without running either."""
     return Comparison("graph", "engine", plan, target)
 
 
 def ranges_comparison(plan: str) -> Comparison:
-    """Ranges measured in float32 with what a plan's graphs hold."""
+    """Ranges measured in float32 with what a plan's ONNX graphs can hold."""
     return Comparison("float32 ranges", "graph", plan)
 
 
 def pictures_comparison(baseline_plan: str, plan: str) -> Comparison:
-    """Pictures drawn under one plan with those drawn under another."""
+    """Pictures of one plan with those of another."""
     return Comparison("pictures", "pictures", plan, baseline_plan=baseline_plan)
 
 
@@ -104,7 +104,7 @@ _SCHEMA_1 = (
 
 
 def comparison_of_text(text: str) -> Comparison:
-    """The comparison that a bundle of schema 1 names by a text.
+    """Parse a comparison of schema 1, which is a text.
 
     Raises:
         ArtifactError: no comparison of that version.

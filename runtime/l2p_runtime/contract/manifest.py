@@ -1,4 +1,4 @@
-"""`bundle.json`: everything a bundle says about itself (docs/design.md, "Bundle")."""
+"""The manifest `bundle.json`, which describes a bundle (docs/design.md, "Bundle")."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = 2
 """Version of `bundle.json`. Schema 1 still opens: it named comparisons by texts, and plans' bases by their names."""
 MANIFEST_NAME = "bundle.json"
 NETWORKS = ("caption", "stem", "trunk", "tail", "head")
-"""The networks of one denoising call, in the order the data takes."""
+"""The networks of one denoising call, in the order of the data flow."""
 TEXT_ENCODER = "text_encoder"
 """The network that makes embeddings of prompts; a bundle may have none."""
 
@@ -35,7 +35,7 @@ class FileRecord:
 
     Attributes:
         stamp: SHA-256 over the first and the last 64 KiB.
-        in_store: whether it lies in the store that the bundle shares with others, under the same path there.
+        in_store: whether it lies in the shared store, under the same path there.
     """
 
     path: str
@@ -63,8 +63,8 @@ class PlanRef:
     """A precision plan by name, with the digest of its content.
 
     Attributes:
-        base: what it was made from; decides thresholds and what a GPU must have.
-        file: path of the whole plan, layer by layer; None for one that its name says all of.
+        base: base precision that it was made from; decides thresholds and what a GPU must have.
+        file: path of the plan file, layer by layer; None for a plan that its name defines.
     """
 
     name: str
@@ -75,7 +75,7 @@ class PlanRef:
 
 @dataclass(frozen=True, slots=True)
 class GraphRecord:
-    """One network as ONNX under one plan: paths of the graph and of its weights."""
+    """One network as ONNX under one precision plan: paths of the ONNX graph and of its weights."""
 
     network: str
     plan: str
@@ -86,13 +86,13 @@ class GraphRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """One graph compiled for one target.
+    """One ONNX graph compiled for one target.
 
     Attributes:
         target: as `rtx1.7-sm89`.
         library_version: of the library that built it, in full.
-        graph_sha256: of the graph that it was built from.
-        weights_sha256: of that graph's weights.
+        graph_sha256: of the ONNX graph that it was built from.
+        weights_sha256: of that ONNX graph's weights.
         profiles: its optimization profiles, in its own order.
         engine: path of the file.
     """
@@ -116,7 +116,7 @@ class EngineRecord:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """Where the weights come from.
+    """The checkpoint that the weights come from.
 
     Attributes:
         fingerprint: MD5 over tensor names and shapes, published spelling (docs/model.md, "Fingerprints").
@@ -124,7 +124,7 @@ class CheckpointRecord:
         trained: False for the seeded demo weights, which draw noise.
         licence: as stated in the checkpoint; empty when it states none.
         source: name of the latent checkpoint it was overlaid on and compared with; empty when none was given.
-        loras: what was merged into it, as `NAME:STRENGTH`.
+        loras: LoRAs that were merged into it, as `NAME:STRENGTH`.
     """
 
     name: str
@@ -152,11 +152,11 @@ class ReferenceCase:
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """What turns prompts into embeddings.
+    """The text encoder, which turns prompts into embeddings, and its tokenizer.
 
     Attributes:
         network: inputs and output of the text encoder.
-        graphs: the text encoder under each of the bundle's plans.
+        graphs: ONNX graphs of the text encoder, one for each of the bundle's plans.
         tokenizer: path of its tokenizer.json.
         chat_template: path of a text with `{prompt}` in one place.
         max_tokens: longest prompt with its template.
@@ -189,18 +189,18 @@ class TextRecord:
 
     @property
     def documents(self) -> set[str]:
-        """Every file of the bundle that it uses beside its graphs."""
+        """Every file of the bundle that it uses besides its ONNX graphs."""
         return {self.tokenizer, self.chat_template} | ({self.reference} if self.reference else set())
 
     def graph(self, plan: str) -> GraphRecord:
-        """The graph under one plan."""
+        """The ONNX graph under one plan."""
         return next(record for record in self.graphs if record.plan == plan)
 
     def check_model(self, model: ModelSpec, plans: tuple[PlanRef, ...]) -> None:
-        """Check that its embeddings are the model's, and that it has a graph for every plan.
+        """Check that its embeddings fit the model, and that it has an ONNX graph for every plan.
 
         Raises:
-            ArtifactError: they are not, or it has not.
+            ArtifactError: they do not fit, or an ONNX graph is missing.
         """
         width = self.network.outputs[0].shape[2]
         if width != model.caption_width:
@@ -283,18 +283,18 @@ class Manifest:
         return found
 
     def graph(self, network: str, plan: str) -> GraphRecord:
-        """The graph of one network under one plan; of the text encoder, too."""
+        """The ONNX graph of one network, or of the text encoder, under one plan."""
         if network == TEXT_ENCODER and self.text is not None:
             return self.text.graph(plan)
         return next(record for record in self.graphs if record.network == network and record.plan == plan)
 
     def has_graph(self, network: str, plan: str) -> bool:
-        """Whether the graph's files are there; a copy that was packed for an engine target has none."""
+        """Whether the ONNX graph's files are there; a copy that was packed for an engine target has none."""
         graph = self.graph(network, plan).graph
         return any(record.path == graph for record in self.files)
 
     def network(self, name: str) -> NetworkSpec:
-        """Inputs and outputs of one network; of the text encoder, too."""
+        """Inputs and outputs of one network, or of the text encoder."""
         if name == TEXT_ENCODER and self.text is not None:
             return self.text.network
         return next(spec for spec in self.networks if spec.name == name)
@@ -303,7 +303,7 @@ class Manifest:
         """The engine of one network under one plan that runs on a target: its own, or a portable one.
 
         Raises:
-            ArtifactError: there is none; says what there is, and how to build one.
+            ArtifactError: there is none; lists the targets that have one, and says how to build it.
         """
         portable = Target(target.backend, target.library_version, PORTABLE).spelling if target.backend == "rtx" else ""
         found = [record for record in self.engines if (record.network, record.plan) == (network, plan)]
@@ -319,7 +319,7 @@ class Manifest:
         )
 
     def _check_engines(self) -> None:
-        """Check that engines are of this bundle's graphs, inputs and plans.
+        """Check that engines match this bundle's ONNX graphs, inputs and plans.
 
         Raises:
             ArtifactError: one is not.
@@ -375,7 +375,7 @@ def manifest_from_bytes(data: bytes) -> Manifest:
 
 
 def _upgraded(parsed: dict[str, object]) -> dict[str, object]:
-    """A manifest of schema 1 in the terms of this version; what has another form than expected is left as it is."""
+    """A manifest of schema 1 converted to this version; parts of an unexpected form are left as they are."""
 
     def plan(item: dict[str, object]) -> dict[str, object]:
         base = base_of_name(str(item.get("name")))
@@ -401,5 +401,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def bundle_digest(manifest_bytes: bytes) -> str:
-    """The name of a bundle's exact content: SHA-256 of its manifest, which holds the digest of every file."""
+    """Digest of a bundle's exact content: SHA-256 of its manifest, which holds the digest of every file."""
     return hashlib.sha256(manifest_bytes).hexdigest()

@@ -1,4 +1,4 @@
-"""What the runtime must know about a model, and nothing more: sizes, positions, padding, pixel head."""
+"""The facts of a model that the runtime needs: sizes, positions, padding, pixel head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RotarySpec:
     Attributes:
         theta: base of the frequencies.
         axis_channels: channels of a head per axis; their sum is the head width.
-        axis_lengths: positions the model was made for, per axis; larger grids are refused.
+        axis_lengths: number of positions per axis that the model supports; larger grids are refused.
         base_grid: tokens per side of the training grid, from which NTK and YaRN stretch.
     """
 
@@ -43,7 +43,7 @@ class RotarySpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """How the pixel head may be cut.
+    """How the pixel head may be cut into stripes.
 
     Attributes:
         row_multiple: token rows (and columns) come in multiples of this; 2 for the 160 px head, else 1.
@@ -118,7 +118,7 @@ class ModelSpec:
         return -(-tokens // self.sequence_multiple) * self.sequence_multiple
 
     def symbols(self, batch: int, grid: tuple[int, int], caption_tokens: int, head_rows: int) -> dict[str, int]:
-        """The value of every symbol of the networks' shapes in a denoising call.
+        """The value of every symbol of the networks' shapes, for one denoising call.
 
         Args:
             batch: images.
@@ -143,7 +143,7 @@ class ModelSpec:
 
 
 def _require_sizes(**sizes: int) -> None:
-    """Sizes are positive and below 2^31, so that no product of a few of them leaves what arithmetic here can do."""
+    """Require positive sizes below 2^31, so that multiplying a few of them cannot overflow here."""
     for name, size in sizes.items():
         if not 1 <= size < 2**31:
             raise ArtifactError(f"{name} is {size}, expected 1 or more")

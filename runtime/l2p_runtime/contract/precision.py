@@ -1,11 +1,11 @@
-"""Base precisions: what a precision plan was made from, whatever it is called."""
+"""Base precisions: the built-in plan that a precision plan was made from, independent of its name."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 BasePrecision = Literal["fp32", "fp16", "fp16-plain", "bf16", "fp8", "fp8-attention", "fp8-plain"]
-"""The plan that another was made from. Thresholds, forecasts and requirements follow it; a plan's name is free."""
+"""The plan that another was made from. It decides thresholds, forecasts and requirements; a plan's name is free."""
 
 Arithmetic = Literal["fp32", "fp16", "bf16", "fp8"]
 """The narrowest floating-point type of a plan's matrix products: what a GPU must have."""
@@ -29,7 +29,7 @@ def arithmetic(base: BasePrecision) -> Arithmetic:
 
 
 def base_of_name(name: str) -> BasePrecision | None:
-    """The base of a plan that was written before plans stated theirs: its name, or what stands before the first dash.
+    """The base of a plan file that does not state it: the plan's name, or its part before the first dash.
 
     Returns:
         None for a name that follows no base.

@@ -1,4 +1,4 @@
-"""A profile: the shapes an engine is built for, and sampling defaults (docs/design.md, "Profiles")."""
+"""Profiles: the shapes an engine is built for, and sampling defaults (docs/design.md, "Profiles")."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from l2p_runtime.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Smallest, preferred and largest value of a dynamic size."""
+    """Minimum, preferred and maximum value of a dynamic size."""
 
     min: int
     opt: int

@@ -1,4 +1,4 @@
-"""What goes into a network and what comes out: one list that export, profiles, bundle and runtime all read."""
+"""Inputs and outputs of networks: the specs that export, profiles, bundle and runtime share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TensorSpec:
         return tuple(factor * (sizes[symbol] if symbol else 1) for factor, symbol in map(split_dim, self.shape))
 
     def bind(self, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-        """Check a concrete shape and add what it says about the symbols to `sizes`.
+        """Check a concrete shape and add the values of its symbols to `sizes`.
 
         Raises:
             UsageError: wrong rank, a fixed size that differs, a size that does not divide, or two values for a symbol.

@@ -1,4 +1,4 @@
-"""Draws one image a request. The limits, the drawing and the words of refusals are `l2p_runtime`'s."""
+"""Draws one image per request. Limits, drawing and messages are those of `l2p_runtime`."""
 
 from glue import Host
 
@@ -11,7 +11,7 @@ class TritonPythonModel:
         self._host = Host(args)
 
     def execute(self, requests: list) -> list:
-        """One response a request."""
+        """One response per request."""
         return [self._host.answer(request) for request in requests]
 
     def finalize(self) -> None:

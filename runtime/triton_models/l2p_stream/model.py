@@ -1,4 +1,4 @@
-"""Draws one image a request and sends a preview of every step before it."""
+"""Draws one image per request and sends a preview of every step before it."""
 
 import numpy as np
 import triton_python_backend_utils as pb_utils

@@ -57,7 +57,7 @@ def test_the_fewest_of_the_worst_are_kept(values: list[float], gate: float) -> N
 
 def test_reasons_hold_the_figures() -> None:
     found, _ = run({"layers.1 w2": 0.03, "layers.2 w2": 0.01}, 0.02)
-    why = "kept in float16: layers.1 w2 alone makes an error of 0.03; all products make 0.0316, 0.02 is allowed"
+    why = "kept in float16: only layers.1 w2 in FP8 makes an error of 0.03; all groups make 0.0316, 0.02 is allowed"
     assert found.reasons == {"layers.1 w2.a": why, "layers.1 w2.b": why}
     table = list(csv.reader(io.StringIO(sensitivity_to_csv(found))))
     assert table == [
@@ -79,7 +79,7 @@ def test_a_group_that_costs_a_picture_is_the_worst() -> None:
 
     found = sweep({name: [name] for name in errors}, 0.01, "a test", measure, lambda done: None, right=7)
     assert [item.group for item in found.groups] == ["wrong", "large", "small"]
-    assert "wrong alone makes an error of 0.001 and costs 1 of 7 right pictures; all" in found.reasons["wrong"]
+    assert "only wrong in FP8 makes an error of 0.001 and costs 1 of 7 right pictures; all" in found.reasons["wrong"]
     assert "costs" not in found.reasons["large"]
     assert [item.is_kept for item in found.groups] == [True, True, False]
     rows = list(csv.DictReader(io.StringIO(sensitivity_to_csv(found))))

@@ -3,7 +3,7 @@
     python -m l2p_runtime.client.page http://127.0.0.1:8000 [PORT]
 
 A browser lets no page speak to a Triton server, which sends no CORS headers. So the page's files and the two calls that
-the page makes come from one place: this server passes these two on, and nothing else. Standard library alone.
+the page makes come from one place: this server passes only these two on. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a browser may ask for: the page's files, the limits of a model, and a picture as it is drawn."""
+"""Answers a browser's requests: the page's files, the limits of a model, and a picture as it is drawn."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         return "l2p-export"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """No log: what a browser asks for is nobody's matter."""
+        """Log nothing."""
 
     def _is_for_us(self) -> bool:
         """Refuse what another site has a browser send, under our name or under its own."""

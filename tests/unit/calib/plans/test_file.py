@@ -197,8 +197,8 @@ def test_a_file_with_attention_in_fp8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "needle"),
     [
-        (lambda data: data["layers"].pop(1), r"`attention\.key` in float16, .* altogether or not at all"),
-        (lambda data: layer(data, dtype="float16", float8=None), r"`attention\.key` in float16, .* or not at all"),
+        (lambda data: data["layers"].pop(1), r"`attention\.key` in float16, .* must be all float8_e4m3fn, or none"),
+        (lambda data: layer(data, dtype="float16", float8=None), r"`attention\.key` in float16, .* or none"),
         (lambda data: [entry.update(dtype="float32", float8=None) for entry in data["layers"]], "computes in float16"),
         (lambda data: layer(data, dtype="float32", float8=None), "computes in float16, and reads that or float8"),
         (lambda data: layer(data, exponent=-1), r"scales `attention\.key`, and nothing behind it"),

@@ -184,7 +184,7 @@ TOLD: tuple[tuple[str, type[L2PError], str, str], ...] = (
         "compiled on a GPU",
         "leave it out",
     ),
-    (f"{MYELIN}CHECK(sm_vers_.size() == 1) failed", HostError, "compiled on a GPU", "that GPU alone"),
+    (f"{MYELIN}CHECK(sm_vers_.size() == 1) failed", HostError, "compiled on a GPU", "only for that GPU"),
     (
         "createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35.",
         HostError,
