@@ -31,7 +31,7 @@ PREVIEW_DTYPE: PixelDType = "uint8"
 Refusal: TypeAlias = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
 """Why a request has no image: it is wrong, this server cannot draw it, its caller cancelled, or a bug."""
 
-PictureComparison: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
+PreviewCallback: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
 """Receives (step, total steps, preview [h,w,3])."""
 
 
@@ -172,7 +172,7 @@ class Service:
         values: Mapping[str, Any],
         *,
         cancelled: Callable[[], bool] = lambda: False,
-        shown: PictureComparison | None = None,
+        shown: PreviewCallback | None = None,
     ) -> Drawn:
         """Draw one image.
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PictureComparison: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
+PreviewCallback: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
 """Receives (step, total steps, preview [h,w,3])."""
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -126,7 +126,7 @@ class Client:
         self,
         prompt: str | None = None,
         *,
-        shown: PictureComparison,
+        shown: PreviewCallback,
         cancelled: Callable[[], bool] = lambda: False,
         height: int | None = None,
         width: int | None = None,
