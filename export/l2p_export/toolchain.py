@@ -1,4 +1,4 @@
-"""Digest of the tools and code that decide what a build makes: other tools, other stages."""
+"""Digest of the code and library versions that decide the result of a build; it is part of every stage's key."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ROOMS = {
     "l2p_calib": ("fp8.py", "layout.py", "ledger.py", "plans", "prompts.py", "statistics"),
     "l2p_runtime": ("captions.py", "contract", "noise.py", "positions.py", "tensorfile.py", "text.py"),
 }
-"""Package to the folders and files whose code decides a stage: graphs, plans, and the inputs and outcome of the proof.
+"""Package to the folders and files whose code decides a stage: ONNX graphs, plans, and the proof's inputs and results.
 
-What other code does shows in no stage: command line, training, evaluation and serving only read what is built, and
-stages take in the identities of backends and engine builders.
+Other code changes no stage: command line, training, evaluation and serving only read what is built. The keys of stages
+have the identities of backends and engine builders separately.
 """
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "ml_dtypes")
 
 
 def toolchain() -> dict[str, str]:
-    """Versions of what makes graphs, and the digest of the code of `ROOMS`."""
+    """Library to version, of those that make ONNX graphs, and of l2p-export with the digest of the code of `ROOMS`."""
     versions = {name: _version(name) for name in TOOLS}
     return {"l2p-export": f"{__version__}+{_code_digest()}", **versions}
 
 
 def code_files() -> Iterator[tuple[str, Path]]:
-    """Every source file of `ROOMS`: its name, as `l2p_export/graphs/trace.py`, and where it lies."""
+    """Every source file of `ROOMS`: its name, as `l2p_export/graphs/trace.py`, and its path."""
     for package, rooms in ROOMS.items():
-        # Not `importlib.resources`: of an editable install it gives a multiplexed path, whose text is no path.
+        # Not `importlib.resources`: for an editable install it returns a multiplexed path, whose text is not a path.
         root = Path(str(importlib.import_module(package).__file__)).parent
         for room in rooms:
             place = root / room

@@ -1,1 +1,1 @@
-"""From a user's files to a checkpoint that is complete, merged and checked."""
+"""Makes a complete, merged and checked checkpoint from a user's files."""

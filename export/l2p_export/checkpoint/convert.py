@@ -1,4 +1,4 @@
-"""A loaded checkpoint written as one file: canonical, or in the spelling of node-based user interfaces."""
+"""Writes a loaded checkpoint as one file, under published names or those of ComfyUI."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SPARE_BYTES = 1 << 20
 
 
 def write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, advance: Callable[[int], None]) -> str:
-    """Stream a checkpoint into one file, which appears whole or not at all.
+    """Stream a checkpoint into one file, which appears only when it is complete.
 
     Args:
-        loaded: completed from its source and merged, if asked for.
-        out: file to write; one that is there is replaced.
-        spelling: how tensors are called.
-        advance: told the bytes written since the last call.
+        loaded: the checkpoint, completed from its source and with LoRAs merged, if asked for.
+        out: file to write; an existing one is replaced.
+        spelling: names of the tensors.
+        advance: called with the number of bytes written since its last call.
 
     Returns:
         The trunk digest, which the file also carries as `l2p.trunk_sha256`.
@@ -45,13 +45,13 @@ def write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, a
         HostError: the disk has no room, or another import writes that file.
     """
     with locked(out.with_name(f".{out.name}.lock"), busy=f"another import is writing `{out}`"):
-        # An import that was killed has left as much as the whole file.
+        # A killed import may have left a partial file as large as the whole.
         sweep_partials(out.parent, out.name)
         return _write_checkpoint(loaded, out, spelling, advance)
 
 
 def output_bytes(tensors: Mapping[str, TensorSource]) -> int:
-    """Bytes that tensors take when written again."""
+    """Bytes of a file that `write_checkpoint` makes of these tensors, without its header."""
     return sum(math.prod(source.shape) * ITEM_BYTES[canonical_dtype(source)] for source in tensors.values())
 
 

@@ -1,7 +1,7 @@
-"""What `build` takes where no checkpoint is given: the trained demo for 16 and 64 px patches, a seeded one for others.
+"""Demo checkpoints, which `build` uses if none is given: a trained one for 16 and 64 px patches, else a seeded one.
 
-The trained one is a source and adapters of two variants on its one trunk, all in `data/demo` with a model card. The
-seeded one is in the published layout, untrained, and draws noise; tests use it too.
+The trained demo is a source and the adapters of two variants, which share one trunk; it is in `data/demo` with a model
+card. The seeded demo has the published layout, is untrained and draws noise; tests use it too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNTRAINED = "the demo checkpoint is untrained: its pictures are noise, whatever 
 
 @dataclass(frozen=True, slots=True)
 class DemoModel:
-    """What to build: a checkpoint, the latent source that completes it, and a folder with a text encoder."""
+    """Paths of a demo: its checkpoint, the latent source that completes it, and the folder of a text encoder."""
 
     checkpoint: Path
     source: Path | None = None
@@ -43,7 +43,7 @@ def demo_model(patch_px: int, scratch: Path) -> DemoModel:
 
     Args:
         patch_px: side of a patch.
-        scratch: folder that a seeded checkpoint is written into.
+        scratch: folder to write a seeded checkpoint into.
 
     Raises:
         UsageError: no variant has that patch size.
@@ -94,7 +94,7 @@ def _quarter(channels: int) -> int:
 
 
 def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """One tensor from the noise of its own name: gains near 1, small biases, weights that keep the variance."""
+    """One tensor from noise seeded by its name: gains near 1, small biases, weights that keep the variance."""
     import numpy as np
 
     from l2p_runtime.noise import normal_noise

@@ -1,4 +1,4 @@
-"""What a weights file is, told from its header: for `inspect`, which must have an answer for any file."""
+"""Describes any weights file from its header, for `inspect`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LORA_DOWN = re.compile(r"\.lora_(?:A|down)\b")
 _WRITERS = {
     ("", False): "the published training code",
     ("diffusion_model.", False): "ai-toolkit",
-    ("model.diffusion_model.", True): "a node-based interface",
+    ("model.diffusion_model.", True): "ComfyUI",
 }
 
 
@@ -31,9 +31,12 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
     """Facts about any weights file or folder.
 
     Args:
-        path: what to look at.
+        path: file or folder.
         source: latent checkpoint to complete it from and compare it with.
         digest: also hash the trunk, which reads its values.
+
+    Returns:
+        Facts as JSON values; `kind` and `path` are always among them.
 
     Raises:
         ArtifactError: the file cannot be read as weights at all.

@@ -1,4 +1,4 @@
-"""A checkpoint made ready to build from: opened, completed from its source, merged, checked, and named by digest."""
+"""Loads a checkpoint for a build: opens it, completes it from its source, merges LoRAs, and checks names and shapes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from l2p_runtime.errors import ArtifactError
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A checkpoint that is complete and well-shaped, with its family and dimensions; weights are still in their files.
+    """A complete checkpoint of correct shapes, with its family and dimensions; its weights are still in their files.
 
     Attributes:
-        source: the latent checkpoint that it was overlaid on and compared with, if any.
-        equal_layers: main layers that equal the source's.
-        loras: what was merged into it.
+        source: the latent checkpoint that completes it and that it was compared with, if any.
+        equal_layers: numbers of the main layers that equal the source's.
+        loras: the LoRAs that were merged into it.
         files: every file that its values are read from.
     """
 
@@ -41,16 +41,16 @@ class LoadedModel:
 def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraRequest] = ()) -> LoadedModel:
     """Open a checkpoint, complete it from its source, merge LoRAs, and check every name and shape.
 
-    Reads headers alone, but for layers that are compared with a source's.
+    Reads only headers, except for layers that are compared with a source's.
 
     Args:
-        path: file or folder; may hold adapters alone when there is a source.
+        path: file or folder; with a source it may hold only adapters.
         source: latent checkpoint, as file, model folder or diffusers pipeline folder.
         loras: to merge, in FP32.
 
     Raises:
-        ArtifactError: no file, a damaged one, no family claims it, tensors are missing, unknown or misshapen, the
-            source is another one, or a LoRA does not fit.
+        ArtifactError: the file is absent, damaged or of no known family; tensors are missing, unknown or misshapen; it
+            was made from another source; or a LoRA does not fit.
     """
     weights = open_weights(path)
     family = family_of(weights)
@@ -76,7 +76,7 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
         raise ArtifactError(
             f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
             + "; ".join(faults),
-            hint="if the file holds adapters alone, give what they were trained from: --source DIR"
+            hint="if the file holds only adapters, give the source that they were trained from: --source DIR"
             if lacks_layers
             else "download it again, or check which tool wrote it",
         )
@@ -123,7 +123,7 @@ def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
     """
     checkpoint = loaded.checkpoint
     stated = checkpoint.metadata.get(TRUNK_SHA256, digest)
-    # A LoRA may change the trunk, and a source may shorten it; then the statement is about another one.
+    # A LoRA may change the trunk, and a source may shorten it. The stated digest is then that of another trunk.
     if stated != digest and not loaded.loras and loaded.model.spec == loaded.family.model(checkpoint.shapes).spec:
         raise ArtifactError(
             f"`{checkpoint.path}` belongs to trunk {stated[:16]}, the layers it was given make trunk {digest[:16]}",
@@ -132,13 +132,13 @@ def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
 
 
 def missing_layers(family: Family, checkpoint: Checkpoint) -> list[int]:
-    """The main layers that a file lacks below its last one; none tells of a file without any layer."""
+    """Numbers of the main layers that a file lacks below its last one; empty for a file without any main layer."""
     indices = {index for index in map(family.main_layer, checkpoint.tensors) if index is not None}
     return sorted(set(range(max(indices, default=0))) - indices)
 
 
 def _text(name: str) -> str:
-    """A file name is bytes; what is no UTF-8 in it cannot be written into the manifest."""
+    """A file name is bytes; those that are not UTF-8 are replaced, since the manifest cannot hold them."""
     return name.encode(errors="replace").decode()
 
 

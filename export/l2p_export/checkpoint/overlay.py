@@ -1,4 +1,4 @@
-"""Adapters on their source: the frozen layers come from the latent model, everything trained from the adapter file."""
+"""Completes adapters from their source: the latent model has the frozen layers, the adapter file all trained ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Overlay:
 
 
 def overlay(checkpoint: Checkpoint, source: Checkpoint, family: Family) -> Overlay:
-    """Take what the checkpoint lacks from the source, and prove which main layers they share.
+    """Take missing tensors from the source, and find the main layers in which both are equal.
 
     Layers are compared by value, rounded to BF16, because published files keep the source's F32 in some layers only.
 

@@ -1,6 +1,6 @@
-"""Model families: one folder each, found by what a checkpoint's tensors are called.
+"""Model families, one folder each; a checkpoint's family is found by the names of its tensors.
 
-`qwen3` is the text encoder's: it is no entry of `FAMILIES`, since its folder is given by name.
+`qwen3` is the text encoder's family. It is not in `FAMILIES`, since users name the text encoder's folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def family_claiming(names: Iterable[str]) -> Family | None:
 
 
 def family_named(name: str) -> Family | None:
-    """The family that manifests call so; None when it is unknown here."""
+    """The family with this name in manifests; None if this version does not know it."""
     return next((family for family in FAMILIES if family.name == name), None)
 
 
@@ -66,10 +66,10 @@ def published_model(patch_px: int, wanted_by: str) -> Model:
 
     Args:
         patch_px: side of a patch.
-        wanted_by: name of the profile that has it.
+        wanted_by: name of the profile with this patch size, for the message.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no published model has it.
     """
     published = {patch: model for family in FAMILIES[::-1] for patch, model in family.published.items()}
     if patch_px not in published:

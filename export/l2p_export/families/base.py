@@ -1,4 +1,4 @@
-"""What a family offers the rest of the toolchain: it reads shapes, and builds and describes networks."""
+"""Protocols of a model family, which reads shapes, and of its models, which build and describe networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Networks(Protocol):
 
     @property
     def networks(self) -> tuple[NetworkSpec, ...]:
-        """What goes in and out of each, in the order the data takes."""
+        """Inputs and outputs of each, in the order in which they run."""
 
     @property
     def shapes(self) -> Shapes:
@@ -32,10 +32,10 @@ class Networks(Protocol):
 
     @property
     def settings(self) -> object:
-        """What else decides an ONNX graph and shows in no shape, as an epsilon; None without any."""
+        """Constants that decide an ONNX graph and show in no shape, such as an epsilon; None if there are none."""
 
     def faults(self, shapes: Shapes) -> list[str]:
-        """What is missing, unknown or misshapen in `shapes`, one line each."""
+        """Missing, unknown and misshapen tensors in `shapes`, one line each; empty if it fits."""
 
     def module(
         self,
@@ -50,57 +50,57 @@ class Networks(Protocol):
             network: its name.
             dtype_of: layer name to the dtype of its weights.
             blocks: transformer blocks to build; all when None.
-            exponent_of: layer name to the power of two that its weights come scaled by; None where none are.
+            exponent_of: layer name to the power of two that its weights are scaled by; None if none are scaled.
         """
 
     def blocks(self, network: str) -> tuple[str, ...]:
         """Names of its transformer blocks in the order they run, as `layers.5`: submodules of `module`.
 
-        Each reads one stream [B,S,D] and returns it. Neighbours whose names end in a number and are otherwise equal are
-        traced once where shapes, dtypes and exponents agree.
+        Each reads one stream [B,S,D] and returns one. Adjacent blocks whose names differ only in their number are
+        traced once if their shapes, dtypes and exponents are equal.
         """
 
     def layout(self, network: str) -> QuantizationLayout:
-        """What can be measured in one network, and what plans may do to which of its layers; no torch needed."""
+        """The points to measure in one network, and what plans may do to which of its layers; needs no torch."""
 
     def operations(self, network: str) -> Operations:
-        """What one network multiplies by which weights, for forecasts; no torch needed."""
+        """The matrix products, convolutions and attention of one network, for forecasts; needs no torch."""
 
     def network_shapes(self, network: str) -> Shapes:
-        """Published name and shape of the tensors of one network; no torch needed."""
+        """Published name and shape of the tensors of one network; needs no torch."""
 
 
 class Model(Networks, Protocol):
-    """One architecture that denoises, with its dimensions; no weights."""
+    """One denoiser architecture with its dimensions and no weights."""
 
     @property
     def spec(self) -> ModelSpec:
-        """What the runtime must know of it."""
+        """The model's description for the runtime."""
 
 
 class Family(Protocol):
-    """One architecture and all that is particular to it."""
+    """One model architecture: its spelling, its dimensions and its networks."""
 
     @property
     def name(self) -> str:
-        """As manifests and messages spell it."""
+        """Its name in manifests and messages."""
 
     @property
     def published(self) -> Mapping[int, Model]:
-        """Patch size in pixels to the published model of that size; what can be planned without a checkpoint."""
+        """Patch size in pixels to the published model of that size; `plan` needs no checkpoint for these."""
 
     def claims(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names can only be this family's."""
 
     def read(self, weights: Weights) -> Checkpoint:
-        """Put tensors under their published names."""
+        """Rename tensors to their published names."""
 
     def model(self, shapes: Shapes, equal_layers: tuple[int, ...] | None = None) -> Model:
-        """Read the dimensions from shapes; complains only of what leaves no model to speak of.
+        """Read the dimensions from shapes. Raises only if there is no model to read; `faults` lists the rest.
 
         Args:
             shapes: published name to shape.
-            equal_layers: main layers that equal the source's, which the trunk must keep to; None without a source.
+            equal_layers: main layers that equal the source's; the trunk is within them. None without a source.
         """
 
     def is_source(self, names: Iterable[str]) -> bool:
@@ -115,11 +115,11 @@ class Family(Protocol):
     def aliases(self, shapes: Shapes) -> Mapping[str, tuple[str, ...]]:
         """Further names that tools give layers in LoRA files, to the published weights that each stands for.
 
-        What stands for several weights has their rows in this order.
+        A fused layer has the rows of its weights in this order.
         """
 
     def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-        """The tensors under the names that node-based user interfaces use."""
+        """The tensors under the names that ComfyUI uses."""
 
     def known_as(self, fingerprint: str) -> str:
         """The published checkpoint with this fingerprint; empty when unknown."""

@@ -1,4 +1,4 @@
-"""What a model's networks cost, put together from what its family says of shapes, operations and layers."""
+"""Costs of a model's networks for forecasts: their tensors, their operations and the dtypes of plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def network_costs(model: Networks) -> dict[str, NetworkCost]:
-    """Network to its tensors, what is computed with them, and what plain plans store them in."""
+    """Network to its tensors, the operations on them, and the tensors that the `fp8` plan has in FP8 and float32."""
     costs = {}
     for spec in model.networks:
         shapes = model.network_shapes(spec.name)

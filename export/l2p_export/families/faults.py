@@ -1,4 +1,4 @@
-"""Complaints of a checkpoint's shapes, as every family makes them."""
+"""Compares a checkpoint's shapes with the expected ones; shared by all families."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def shape_faults(shapes: Shapes, expected: Shapes, blocks: Iterable[str] = ()) -> list[str]:
-    """What is missing, unknown or misshapen, one line each; a block that is missing whole takes one line.
+    """Missing, unknown and misshapen tensors, one line each; a block that is missing whole takes one line.
 
     Args:
         shapes: published name to shape, as found.
-        expected: the same, as it must be.
+        expected: published name to the required shape.
         blocks: names of transformer blocks.
     """
     missing = sorted(expected.keys() - shapes.keys())

@@ -1,4 +1,4 @@
-"""The linear layer that families build their networks of."""
+"""Linear layer that computes in the dtype of its weight; all families use it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Networks to ONNX: trace, weights, graph files."""
+"""Exports networks to ONNX, and reads a bundle's ONNX graphs back."""

@@ -1,4 +1,4 @@
-"""Helper processes that trace networks while a build traces others: stages are made once, whoever is first."""
+"""Helper processes that trace networks in parallel to a build; each stage is made once, by whichever is first."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ class ToTrace:
 
 @contextmanager
 def tracing_ahead(home: Home, wanted: Sequence[ToTrace], processes: int) -> Iterator[None]:
-    """While this lasts, helpers trace what is wanted from its end on; the caller is one of the `processes`.
+    """Within this context, helper processes trace the wanted networks from the last to the first.
 
-    What a helper is at, the caller waits for as for another build's work; what one fails at, the caller does itself.
+    If the caller needs a trace that a helper is making, it waits, as it does for another build. If a helper fails, the
+    caller traces the network itself.
 
     Args:
         home: where stages are kept.
-        wanted: in the caller's order.
-        processes: that trace, the caller's own included.
+        wanted: networks and plans, in the order in which the caller traces them.
+        processes: number of processes that trace, including the caller.
     """
     left = {trace_key(item.model, item.network, item.plan): item for item in wanted}
     left = {key: item for key, item in left.items() if find_stage(home, key) is None}
-    # One is the caller's in any case.
+    # The caller is always one of them.
     count = min(processes, len(left)) - 1
-    # A copy of this process would hold torch's locks as they are at that moment.
+    # A fork would copy torch's locks in their current state.
     context = multiprocessing.get_context("spawn")
     backwards = list(left.values())[::-1]
     helpers = [

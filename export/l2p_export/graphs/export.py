@@ -1,4 +1,4 @@
-"""One network under one precision plan becomes an `.onnx` file and a `.safetensors` file beside it."""
+"""Exports one network under one precision plan: an `.onnx` file, and its weights in a `.safetensors` file."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from l2p_runtime.tensorfile import TensorInfo
 
 _STORED = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "F8_E4M3"}
-# Where a traced graph says its weights are, until it is given some.
+# Placeholder for the weights file in a traced ONNX graph.
 _NOWHERE = "weights"
 
 
 @dataclass(frozen=True, slots=True)
 class GraphFiles:
-    """A written graph: its two files, named after their content, and the digest of each."""
+    """A written ONNX graph: its two files, named by their content, and the SHA-256 of each."""
 
     graph: Path
     graph_sha256: str
@@ -52,12 +52,12 @@ def graph_stage(
     weights_sha256: str,
     reporter: Reporter,
 ) -> Stage:
-    """The graph of one network as a stage; its files are the `.onnx` and the `.safetensors`, in this order.
+    """Export one network as a stage; its files are the `.onnx` and the `.safetensors`, in this order.
 
-    The trace is a stage of its own that knows no weights: another checkpoint of the same dimensions finds it.
+    The trace is a separate stage without weights, which another checkpoint of the same dimensions reuses.
 
     Args:
-        run: keeps stages.
+        run: runs the stage, or finds it.
         model: the architecture.
         tensors: published name to tensor.
         network: inputs and outputs of the network.
@@ -66,7 +66,7 @@ def graph_stage(
         reporter: shows the bytes written.
 
     Raises:
-        ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
+        ArtifactError: a weight cannot be stored, or the written ONNX graph fails `onnx.checker`.
     """
 
     def make(work: Path) -> StageOutput:
@@ -88,7 +88,7 @@ def trace_stage(
     plan: PrecisionPlan,
     reporter: Reporter,
 ) -> Stage:
-    """The graph of a network without weights as a stage; its one file is the `.onnx`. Arguments as of `graph_stage`."""
+    """Trace a network as a stage; its one file is the `.onnx` without weights. Arguments are those of `graph_stage`."""
     label = f"{network.name}.{plan.name}"
 
     def make(work: Path) -> StageOutput:
@@ -107,7 +107,7 @@ def trace_key(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> str
 
 
 def graph_key(model: Networks, network: NetworkSpec, plan: PrecisionPlan, weights_sha256: str) -> str:
-    """The key of `graph_stage` with these arguments: tells whether a graph is yet to be made."""
+    """The key of `graph_stage` with these arguments; `find_stage` tells whether the ONNX graph exists."""
     return stage_key("graph", {**_structure(model, network, plan), "weights": weights_sha256})
 
 
@@ -122,7 +122,7 @@ def export_graph(
     """Trace a network, stream its weights, and write both into `folder`.
 
     Raises:
-        ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
+        ArtifactError: a weight cannot be stored, or the written ONNX graph fails `onnx.checker`.
     """
     traced, scales = traced_bytes(trace_plan(model, network, plan)), _input_scales(model, network.name, plan)
     return write_graph(traced, tensors, network.name, plan, folder, advance, scales)
@@ -150,7 +150,7 @@ def trace_plan(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> ir
 
 
 def traced_bytes(graph: ir.Model) -> bytes:
-    """A traced graph as ONNX; its weights have names, dtypes and shapes, and lie nowhere."""
+    """A traced graph as ONNX bytes; its weights have names, dtypes and shapes, but no values and no file."""
     for name, value in graph.graph.initializers.items():
         if value.const_value is None and value.shape is not None and value.dtype is not None:
             value.const_value = _external(name, _NOWHERE, 0, 0, value.dtype, value.shape)
@@ -166,19 +166,19 @@ def write_graph(
     advance: Callable[[int], None],
     input_scales: Mapping[str, float] | None = None,
 ) -> GraphFiles:
-    """Stream a traced network's weights into `folder`, and write the graph that points into them.
+    """Stream a traced network's weights into `folder`, and write the ONNX graph that refers to them.
 
     Args:
         traced: from `traced_bytes`.
         tensors: published name to tensor.
         network: its name.
         plan: dtypes and exponents of layers.
-        folder: where both files go.
-        advance: told the bytes written since the last call.
-        input_scales: of FP8 products and attention, by the point that they read.
+        folder: where both files are written.
+        advance: called with the number of bytes written since its last call.
+        input_scales: input scales of FP8 linear layers and attention, by the point that they read.
 
     Raises:
-        ArtifactError: a weight cannot be stored, or the finished graph fails `onnx.checker`.
+        ArtifactError: a weight cannot be stored, or the written ONNX graph fails `onnx.checker`.
     """
     import onnx
     import onnx_ir as ir
@@ -190,7 +190,7 @@ def write_graph(
     names = sorted(name for name, value in weights_of.items() if isinstance(value.const_value, ir.ExternalTensor))
     missing = [part for name in names for part in weight_parts(name) if part not in tensors]
     if missing:
-        raise InternalError(f"network `{network}` wants a weight `{missing[0]}` that the checkpoint has not")
+        raise InternalError(f"network `{network}` needs the weight `{missing[0]}`, which the checkpoint lacks")
     eighths = [name for name in names if is_float8(name, weights_of[name].dtype)]
     parts = {name: _scaled(weight_parts(name), tensors, plan) for name in eighths if weight_parts(name)}
     encoded = float8_sources(eighths, parts, input_scales or {})
@@ -207,7 +207,7 @@ def write_graph(
 def _source(
     name: str, published: Sequence[str], tensors: Mapping[str, TensorSource], plan: PrecisionPlan
 ) -> TensorSource:
-    """A weight as the graph stores it: as it is, or transposed, several joined along their outputs, each scaled."""
+    """A weight as the ONNX graph stores it: scaled; unchanged, transposed, or several joined along their outputs."""
     parts = _scaled(published, tensors, plan)
     if name in tensors:
         return parts[0]
@@ -223,7 +223,7 @@ def _scaled(
 
 
 def _structure(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> dict[str, object]:
-    """All that decides a graph but the values of its weights."""
+    """Everything that decides an ONNX graph except the values of its weights."""
     return {
         "network": network,
         "shapes": {name: list(shape) for name, shape in model.network_shapes(network.name).items()},
@@ -235,19 +235,19 @@ def _structure(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> di
 
 
 def _traced(model: Networks, network: NetworkSpec, plan: PrecisionPlan) -> dict[str, object]:
-    """All that decides a trace: not the values of weights and input scales, and neither name nor base of the plan."""
+    """Everything that decides a trace; values of weights, input scales, and the plan's name and base do not."""
     nameless = replace(plan.of_layers(_layers(model, network.name)), name="", base="fp32", inputs=())
     return _structure(model, network, plan) | {"plan": nameless}
 
 
 def _float8_weights(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, str]:
-    """Weights of a network that a plan has in FP8, with the point that each reads."""
+    """Each weight that a plan has in FP8, to the point that it reads."""
     reads = {product.layer: product.reads for product in model.layout(network).linear_layers}
     return {name: reads[layer_of(name)] for name in model.network_shapes(network) if plan.dtype(name) == FLOAT8}
 
 
 def _float8_attention(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
-    """Weights that make the values of an attention that a plan has in FP8, with the points of its three inputs."""
+    """For each attention that a plan has in FP8, the weight that makes its values, to the points of its inputs."""
     return {
         f"{attention.values_from}.weight": tuple(part.reads for part in attention.inputs)
         for attention in model.layout(network).attentions
@@ -256,7 +256,7 @@ def _float8_attention(model: Networks, network: str, plan: PrecisionPlan) -> dic
 
 
 def _input_scales(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, float]:
-    """Point to what its values are divided by for FP8, as they are in the graph: scaled where layers before are."""
+    """Point to its FP8 scale in the ONNX graph, exponents of the layers before it included."""
     layout = model.layout(network)
     scales = {item.layer: item.scale for item in plan.inputs}
     found = {}
@@ -274,7 +274,7 @@ def weight_bytes(model: Networks, network: str, plan: PrecisionPlan) -> int:
 
 
 def _layers(model: Networks, network: str) -> list[str]:
-    """What a plan may speak of in one network: tensors, layers, attention of blocks, its inputs, and the residual."""
+    """Names that a plan may list in one network: tensors, layers, attention of blocks, its inputs, and the residual."""
     tensors = tuple(model.network_shapes(network))
     attentions = model.layout(network).attentions
     attention = [name for item in attentions for name in (item.layer, *(part.layer for part in item.inputs))]
@@ -282,9 +282,9 @@ def _layers(model: Networks, network: str) -> list[str]:
 
 
 def _repeats(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, list[str]]:
-    """Runs of neighbouring blocks of one group, of equal layers: the first is traced, others copied.
+    """Runs of adjacent equal blocks: the first, which is traced, to the others, which are copies of it.
 
-    Names of blocks are equal but for their numbers, and shapes, dtypes and exponents are.
+    Equal blocks have equal shapes, dtypes and exponents, and names that differ only in their number.
     """
     layers, shapes = _layers(model, network), model.network_shapes(network)
     runs: dict[str, list[str]] = {}

@@ -1,10 +1,10 @@
-"""Products in FP8: their inputs are rounded by a Q/DQ pair, their weights stored as E4M3 and decoded by a DQ.
+"""Adds FP8 to traced graphs: a Q/DQ pair quantizes an input, weights are stored as E4M3 and dequantized by a DQ.
 
-    MatMul(x, W)  becomes  MatMul(DQ(Q(x, s)), DQ(W8, S))     s a number, S one number an output channel
+    MatMul(x, W)  becomes  MatMul(DQ(Q(x, s)), DQ(W8, S))     s per tensor, S per output channel
     Attention(q, k, v)  becomes  Attention(DQ(Q(q, s1)), DQ(Q(k, s2)), DQ(Q(v, s3)))
 
-Engine libraries take these nodes for what they stand for and multiply FP8 numbers. Scales are float16, as what they
-make is (ONNX Runtime takes no other), and lie beside the weights: a trace knows neither.
+Engine libraries recognize these nodes and multiply FP8 numbers. Scales are float16 like the dequantized values (ONNX
+Runtime takes no other). They are stored with the weights; a trace has neither.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _AXIS = 1
 
 
 def round_inputs(model: ir.Model, reads: Mapping[str, str]) -> None:
-    """Mark the weights of FP8 products and round what these read, in place; before products are joined.
+    """Mark the weights of FP8 linear layers and quantize their inputs, in place; must run before `join_products`.
 
-    Products that read one value at one point share the pair, so that they can still be joined.
+    Layers that read the same value at the same point share a Q/DQ pair, so that they can still be joined.
 
     Args:
         model: a traced graph whose weights are stored transposed.
@@ -53,11 +53,11 @@ def round_inputs(model: ir.Model, reads: Mapping[str, str]) -> None:
 
 
 def round_attention(model: ir.Model, reads: Mapping[str, Sequence[str]]) -> None:
-    """Round what attention multiplies, in place; before products are joined.
+    """Quantize query, key and value of attention, in place; must run before `join_products`.
 
     Args:
-        model: a traced graph of operator set 23, whose weights are stored transposed.
-        reads: published name of the weight that makes values to the points of query, key and value, in this order.
+        model: a traced graph of opset 23, whose weights are stored transposed.
+        reads: published name of the weight that makes the values, to the points of query, key and value in this order.
 
     Raises:
         InternalError: the graph has no `Attention` that reads the values of a weight.
@@ -74,7 +74,7 @@ def round_attention(model: ir.Model, reads: Mapping[str, Sequence[str]]) -> None
 
 
 def decode_weights(model: ir.Model) -> None:
-    """Decode weights in FP8 before they are multiplied by, in place; after products were joined."""
+    """Insert a DequantizeLinear for each FP8 weight, in place; must run after `join_products`."""
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None or weight.dtype != ir.DataType.FLOAT8E4M3FN or weight.shape is None:
@@ -91,15 +91,18 @@ def decode_weights(model: ir.Model) -> None:
 def float8_sources(
     names: Sequence[str], parts: Mapping[str, Sequence[TensorSource]], input_scales: Mapping[str, float]
 ) -> dict[str, TensorSource]:
-    """What a graph stores for what is in FP8: encoded weights and all scales.
+    """The tensors that an ONNX graph stores for FP8: weights divided by their scales, and all scales.
 
     Args:
-        names: of weights in FP8 and of scales, as the graph has them.
-        parts: weight as the graph has it to the published tensors [out,in] that it joins, scaled by their exponents.
+        names: names of FP8 weights and of scales in the graph.
+        parts: weight in the graph, to the published tensors [out,in] that it joins, scaled by their exponents.
         input_scales: point to the scale of its values, exponents included.
 
+    Returns:
+        Name in the graph to tensor: weights [in,out] and their scales [out], input scales [].
+
     Raises:
-        ArtifactError: a scale is more than float16 holds.
+        ArtifactError: a scale exceeds float16.
     """
     found: dict[str, TensorSource] = {}
     for name, tensors in parts.items():
@@ -114,17 +117,17 @@ def float8_sources(
 
 
 def is_float8(name: str, dtype: ir.DataType | None) -> bool:
-    """Whether an initializer belongs to a product in FP8: its weight, or a scale."""
+    """Whether an initializer is an FP8 weight or a scale."""
     return name.endswith(SCALE) or dtype == ir.DataType.FLOAT8E4M3FN
 
 
 def weight_parts(name: str) -> list[str]:
-    """The published names of what a graph stores as one weight; none of a scale, which is no weight."""
+    """The published names of a weight as the graph stores it; empty for a scale."""
     return [] if name.endswith(SCALE) else published_names(name)
 
 
 def row_peaks(source: TensorSource) -> NDArray[np.float32]:
-    """The largest magnitude of each row of a matrix [out,in]; NaN where the row holds one."""
+    """The maximum magnitude of each row of a matrix [out,in], as float32 [out]; NaN for a row that holds NaN."""
     import numpy as np
 
     columns, start = math.prod(source.shape[1:]), 0
@@ -138,7 +141,7 @@ def row_peaks(source: TensorSource) -> NDArray[np.float32]:
 
 
 def _values_from(attention: ir.Node) -> str:
-    """The published name of the weight that makes an attention's values: of the nearest product before them."""
+    """The published name of the weight that makes an attention's values: that of the nearest MatMul before them."""
     value = attention.inputs[2]
     while value is not None and (maker := value.producer()) is not None:
         if maker.op_type == "MatMul" and maker.inputs[1] is not None:
@@ -148,7 +151,7 @@ def _values_from(attention: ir.Node) -> str:
 
 
 def _rounded(graph: ir.Graph, value: ir.Value, point: str, reader: ir.Node) -> ir.Value:
-    """A value rounded to E4M3 and back, by a pair of nodes before the one that reads it."""
+    """The value after a Q/DQ pair of E4M3, which is inserted before the node that reads it."""
     scale = _scale(graph, f"{point}{SCALE}", value.type, ())
     kind = [ir.AttrInt64("output_dtype", ir.DataType.FLOAT8E4M3FN)]
     quantize = ir.Node("", "QuantizeLinear", [value, scale], kind, name=f"{point}/quantize")

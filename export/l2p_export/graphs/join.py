@@ -1,7 +1,8 @@
-"""Products of one input computed as one: `MatMul(x, Wq)`, `MatMul(x, Wk)`, `MatMul(x, Wv)` become one, and a split.
+"""Joins matrix products of one input: `MatMul(x, Wq)`, `MatMul(x, Wk)`, `MatMul(x, Wv)` become one, and a split.
 
-TensorRT for RTX joins them itself and then holds the joined weights beside the given ones: 1.8 times the weights of a
-trunk in memory, 1.2 times when the graph comes joined and is split along an axis of its own (docs/engines.md).
+TensorRT for RTX joins them itself, and then holds the joined weights beside the given ones: 1.8 times the weights of a
+trunk in memory. With an ONNX graph that is already joined, and split along a separate axis, it takes 1.2 times
+(docs/engines.md).
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What graphs call weights that they store otherwise than published: transposed, or several as one."""
+"""Names of weights in ONNX graphs that are not stored as published: transposed, or several as one."""
 
 from __future__ import annotations
 
 SUFFIX = ".T"
-"""Ends the name of a weight that is stored transposed; what stands before is its published name."""
+"""Suffix of a weight that is stored transposed; its published name comes before."""
 
 JOINT = "+"
-"""Between the names of weights that are stored as one, [in, out] of each behind the other along `out`."""
+"""Separates the names of weights that are stored as one: their [in, out] matrices, concatenated along `out`."""
 
 SCALE = "/scale"
-"""Ends the name of a scale; before it stands a weight as it is stored, or the point that inputs are measured at."""
+"""Suffix of a scale; before it comes the stored name of a weight, or the point at which inputs are measured."""
 
 
 def published_names(name: str) -> list[str]:
-    """The published names of what a graph stores as one weight."""
+    """The published names of a weight, from its name in an ONNX graph."""
     return name.removesuffix(SUFFIX).split(JOINT)

@@ -1,4 +1,4 @@
-"""Reads a bundle's ONNX graphs back: its model, and the published names, shapes, values and digests of its weights."""
+"""Reads a bundle's ONNX graphs: its model, and the published names, shapes, values and digests of its weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a published tensor lies in a graph's weights.
+    """Where a published tensor is in an ONNX graph's weights.
 
     Attributes:
-        stored: name in the file: the published one; or of what is stored transposed, [in, out], alone or joined.
+        stored: name in the file: the published one, or that of a transposed matrix [in, out], which may join several.
         part: index among the tensors that are joined along `out`.
-        parts: number of them.
+        parts: number of joined tensors.
         is_transposed: whether it is stored transposed.
     """
 
@@ -45,7 +45,7 @@ def float32_plan(bundle: Bundle) -> str:
     """Name of the plan whose ONNX graphs hold all weights in float32, as published.
 
     Raises:
-        ArtifactError: the bundle has no such graphs.
+        ArtifactError: the bundle has no such ONNX graphs.
     """
     name = find_float32_plan(bundle.manifest)
     if name is None:
@@ -56,20 +56,20 @@ def float32_plan(bundle: Bundle) -> str:
 
 
 def find_float32_plan(manifest: Manifest) -> str | None:
-    """The same; None where the bundle has no such graphs."""
+    """Like `float32_plan`, but None if the bundle has no such ONNX graphs."""
     whole = [plan.name for plan in manifest.plans if plan.base == "fp32" and plan.file is None]
     return next((name for name in whole if manifest.has_graph("trunk", name)), None)
 
 
 def bundle_model(bundle: Bundle, plan: str | None = None) -> Model:
-    """The architecture that a bundle was built from, by the shapes of its weights.
+    """The architecture that a bundle was built from, read from the shapes of its weights.
 
     Args:
         bundle: the bundle.
-        plan: whose ONNX graphs are read, which all have the same shapes; the float32 one when None.
+        plan: the plan whose ONNX graphs are read; shapes are equal in all. The float32 one if None.
 
     Raises:
-        ArtifactError: no known family, or weights of no model.
+        ArtifactError: the family is not known, or the weights are not a model's.
     """
     spec = bundle.manifest.model
     family = family_named(spec.family)
@@ -83,7 +83,7 @@ def bundle_model(bundle: Bundle, plan: str | None = None) -> Model:
 
 
 def bundle_digests(bundle: Bundle, reporter: Reporter) -> dict[str, str]:
-    """Network to the digest of its weights, as builds know it, from the bundle's float32 graphs."""
+    """Network to the digest of its weights, the same as in builds, from the bundle's float32 ONNX graphs."""
     found = {"trunk": bundle.manifest.checkpoint.trunk_sha256}
     with reporter.task("hashing weights") as advance:
         for name, weights in _stored_weights(bundle, float32_plan(bundle)).items():
@@ -93,13 +93,13 @@ def bundle_digests(bundle: Bundle, reporter: Reporter) -> dict[str, str]:
 
 
 def published_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Published name to shape of every tensor in a graph's weights; reads the header only."""
+    """Published name to shape of every tensor in an ONNX graph's weights; reads only the header."""
     file = open_tensorfile(weights)
     return {name: _shape(file.tensors[place.stored].shape, place) for name, place in published_places(file).items()}
 
 
 def published_places(file: TensorFile) -> dict[str, StoredTensor]:
-    """Published name to place of every tensor in a graph's weights; scales of FP8 have no published name."""
+    """Published name to place of every tensor in an ONNX graph's weights; FP8 scales have no published name."""
     places = {}
     for stored in (name for name in file.tensors if not name.endswith(SCALE)):
         names = published_names(stored)
@@ -126,7 +126,7 @@ def _shape(stored: tuple[int, ...], place: StoredTensor) -> tuple[int, ...]:
 
 
 def _weights_digest(path: Path, advance: Callable[[int], None]) -> str:
-    """As `digests.weight_digests` makes it: names in sorted order, each with its values as published."""
+    """The same digest as `digests.weight_digests` makes: names in sorted order, each with its values as published."""
     import numpy as np
 
     file = open_tensorfile(path)

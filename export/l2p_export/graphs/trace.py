@@ -1,4 +1,4 @@
-"""A network becomes an ONNX graph that knows the names of its weights and nothing of their values."""
+"""Traces a network into an ONNX graph that has the names of its weights and no values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
-# Sizes of the traced example. None is 0 or 1, which torch.export would bake in, and no two agree by accident.
+# Sizes of the traced example. None is 0 or 1, which torch.export would fix, and no two are equal.
 _EXAMPLE_SIZES = {"B": 2, "h": 3, "w": 5, "r": 7, "t": 2, "L": 11}
 _EXAMPLE_PADS = 17
 
@@ -37,16 +37,16 @@ def trace_network(
     Args:
         build: makes the network; called on the meta device, so that no weight is ever allocated.
         spec: the network's inputs and outputs.
-        opset: ONNX operator set. FP32 engines need 20, where attention is decomposed; 23 keeps `Attention` whole.
-        repeats: for each traced block the blocks of equal structure that follow it.
-        float8: published name of each weight in FP8 to the point that it reads; None where there is none.
-        float8_attention: of each attention in FP8, the weight that makes its values to the points of its three inputs.
+        opset: ONNX opset. FP32 engines need 20, which decomposes attention; 23 has the `Attention` operator.
+        repeats: each traced block, to the blocks of equal structure that follow it.
+        float8: published name of each weight in FP8, to the point that it reads; None if there is none.
+        float8_attention: for each attention in FP8, the weight that makes its values, to the points of its inputs.
 
     Returns:
-        A graph whose initializers carry published names, dtype and shape, and no value.
+        A graph whose initializers have published names, dtypes and shapes, and no values.
 
     Raises:
-        InternalError: attention is to be in FP8 and is decomposed, as at operator set 20.
+        InternalError: attention must be in FP8 but is decomposed, as at opset 20.
     """
     import torch
 
@@ -104,9 +104,9 @@ def _dynamic_axes(tensor: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]
 
 
 def _strip(model: ir.Model, spec: NetworkSpec) -> None:
-    """Drop what depends on this machine: the exporter writes stack traces with paths into every node."""
+    """Drop everything that depends on this machine: the exporter writes stack traces with paths into every node."""
     for value, tensor in zip(model.graph.inputs, spec.inputs, strict=True):
-        # A network without blocks hands an input through, and the exporter gives it the output's name.
+        # A network without blocks returns an input, and the exporter gives that input the output's name.
         value.name = tensor.name
     model.graph.name = spec.name
     model.producer_name, model.producer_version, model.doc_string = "l2p-export", None, None
@@ -123,7 +123,7 @@ def _strip(model: ir.Model, spec: NetworkSpec) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's and optimizer's chatter off stderr; their errors still raise."""
+    """Silence the logs and warnings of exporter and optimizer; their errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""Weights kept the way they are multiplied: `MatMul(x, Transpose(W))` becomes `MatMul(x, W.T)`.
+"""Stores weights transposed, as they are multiplied: `MatMul(x, Transpose(W))` becomes `MatMul(x, W.T)`.
 
-torch keeps a linear layer's weight as [out, in], ONNX multiplies by [in, out]. Left in the graph, a Transpose is run,
-or folded into a copy of the weight by whoever loads the graph: 2.9 GB for a graph of 1.4 GB in ONNX Runtime.
+torch stores a linear layer's weight as [out, in]; ONNX multiplies by [in, out]. A Transpose that stays in the graph is
+run each time, or the engine library folds it into a copy of the weight: 2.9 GB for a graph of 1.4 GB in ONNX Runtime.
 """
 
 from __future__ import annotations

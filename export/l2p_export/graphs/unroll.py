@@ -1,6 +1,6 @@
-"""Repeat one traced block: thirty equal layers are traced once and written thirty times.
+"""Repeats a traced block: thirty equal layers are traced once and written thirty times.
 
-Tracing costs about 2 s a block on two cores, copying a block's nodes some milliseconds.
+Tracing takes about 2 s per block on two cores, copying a block's nodes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def unroll(model: ir.Model, repeats: Mapping[str, Sequence[str]]) -> None:
-    """Write the copies of each traced block behind it, in place.
+    """Insert the copies of each traced block after it, in place.
 
     Args:
-        model: a traced graph whose nodes still carry the exporter's module scopes.
-        repeats: block that was traced, as `layers.5`, to the blocks that follow with equal structure, as `layers.6`.
+        model: a traced graph whose nodes still have the exporter's module scopes.
+        repeats: traced block, as `layers.5`, to the blocks of equal structure that follow it, as `layers.6`.
     """
     for block, copies in repeats.items():
         nodes = [node for node in model.graph if block in ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))]
@@ -41,7 +41,7 @@ def unroll(model: ir.Model, repeats: Mapping[str, Sequence[str]]) -> None:
 
 
 def _stream_into(block: str, nodes: Sequence[ir.Node]) -> ir.Value:
-    """The residual stream that enters the block: the one 3-D value it reads that is neither its own nor a weight."""
+    """The residual stream into the block: the only 3-D value that it reads and that is neither its own nor a weight."""
     own = {value for node in nodes for value in node.outputs}
     candidates = {
         value
@@ -61,7 +61,7 @@ def _stream_into(block: str, nodes: Sequence[ir.Node]) -> ir.Value:
 def _clone(
     graph: ir.Graph, nodes: Sequence[ir.Node], block: str, copy: str, values: dict[ir.Value, ir.Value]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """Copy nodes, with the block's weights replaced by the copy's; `values` maps what is already replaced."""
+    """Copy nodes and replace the block's weights by the copy's; `values` maps old values to their replacements."""
     cloned = []
     for node in nodes:
         inputs = [None if value is None else _replacement(graph, value, block, copy, values) for value in node.inputs]

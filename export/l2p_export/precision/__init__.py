@@ -1,1 +1,1 @@
-"""Which dtype each layer gets: precision plans, calibration, sensitivity sweep, explanations."""
+"""Decides the dtype of each layer: precision plans, calibration, sensitivity sweep, explanations."""

@@ -1,8 +1,8 @@
-"""Activation statistics of a bundle: its float32 graphs run on noisy pictures of prompts, network by network.
+"""Measures activation statistics: runs a bundle's float32 ONNX graphs on noisy pictures of prompts.
 
-A sample is one denoising call: a picture that the bundle draws of a prompt, with noise of a timestep on it. What a
-network makes of a sample lies in the work folder until the next one has read it, so that the memory holds one network
-and one sample, and a calibration that was stopped goes on behind the last network that was finished.
+A sample is one denoising call: a picture that the bundle draws of a prompt, with the noise of a timestep added. The
+networks run one after the other. Their outputs are kept in the work folder, so memory holds one network and one sample,
+and a calibration that was stopped resumes after the last completed network.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TIMES_A_PICTURE = 4
 """Samples of one picture, at different timesteps."""
 
 STEPS_MAX = 8
-"""Steps that a picture is drawn in, at most: it is drawn to be covered with noise again."""
+"""Maximum steps in which a picture is drawn; noise is added to it afterwards."""
 
 _GOLDEN = 0.6180339887498949
 _SETTINGS = "settings.json"
@@ -65,9 +65,9 @@ class Sample:
 
     Attributes:
         prompt: index of its prompt.
-        height_px: of the picture.
-        width_px: likewise.
-        seed: of picture and noise.
+        height_px: height of the picture.
+        width_px: width of the picture.
+        seed: seed of picture and noise.
         time: t = 1 - sigma.
     """
 
@@ -80,11 +80,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationJob:
-    """A calibration that was checked and not yet begun.
+    """A calibration that is checked and not yet started.
 
     Attributes:
         samples: one denoising call each.
-        prompts: what is drawn; without a text encoder, embeddings are noise and the prompts number them.
+        prompts: prompts of the pictures. Without a text encoder, embeddings are noise seeded by the prompt's index.
         has_text: whether the bundle has a text encoder.
     """
 
@@ -96,7 +96,7 @@ class CalibrationJob:
 
     @property
     def source(self) -> str:
-        """What is run, for people."""
+        """Summary of the samples for people: calls, prompts and sizes."""
         sizes = ", ".join(dict.fromkeys(f"{sample.width_px}x{sample.height_px}" for sample in self.samples))
         captions = "prompts" if self.has_text else "captions of noise"
         count = len({sample.prompt for sample in self.samples})
@@ -104,10 +104,10 @@ class CalibrationJob:
 
     @property
     def settings(self) -> str:
-        """All that decides what is measured, as JSON."""
+        """Everything that decides the measurements, as JSON."""
         samples = [[s.prompt, s.height_px, s.width_px, s.seed, s.time] for s in self.samples]
         said = {"bundle": self.bundle.digest, "version": __version__, "prompts": self.prompts, "samples": samples}
-        # What is measured, and where, is the code's affair.
+        # The code decides the points that are measured; its digest is in `tools`.
         return json.dumps({**said, "tools": toolchain()}, sort_keys=True)
 
 
@@ -123,16 +123,17 @@ def check_calibration(
     """Check everything before any work.
 
     Args:
-        bundle: with an fp32 plan.
+        bundle: bundle with an fp32 plan.
         out: file to write.
         prompts: file of prompts; None for those of the package.
-        samples: denoising calls.
-        sizes: heights and widths in pixels; the first profile's least and one twice as wide when empty.
-        seed: of the first picture.
+        samples: number of denoising calls.
+        sizes: (height, width) in pixels; if empty, the first profile's minimum size and one twice as wide.
+        seed: seed of the first picture.
 
     Raises:
-        UsageError: a size that does not divide, no samples, prompts for a bundle without a text encoder.
-        ArtifactError: the bundle has no fp32 graphs.
+        UsageError: a size is not a multiple of the model's, there are no samples, or prompts are given for a bundle
+            without a text encoder.
+        ArtifactError: the bundle has no fp32 ONNX graphs.
     """
     model, manifest = bundle.manifest.model, bundle.manifest
     if samples < 1:
@@ -164,15 +165,15 @@ def check_calibration(
 def calibrate(
     job: CalibrationJob, reporter: Reporter, more: Callable[[Path, Statistics], object] | None = None
 ) -> Statistics:
-    """Measure every network and write the file, or go on with what was stopped.
+    """Measure every network and write the file; resumes a calibration that was stopped.
 
     Args:
-        job: what to run.
+        job: from `check_calibration`.
         reporter: shows the runs.
-        more: what else to do with the samples, given their folder and what was measured.
+        more: called with the folder of the samples and the statistics, before the folder is removed.
 
     Raises:
-        ArtifactError: a graph is not this version's, or made NaN or Inf.
+        ArtifactError: an ONNX graph is not this version's, or made NaN or Inf.
         HostError: another calibration writes there, or ONNX Runtime is not installed.
     """
     work = job.out.with_name(f"{job.out.name}.work")
@@ -193,7 +194,7 @@ def calibrate(
 
 @contextmanager
 def _work_folder(work: Path, job: CalibrationJob) -> Iterator[Path]:
-    """The folder with what is done of this very calibration; emptied when it is of another one."""
+    """The work folder, with the results so far of this calibration; it is emptied if it is another calibration's."""
     if work.exists() and not (work / _SETTINGS).is_file():
         raise UsageError(f"`{work}` is in the way: no calibration made it", hint="remove it, or choose another --out")
     work.mkdir(exist_ok=True)
@@ -208,7 +209,7 @@ def _work_folder(work: Path, job: CalibrationJob) -> Iterator[Path]:
 
 
 def _draw(job: CalibrationJob, folder: Path, reporter: Reporter) -> None:
-    """Write the inputs of every sample; a picture serves several."""
+    """Write the inputs of every sample; several samples share a picture."""
     import numpy as np
 
     left = [index for index in range(len(job.samples)) if not _case_path(folder, index).is_file()]
@@ -248,7 +249,7 @@ def _embeddings(job: CalibrationJob, pipe: Pipeline, prompts: Sequence[int]) -> 
     if job.has_text:
         return list(pipe.encode([job.prompts[index] for index in prompts], truncate_prompt=True))
     width = job.bundle.manifest.model.caption_width
-    # Each of another length, as prompts are.
+    # Lengths differ, as those of prompts do.
     return [
         normal_noise(index, image_index=1, channels=1, rows=(0, 3 + index % _CAPTION_TOKENS), cols=(0, width))[0]
         for index in prompts
@@ -258,7 +259,7 @@ def _embeddings(job: CalibrationJob, pipe: Pipeline, prompts: Sequence[int]) -> 
 def _measure(
     job: CalibrationJob, network: str, sha256: str, layout: QuantizationLayout, folder: Path, reporter: Reporter
 ) -> NetworkStatistics:
-    """The statistics of one network; what it makes of each sample is written beside them first."""
+    """The statistics of one network; its outputs for each sample are written before them."""
     import onnx
 
     done = folder / f"{network}.json"
@@ -287,13 +288,13 @@ def _measure(
 
 
 def _inputs(folder: Path, network: str, index: int) -> dict[str, NDArray[Any]]:
-    """The inputs of one network, from the sample and what the networks before it made of it."""
+    """The inputs of one network, from the sample and the outputs of earlier networks."""
     known = sample_values(folder, index)
     return network_inputs(network, known, known)
 
 
 def sample_values(folder: Path, index: int) -> dict[str, NDArray[Any]]:
-    """A sample's inputs and, as `network.output`, what each network that was measured made of it."""
+    """A sample's inputs and, as `network.output`, the outputs of each network that was measured."""
     known: dict[str, NDArray[Any]] = {}
     paths = [_case_path(folder, index), *(folder / f"{index}.{name}.safetensors" for name in NETWORKS)]
     for path in paths:
@@ -304,7 +305,7 @@ def sample_values(folder: Path, index: int) -> dict[str, NDArray[Any]]:
 
 
 def _values_bytes(job: CalibrationJob, network: str, layout: QuantizationLayout) -> int:
-    """What the values of all points take in the largest sample, about: as if each were as wide as the feed-forward."""
+    """About the bytes of all points' values in the largest sample."""
     model = job.bundle.manifest.model
     pixels = max(sample.height_px * sample.width_px for sample in job.samples)
     if network == "head":

@@ -1,4 +1,4 @@
-"""What the plans of a bundle, or of a file, say of one layer, and why."""
+"""Explains what the plans of a bundle, or of a file, decide about one layer, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from l2p_export.families import Model
 
 _NEAR = 3
-_UNLISTED = "what attention multiplies is not rounded unless a plan lists it"
+_UNLISTED = "query, key and value are not quantized unless a plan lists them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Explanation:
 
     Attributes:
         plan: name of the plan.
-        exponent: its weights are stored times two to this power.
+        exponent: its weights are stored multiplied by two to this power.
     """
 
     plan: str
@@ -42,15 +42,15 @@ class Explanation:
 
 
 def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanation, ...]:
-    """What each plan says of a layer; of attention, what it says of each input where it lists them.
+    """Explain a layer in each plan; for attention also query, key and value, if the plan lists them.
 
     Args:
         path: a bundle, or a plan's file.
         layer: published name, as `layers.3.feed_forward.w2`, or `layers.3.attention`.
-        store: where the bundle's files lie, if not in it.
+        store: folder of the bundle's files, if they are not in it.
 
     Raises:
-        UsageError: no plan speaks of such a layer; the nearest names are told.
+        UsageError: no plan lists such a layer; the hint has the nearest names.
         ArtifactError: the bundle or plan is damaged.
     """
     if path.is_file():
@@ -65,7 +65,7 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
     layouts = [model.layout(network) for network in NETWORKS] if model is not None else []
     known = {entry.layer for file in whole.values() for entry in file.layers}
     known = known or {layer for layout in layouts for layer in layout.layers}
-    # A plan need not list the attention of a block, or an input of it.
+    # A plan need not list the attention of a block, or its inputs.
     attentions = [item for layout in layouts for item in layout.attentions]
     names = {name for item in attentions for name in (item.layer, *(part.layer for part in item.inputs))}
     if layer not in known | names:
@@ -83,7 +83,7 @@ def explain(path: Path, layer: str, store: Path | None = None) -> tuple[Explanat
 
 
 def explained_lines(found: Explanation) -> Iterator[str]:
-    """An explanation for people."""
+    """An explanation as lines of text."""
     scaled = f", weights times 2^{found.exponent}" if found.exponent else ""
     yield f"{found.plan}: {found.layer} in {found.dtype}{scaled}"
     if found.reason:
@@ -97,7 +97,7 @@ def explained_lines(found: Explanation) -> Iterator[str]:
 
 
 def _told(file: PlanFile, layer: str) -> tuple[Explanation, ...]:
-    """What a plan lists of a layer, and of attention of each input; nothing where it lists nothing."""
+    """What a plan lists of a layer, and for attention of each of its inputs; empty if it lists none."""
     by_name = {entry.layer: entry for entry in file.layers}
     inputs = (f"{layer}.{part}" for part in ATTENTION_INPUTS)
     return tuple(_explained(file.name, by_name[name]) for name in (layer, *inputs) if name in by_name)
@@ -108,7 +108,7 @@ def _explained(plan: str, entry: LayerPlan) -> Explanation:
 
 
 def _model(bundle: Bundle) -> Model | None:
-    """The architecture of a bundle, from the ONNX graphs of any plan; None for engines alone."""
+    """The architecture of a bundle, from the ONNX graphs of any plan; None for a bundle of only engines."""
     manifest = bundle.manifest
     plans = [plan.name for plan in manifest.plans if all(manifest.has_graph(name, plan.name) for name in NETWORKS)]
     return bundle_model(bundle, plans[0]) if plans else None

@@ -1,7 +1,7 @@
-"""The precision plans of a build: measured, read from a file, or as their name says; each judged by what was measured.
+"""Makes the precision plans of a build: from measurements, from a file, or by name; and checks their ranges.
 
-ONNX Runtime on the CPU computes float16 graphs in float32 between casts, so that no ledger filled there shows an
-overflow. What float16 has to hold is therefore measured in torch float32, and compared with what it can.
+ONNX Runtime on the CPU computes float16 ONNX graphs in float32 between casts, so comparisons there show no overflow.
+Therefore values are measured in torch float32, and compared with the range of float16.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 TIMES = (0.02, 0.35, 0.65, 0.98)
-"""Timesteps of the call that is measured beside the proof's cases: one batch, since a call takes the time to read all
-weights, however small its image."""
+"""Timesteps of the call that is measured in addition to the proof's cases. They are one batch, since every call has to
+read all weights, however small its image."""
 
 CASE = "ranges"
-"""What the ledger calls the comparison of what was measured with what float16 holds."""
+"""Name of the case under which the ledger compares measured values with the range of float16."""
 
 _TIMES_CASE = "timesteps"
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPlan:
-    """A plan that graphs can be made by.
+    """A final plan, from which ONNX graphs can be exported.
 
     Attributes:
-        file: the whole plan in the bundle; None for one that its name says all of.
-        ledger: how far the values that were measured are from the most that its dtypes hold.
+        file: the whole plan in the bundle; None for a plan that its name defines completely.
+        ledger: entries that compare measured values with the range of float16.
     """
 
     plan: PrecisionPlan
@@ -70,18 +70,18 @@ class ResolvedPlan:
 
     @property
     def ref(self) -> PlanRef:
-        """What the manifest says of it."""
+        """Its record in the manifest."""
         return replace(self.plan.ref, file=self.file.path if self.file else None)
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionRequest:
-    """What a build was asked for.
+    """The plans that a build was asked for.
 
     Attributes:
-        plans: by name, which says nothing of what is measured.
+        plans: plans by name, before anything is measured.
         files: whole plans, read from files.
-        statistics: measured before, in addition to what the build measures; None without.
+        statistics: earlier measurements, in addition to those of the build; None without any.
     """
 
     plans: tuple[NamedPlan, ...]
@@ -98,11 +98,11 @@ class _Facts:
 def make_plans(
     run: StageRunner, asked: PrecisionRequest, digests: WeightDigests, references: References, reporter: Reporter
 ) -> tuple[ResolvedPlan, ...]:
-    """The finished plans of a build, in the order they were asked for.
+    """The final plans of a build, in the order they were asked for.
 
     Raises:
         ArtifactError: a plan or statistics are of other weights, or a network makes NaN or Inf in float32.
-        ParityError: values that were measured are more than a plan's dtypes hold.
+        ParityError: measured values exceed a plan's dtypes.
     """
     by_network = network_digests(digests)
     for file in asked.files:
@@ -113,25 +113,25 @@ def make_plans(
 
 
 def plain_plan(model: Networks, base: BasePrecision, name: str | None = None) -> PrecisionPlan:
-    """The plan of a base for a model, before anything is measured; named like its base by default."""
+    """The plan of a base for a model, before anything is measured; its name is that of its base by default."""
     named = replace(PLANS[base], name=name or base)
     return named.of(model.layout(spec.name) for spec in model.networks)
 
 
 def network_digests(digests: WeightDigests) -> dict[str, str]:
-    """Network to the digest that plans and statistics know it by: the trunk's is the one that adapters share."""
+    """Network to the digest that identifies it in plans and statistics; the trunk's is the trunk digest."""
     return {name: digests.trunk_sha256 if name == "trunk" else digest for name, digest in digests.groups}
 
 
 def weight_peaks(tensors: Mapping[str, TensorSource], names: Sequence[str]) -> dict[str, float]:
-    """The largest magnitude of each tensor."""
+    """Name of each tensor to its maximum magnitude."""
     import numpy as np
 
     return {name: max((float(np.abs(chunk).max()) for chunk in tensors[name].chunks()), default=0.0) for name in names}
 
 
 def network_points(model: Model, network: str) -> tuple[str, ...]:
-    """Names of what is measured in a network."""
+    """Names of the points that are measured in a network."""
     return tuple(point.name for point in model.layout(network).points)
 
 
@@ -177,7 +177,7 @@ def _unmeasured(asked: NamedPlan, measuring: _Measuring) -> PrecisionPlan:
 
 
 class _Measuring:
-    """Measures all networks once, when the first plan asks."""
+    """Measures all networks once, when the first plan needs it."""
 
     def __init__(
         self, asked: PrecisionRequest, digests: Mapping[str, str], references: References, reporter: Reporter
@@ -197,8 +197,8 @@ class _Measuring:
         own = self._run(loaded) if self.references.cases else {}
         if not own and not given:
             self._reporter.note(
-                "this machine has too little memory to measure what float16 has to hold; branches are scaled as usual, "
-                "and nothing else is known: give --statistics"
+                "this machine has too little memory to measure the values that float16 has to hold; branches get their "
+                "usual scales and nothing else is checked: give --statistics"
             )
         found = []
         for spec in loaded.model.networks:
@@ -224,7 +224,7 @@ class _Measuring:
 
 
 def timestep_inputs(model: Model, case: Case) -> dict[str, NDArray[Any]]:
-    """The inputs of one case at several timesteps, as a batch: noise at its start, nearly a picture at its end."""
+    """The inputs of one case at the timesteps `TIMES`, as a batch: noise first, nearly a picture last."""
     import numpy as np
 
     single = case_inputs(model.spec, case, seed=0)
@@ -237,12 +237,12 @@ def timestep_inputs(model: Model, case: Case) -> dict[str, NDArray[Any]]:
 
 
 def _given(asked: PrecisionRequest, model: Model, digests: Mapping[str, str]) -> dict[str, NetworkStatistics]:
-    """What statistics that were given say of this model's networks.
+    """Statistics of this model's networks from the given file.
 
-    What attention multiplies must be in them where a plan needs scales for it: files of earlier versions lack it.
+    Query, key and value must be in them if a plan needs their scales; files of earlier versions lack these.
 
     Raises:
-        ArtifactError: nothing, or nothing that can be used.
+        ArtifactError: they are of other networks, or lack points.
     """
     statistics = asked.statistics
     if statistics is None:
@@ -265,10 +265,10 @@ def _given(asked: PrecisionRequest, model: Model, digests: Mapping[str, str]) ->
 
 
 def _judge(plan: PrecisionPlan, measurements: Sequence[Measurement]) -> tuple[LedgerEntry, ...]:
-    """Entries that compare what was measured with what float16 holds.
+    """Entries that compare measured values with the range of float16.
 
     Raises:
-        ParityError: it is more than that.
+        ParityError: a value exceeds it.
     """
     entries = []
     beyond: list[str] = []

@@ -1,7 +1,7 @@
-"""A sweep of a bundle's products: each group in FP8 alone, in torch, against float32 on what calibration has drawn.
+"""Sensitivity sweep: puts one group of linear layers at a time in FP8, in torch, and compares it with float32.
 
-Every measurement is written to a file that is named by all that decides it: a sweep that was stopped goes on, and one
-that is run again with another gate measures only what is new.
+It runs on the samples that calibration drew. Each measurement is written to a file that is named by everything that
+decides it. So a sweep that was stopped resumes, and a sweep with another gate measures only what is new.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 NAME = "fp8-swept"
-"""What the plan of a sweep is called."""
+"""Name of the plan that a sweep writes."""
 
 PICTURES_MAX = 8
-"""Pictures that are drawn whole and judged each time, of as many prompts; without captions, one that is not judged."""
+"""Maximum pictures that are drawn and judged for each measurement, one per prompt. Without captions one is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep left: its figures, the plan that follows, and the files of both."""
+    """The result of a sweep: its figures, the plan that follows from them, and the files of both."""
 
     found: Sensitivity
     plan: PlanFile
@@ -79,19 +79,19 @@ def sweep_bundle(
     reporter: Reporter,
     precision: BasePrecision = "fp8",
 ) -> SweepResult:
-    """Sweep what a plan has in FP8 of a bundle and write table, plot and plan.
+    """Sweep the layers that a plan has in FP8, and write table, plot and plan.
 
     Args:
         job: the calibration that drew the samples.
-        samples: folder of them, with what each network made of each.
-        statistics: what was measured on them.
+        samples: folder of the samples, with the outputs of each network.
+        statistics: statistics that were measured on the samples.
         out: folder to write.
-        gate: relative error of the denoiser's output that is allowed.
+        gate: maximum relative error of the denoiser's output.
         reporter: shows the groups.
-        precision: one of `SWEPT`, which says what is swept.
+        precision: one of `SWEPT`, which decides the layers to sweep.
 
     Raises:
-        UsageError: a gate that nothing or everything passes.
+        UsageError: the gate is one that nothing or everything passes.
         HostError: the memory does not hold the networks in torch float32.
     """
     require_gate(gate)
@@ -107,7 +107,7 @@ def sweep_bundle(
     groups = _groups(layouts, sweeper.scales)
     sweeper.network_of = {product.layer: layout.network for layout in layouts for product in layout.quantizable}
     exact = sweeper.exact()
-    with reporter.task("sweeping products in FP8", len(groups), "groups") as advance:
+    with reporter.task("sweeping linear layers in FP8", len(groups), "groups") as advance:
         found = sweep(groups, gate, job.source, sweeper.measure, advance, exact.right)
     found = replace(found, pictures=len(exact.images))
     chosen = float8_plan(base, measurements, kept=found.reasons)
@@ -116,11 +116,11 @@ def sweep_bundle(
 
 @contextmanager
 def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[None]:
-    """Compute some layers of a float32 network as FP8 graphs do: inputs and weights rounded, products not.
+    """Compute some layers of a float32 network as FP8 ONNX graphs do: inputs and weights are fake-quantized.
 
     Args:
         module: a network; its submodules carry published names.
-        input_scales: linear layer to the scale of its inputs, or input of attention to its own.
+        input_scales: linear layer to the scale of its inputs; query, key or value of attention to its own scale.
     """
     import numpy as np
     import torch
@@ -144,11 +144,11 @@ def in_float8(module: nn.Module, input_scales: Mapping[str, float]) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class _Pictures:
-    """What was drawn of some samples.
+    """Pictures of some samples.
 
     Attributes:
-        images: [H,W,3] from 0 to 1, of more levels than a file holds, which would hide small errors.
-        right: how many show their prompts; None where these are no captions of the small world.
+        images: float [H,W,3] from 0 to 1; 8 bits would hide small errors.
+        right: number that show their prompts; None if the prompts are not captions of the small world.
     """
 
     images: tuple[NDArray[Any], ...]
@@ -156,11 +156,11 @@ class _Pictures:
 
 
 class _Sweeper:
-    """Measures a denoiser with some products in FP8.
+    """Measures a denoiser with some linear layers, or inputs of attention, in FP8.
 
     Attributes:
-        scales: product to the scale of its inputs.
-        network_of: product to its network.
+        scales: layer to the scale of its inputs.
+        network_of: layer to its network.
     """
 
     def __init__(self, job: CalibrationJob, samples: Path, networks: TorchNetworks, cache: Path) -> None:
@@ -172,18 +172,18 @@ class _Sweeper:
         self.network_of: Mapping[str, str] = {}
 
     def module(self, network: str) -> nn.Module:
-        """A network in torch; loaded when it is first asked for."""
+        """A network in torch; it is loaded by the first call."""
         load_network(self._opened, network)
         return self._networks.engines[network].module
 
     def exact(self) -> _Pictures:
-        """The pictures in float32; drawn when they are first asked for."""
+        """The pictures in float32; they are drawn by the first call."""
         if self._exact is None:
             self._exact = self._draw()
         return self._exact
 
     def measure(self, layers: Sequence[str]) -> Deviation:
-        """How far the denoiser is from itself in float32 with these products in FP8; from a file where it is known."""
+        """Deviation from float32 with these layers in FP8; read from its file if it was measured before."""
         chosen = {layer: self.scales[layer] for layer in sorted(layers)}
         judged = sorted(self._descriptions)
         key = hashlib.sha256(json.dumps([self._job.settings, STEPS_MAX, judged, chosen]).encode()).hexdigest()
@@ -208,7 +208,7 @@ class _Sweeper:
             yield
 
     def _sample(self, index: int, chosen: Mapping[str, float]) -> tuple[float, float]:
-        """Squares of the difference and of the prediction in float32; networks before the first product are not run."""
+        """Sums of squares of the difference and of the float32 prediction; runs from the first network with FP8 layers."""
         import numpy as np
 
         expected = sample_values(self._samples, index)
@@ -223,7 +223,7 @@ class _Sweeper:
         return float(np.square(difference).sum()), float(np.square(wanted).sum())
 
     def _draw(self) -> _Pictures:
-        """The pictures of the samples that are judged, or of the first one."""
+        """The pictures of the samples that are judged, or of the first sample."""
         images = tuple(self._image(index) for index in self._descriptions or (0,))
         if not self._descriptions:
             return _Pictures(images, None)
@@ -252,7 +252,7 @@ class _Sweeper:
 
 
 def _descriptions(job: CalibrationJob) -> dict[int, Description]:
-    """The first sample of each prompt that is a caption of the small world, to what the judge has to find in it."""
+    """The first sample of each prompt that is a caption of the small world, to the scene that the judge must find."""
     if not job.has_text or importlib.util.find_spec("skimage") is None:
         return {}
     from l2p_export.world.captions import describe
@@ -279,7 +279,7 @@ def _measurement(layout: QuantizationLayout, statistics: Statistics, module: nn.
 
 
 def _groups(layouts: Sequence[QuantizationLayout], scales: Mapping[str, float]) -> dict[str, list[str]]:
-    """Group to its products, or inputs of attention, that can be in FP8."""
+    """Group to its linear layers, or inputs of attention, that can be in FP8."""
     found: dict[str, list[str]] = {}
     for layout in layouts:
         for product in layout.quantizable:
@@ -317,7 +317,7 @@ def _input(scale: torch.Tensor, layer: Any, inputs: tuple[Any, ...], output: tor
 
 
 def _rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As `fp8.rounded`, bit for bit."""
+    """The same as `fp8.fake_quantize`, bit for bit."""
     import torch
 
     codes = (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

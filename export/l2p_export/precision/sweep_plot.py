@@ -1,4 +1,4 @@
-"""A sweep as a picture: the error of each group alone, and what remains when the worst are kept."""
+"""Plots a sweep: the error of each group on its own, and the error that remains when the worst are kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def has_matplotlib() -> bool:
 
 
 def write_plot(path: Path, found: Sensitivity) -> None:
-    """Draw a sweep as PNG."""
+    """Write the plot of a sweep as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,7 +31,7 @@ def write_plot(path: Path, found: Sensitivity) -> None:
     colours = [_KEPT if item.is_kept else _ROUNDED for item in groups]
     left.barh([item.group for item in groups], [item.deviation.error for item in groups], color=colours)
     left.tick_params(axis="y", labelsize=6)
-    left.set(xlabel="relative error, this group alone in FP8", title="orange: kept in float16")
+    left.set(xlabel="relative error, only this group in FP8", title="orange: kept in float16")
     steps = [(step.kept, step.deviation.error) for step in found.steps]
     right.plot(*zip(*steps, strict=True), marker="o")
     right.axhline(found.gate, color="grey", linestyle="--")

@@ -1,7 +1,7 @@
-"""What float16 has to hold in a text encoder: measured in torch float32 on prompts, one layer in memory at a time.
+"""Raises the layers of a text encoder that exceed float16, measured in torch float32 on prompts.
 
-The residual, norms and softmax are float32 in every plan. What linear layers read and make, queries, keys and their
-products are not; a layer in which they are too large for float16 is raised to float32 whole.
+The residual, norms and softmax are float32 in every plan. Inputs and outputs of linear layers, query, key and their
+product are not. If they are too large for float16, the whole layer is raised to float32.
 """
 
 from __future__ import annotations
@@ -43,18 +43,21 @@ class _Facts:
 def plans_by_ranges(
     run: StageRunner, encoder: TextEncoder, plans: Sequence[PrecisionPlan], weights_sha256: str, reporter: Reporter
 ) -> tuple[list[PrecisionPlan], tuple[LedgerEntry, ...]]:
-    """Plans with the layers raised that float16 does not hold, and how far the others are from it.
+    """Raise the layers that exceed float16, and compare the others with its range.
 
     Args:
-        run: keeps what was measured.
+        run: runs the measurement, or finds it.
         encoder: the text encoder.
-        plans: as they are before anything is measured; those without float16 stay as they are.
+        plans: plans before anything is measured; those without float16 are not changed.
         weights_sha256: digest of the encoder's weights.
         reporter: shows the layers measured.
 
+    Returns:
+        The plans in the same order, and one ledger entry for each plan with float16.
+
     Raises:
         ArtifactError: a layer makes NaN or Inf in float32.
-        ParityError: a plan in which nothing is raised does not hold what was measured.
+        ParityError: measured values exceed a plan in which nothing is raised.
     """
     narrow = [plan for plan in plans if plan.default == "float16"]
     if not narrow:
@@ -85,7 +88,7 @@ def plans_by_ranges(
 
 
 def _raised(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> PrecisionPlan:
-    """The plan with a rule for each layer that is too large for float16, with a headroom."""
+    """The plan with a float32 rule for each layer whose peak exceeds float16 less a headroom."""
     if plan.default != "float16":
         return plan
     if plan.base in PLAIN:

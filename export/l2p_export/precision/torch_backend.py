@@ -1,7 +1,7 @@
-"""A bundle's float32 networks in torch, as a backend that the runtime's pipeline draws with.
+"""Backend that runs a bundle's float32 networks in torch, for the runtime's pipeline.
 
-What layers compute can be changed there while it runs, which no other backend allows. Weights come from the bundle's
-own float32 graphs, so that no checkpoint is needed.
+Unlike other backends, it allows changing what layers compute. Weights come from the bundle's own float32 ONNX graphs, so
+no checkpoint is needed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class TorchNetworks:
-    """Networks that are loaded when they are first used, and stay.
+    """Networks that are loaded when they are first used, and then stay loaded.
 
     Attributes:
         model: their architecture.
-        engines: those that are loaded, by name.
+        engines: loaded networks by name.
     """
 
     model: Model
     engines: dict[str, TorchEngine] = field(default_factory=dict)
 
     def backend(self) -> Backend:
-        """The backend, for graphs of an fp32 plan."""
+        """The backend, for ONNX graphs of an fp32 plan."""
         import torch
 
         return Backend("torch", f"torch {torch.__version__}", HostDevice(), self._load)
@@ -62,7 +62,7 @@ class TorchEngine:
         import torch
 
         require_arrays(self.spec, inputs, outputs)
-        # What is mapped from a file cannot be written, and torch wants to be able to.
+        # torch takes only writable arrays; those mapped from a file are read-only.
         given = {name: torch.from_numpy(np.require(value, requirements="W")) for name, value in inputs.items()}
         with torch.no_grad():
             made = self.module(**given)
@@ -75,14 +75,14 @@ class TorchEngine:
         return sum(value.nbytes for value in self.module.state_dict().values())
 
     def close(self) -> None:
-        """Nothing: whoever made the networks lets them go."""
+        """Do nothing: `TorchNetworks` keeps the network."""
 
 
 def torch_module(model: Model, network: str, weights: Path) -> nn.Module:
-    """One network with the weights of its float32 graph.
+    """One network in torch with the weights of its float32 ONNX graph.
 
     Raises:
-        HostError: the memory that is free does not hold them.
+        HostError: there is too little free memory for them.
         ArtifactError: the file is damaged.
     """
     import numpy as np

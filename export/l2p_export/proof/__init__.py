@@ -1,1 +1,1 @@
-"""How far each stage of a build is from the one before it: cases, reference, comparison, ledger."""
+"""Compares ONNX graphs and engines with torch float32: cases, reference, comparisons, `verify`."""

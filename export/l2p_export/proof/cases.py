@@ -1,4 +1,4 @@
-"""The denoising calls that graphs and engines are compared on: grids, captions, seeded inputs."""
+"""Denoising calls that ONNX graphs and engines are compared on: grids, captions, seeded inputs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ CORNER_PIXELS_MAX = 1_500_000
 
 
 MINIMUM_CASE_PIXELS_MAX = 7_000_000
-"""The same for the least corner of a profile, which engines can run too: 2560x2560 of the 10k profile are within."""
+"""The same for the minimum corner of a profile, which engines can run too; 2560x2560 of the 10k profile is within."""
 
 
 MINIMUM_CASE_FLOPS_MAX = 5_000_000_000_000
-"""And the most operations of one call there. At the published size 16x16 tokens take 3.4 to 3.7 TFLOP, which is about a
-tenth of a build on two cores; the 64x64 tokens that 8k-zeroshot begins at take 57."""
+"""Maximum operations of one call at that corner. At the published size, 16x16 tokens take 3.4 to 3.7 TFLOP, about a
+tenth of a build on two cores. The 64x64 tokens at which 8k-zeroshot begins take 57."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One denoising call: token grid and unpadded caption length; `stored` ones travel in the bundle."""
+    """One denoising call: token grid and unpadded caption length; the bundle contains those that are `stored`."""
 
     name: str
     rows: int
@@ -42,13 +42,13 @@ class Case:
 
 
 def small_cases(model: ModelSpec) -> tuple[Case, ...]:
-    """The stored cases: a grid with pad tokens and a short caption, and one without pads and a caption over 32."""
+    """Two small stored cases: a grid with pad tokens and a short caption; no pads and a caption of over 32 tokens."""
     step = model.head.row_multiple
     return Case("padded", 2 * step, 3 * step, 7, stored=True), Case("full", 8, 4, 33, stored=True)
 
 
 def minimum_case(model: ModelSpec, profile: Profile) -> Case:
-    """The least corner of a profile, stored: the smallest call that engines of the profile take."""
+    """The minimum corner of a profile, stored: the smallest call that engines of the profile take."""
     return _corner(model, profile.height_px.min, profile.width_px.min, profile.caption_tokens.min, stored=True)
 
 
@@ -60,7 +60,7 @@ def corner_cases(model: ModelSpec, profile: Profile) -> tuple[Case, ...]:
 
 
 def case_inputs(model: ModelSpec, case: Case, seed: int) -> dict[str, NDArray[Any]]:
-    """The inputs of one case from seeded noise: image, time, padded embeddings and mask, rotary tables, token grid."""
+    """The inputs of one case from seeded noise; see `call_inputs` for their names and shapes."""
     import numpy as np
 
     from l2p_runtime.noise import normal_noise
@@ -78,7 +78,7 @@ def call_inputs(
     """The inputs of one denoising call: those of its networks, and the token grid.
 
     Args:
-        model: patch size, padding and rotary axes.
+        model: the model, for patch size, padding and rotary axes.
         image: noisy pixels [1,3,H,W].
         time: t = 1 - sigma.
         prompt_embeds: [L,C], without padding.
@@ -104,7 +104,7 @@ def call_inputs(
 
 
 def network_inputs(network: str, case: Tensors, made: Tensors) -> dict[str, NDArray[Any]]:
-    """The inputs of one network, from a case's inputs and what the networks before it made (`network.output`)."""
+    """The inputs of one network, from a case's inputs and the outputs of earlier networks (`network.output`)."""
     import numpy as np
 
     rope = {"rope_cos": case["rope_cos"], "rope_sin": case["rope_sin"]}

@@ -1,4 +1,4 @@
-"""Graphs against the reference: the same small denoising calls, network by network and end to end. Needs no torch."""
+"""Compares ONNX graphs or engines with the reference, network by network and end to end; needs no torch."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ def compare_networks(
     advance: Callable[[int], None],
     stripes: Mapping[str, Sequence[Stripe]] | None = None,
 ) -> list[LedgerEntry]:
-    """Run every case through a plan's graphs or engines, each network alone and all of them in a row.
+    """Run every case through a plan's ONNX graphs or engines: each network on its own, and all in sequence.
 
-    A network alone gets the reference's tensors; in a row, it gets what the plan's own networks made. Without a case
-    nothing is loaded.
+    A network on its own gets the reference's tensors. In sequence it gets the outputs of the plan's earlier networks.
+    Without cases nothing is loaded.
 
     Args:
-        comparison: what the ledger says is compared.
-        base: of the plan, which decides the threshold.
+        comparison: the comparison that the ledger entries belong to.
+        base: base precision of the plan, which decides the threshold.
         networks: inputs and outputs of each network.
         references: case name to its inputs and torch float32 outputs.
-        load: opens the plan's graph or engine of a network; one is open at a time.
+        load: opens the plan's ONNX graph or engine of a network; one is open at a time.
         device: where they run.
-        advance: told 1 after each network and case.
-        stripes: case name to how the pixel head is cut; it runs whole where a case is not in it.
+        advance: called with 1 after each network and case.
+        stripes: case name to the stripes of the pixel head; it runs whole in cases that are not listed.
+
+    Returns:
+        One entry for each case and network output, and one for each case end to end.
     """
     if not references:
         return []
@@ -71,7 +74,7 @@ def compare_networks(
 
 
 def run_engine(engine: Engine, device: Device, inputs: Tensors) -> dict[str, NDArray[Any]]:
-    """Run one engine on host arrays."""
+    """Run one engine on host arrays; returns its outputs by name, as host arrays."""
     import numpy as np
 
     sizes = engine.spec.sizes({name: value.shape for name, value in inputs.items()})
@@ -82,7 +85,7 @@ def run_engine(engine: Engine, device: Device, inputs: Tensors) -> dict[str, NDA
 
 
 def _run(engine: Engine, device: Device, inputs: Tensors, stripes: Sequence[Stripe]) -> dict[str, NDArray[Any]]:
-    """Run one engine on host arrays; the head's by stripes where it is cut, as the runtime does."""
+    """Run one engine on host arrays; the head in stripes, if there are several, as the runtime does."""
     import numpy as np
 
     if len(stripes) < 2:

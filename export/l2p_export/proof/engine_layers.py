@@ -1,7 +1,7 @@
-"""What an opened engine computes in, layer by layer, beside what its plan says (docs/design.md, "Read-back").
+"""Compares the dtypes of an opened engine's layers with its plan (docs/design.md, "Read-back").
 
-A library shows the layers that it kept, and of what it fused the borders alone. So a dtype that is shown proves that
-the plan reached the kernels, and one that is not proves something only where every layer is listed.
+A library lists the layers that it kept, and only the boundary tensors of fused regions. So a listed dtype proves that
+the plan reached the kernels. A missing dtype proves something only if every layer is listed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from l2p_runtime.backends.trt_layers import LayerPrecision
 from l2p_runtime.contract import LedgerEntry, PlanRef, build_comparison, target_from_spelling
 
 CASE = "layer precision"
-"""What the ledger calls the reading of an engine's layers."""
+"""Name of the case under which the ledger lists the dtypes of an engine's layers."""
 
 HANDFUL = 8
-"""So few layers may be the borders of one fused region, and tell nothing of what is inside."""
+"""Up to this many layers may be the boundary tensors of one fused region, and tell nothing of its inside."""
 
 _FLOATS = ("float4_e2m1fn", "float8_e4m3fn", "bfloat16", "float16", "float32")
-"""From the narrowest."""
+"""Narrowest first."""
 _OTHERS = ("int64", "int32", "int8", "uint8", "bool")
 
 
@@ -29,22 +29,22 @@ def judge_layers(network: str, plan: PlanRef, target: str, layers: Sequence[Laye
     """Compare the dtypes that an engine's layers output with its plan's.
 
     Args:
-        network: the engine's.
-        plan: the engine's.
-        target: the engine's, as `rtx1.7-sm89`.
-        layers: as the library tells them.
+        network: network of the engine.
+        plan: plan of the engine.
+        target: target of the engine, as `rtx1.7-sm89`.
+        layers: layers of the engine, as the library lists them.
 
     Returns:
-        How many layers output which dtype. Passed where one outputs the plan's narrowest dtype, in a float32 plan where
-        all layers are listed and none outputs another. Failed where all are listed, and none outputs a dtype of the
-        plan but float32: the library fell back. Not run where the layers do not tell.
+        An entry that says how many layers output which dtype. Passed if a layer outputs the plan's narrowest dtype; for
+        a float32 plan, if all layers are listed and none outputs another float dtype. Failed if all layers are listed
+        and none outputs a dtype of the plan other than float32: the library fell back. Otherwise not run.
     """
     status, reason = _judge(PLANS[plan.base].dtypes, target, layers)
     return LedgerEntry(build_comparison(plan.name, target), network, CASE, status, reason)
 
 
 def layers_not_read(network: str, plan: str, target: str) -> LedgerEntry:
-    """The entry of an engine that no stored case was run on, and that was not opened for its layers alone."""
+    """The entry of an engine that no stored case was run on; `verify` does not open an engine only for its layers."""
     reason = "no stored case was run on this engine, and it was not opened"
     return LedgerEntry(build_comparison(plan, target), network, CASE, "not run", reason)
 
@@ -71,9 +71,9 @@ def _judge(
 
 
 def _all_listed(layers: Sequence[LayerPrecision]) -> bool:
-    """Whether each layer stands for itself: each is told in full, and they are more than a handful.
+    """Whether the list has all layers: each has a kind and known dtypes, and there are more than a handful.
 
-    TensorRT for RTX compiles whole regions and lists their borders as if these were layers; it is not asked.
+    Not for TensorRT for RTX, which compiles whole regions and lists their boundary tensors as if they were layers.
     """
     computing = [layer for layer in layers if not set(_FLOATS).isdisjoint(layer.outputs)]
     known = {*_FLOATS, *_OTHERS}

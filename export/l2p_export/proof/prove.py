@@ -1,4 +1,4 @@
-"""The proof in a bundle: graphs are run against torch float32, and small cases travel with their expected outputs."""
+"""Proves a build: compares its ONNX graphs with torch float32, and stores small cases with their expected outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a bundle stores of its proof: cases, their files, and the ledger."""
+    """The proof in a bundle: stored cases, their files, and the ledger."""
 
     references: tuple[ReferenceCase, ...]
     files: tuple[FileRecord, ...]
@@ -63,15 +63,15 @@ def prove(
     backend: Backend,
     reporter: Reporter,
 ) -> Proof:
-    """Compare every graph with torch float32 and store small cases, and the least call that each profile holds.
+    """Compare every ONNX graph with torch float32, and store the small cases and the minimum case of each profile.
 
     Args:
-        run: keeps stages.
-        references: cases and what is expected of them.
-        graphs: of every network and plan.
+        run: runs the stage, or finds it.
+        references: cases and their torch float32 outputs.
+        graphs: ONNX graphs of every network and plan.
         bases: name of each plan to its base, which decides thresholds.
-        files: path to record of the graphs' files.
-        backend: runs the graphs.
+        files: path to record of the ONNX graphs' files.
+        backend: runs the ONNX graphs.
         reporter: shows the calls.
 
     Raises:

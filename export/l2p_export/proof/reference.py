@@ -1,6 +1,6 @@
-"""What every later stage is compared with: denoising calls in torch float32, network by network.
+"""Reference outputs: denoising calls in torch float32, network by network.
 
-One transformer block is in memory at a time, so this needs room for the largest block and not for the model.
+One transformer block is in memory at a time, so this needs memory for the largest block and not for the model.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def run_reference(
 
     Args:
         loaded: the checkpoint.
-        cases: case name to inputs, from `verification.case_inputs`.
-        advance: told 1 after each network and case.
-        observe: given each network's name and module, makes the context that all its cases run in.
+        cases: case name to inputs, from `cases.case_inputs`.
+        advance: called with 1 after each network and case.
+        observe: takes a network's name and module, and returns the context that all its cases run in.
 
     Returns:
-        Case name to its inputs and, as `network.output`, what each network made.
+        Case name to its inputs and, as `network.output`, the outputs of each network.
     """
     import torch
 
@@ -90,9 +90,9 @@ def torch_network(loaded: LoadedModel, network: str) -> nn.Module:
 
 
 def reference_bytes(model: Model) -> int:
-    """Host memory that the reference takes for small images, from shapes alone.
+    """Bytes of host memory that the reference takes for small images, from only the shapes.
 
-    A block's weights as read and as float32, beside what is outside of blocks, and what activations take.
+    The sum of a block's weights as read and as float32, the weights outside of blocks, and activations.
     """
     most = 0
     for network in NETWORKS:
@@ -128,11 +128,11 @@ def _weights(tensors: Mapping[str, TensorSource], names: Sequence[str]) -> dict[
 
 
 _ACTIVATION_COPIES = 2
-"""Memory of a large case over what the runtime forecasts: torch took 1.3 to 1.5 times as much in the pixel head."""
+"""Factor of a large case's memory over the runtime's forecast: torch took 1.3 to 1.5 times it in the pixel head."""
 
 
 class References:
-    """The cases of a build, and what torch float32 makes of them: run once, to be measured and to be compared with."""
+    """The cases of a build and their torch float32 outputs; run once, for measurements and comparisons."""
 
     def __init__(self, loaded: LoadedModel, profiles: Sequence[Profile], reporter: Reporter) -> None:
         self.loaded, self._reporter = loaded, reporter
@@ -140,7 +140,7 @@ class References:
         self._results: dict[str, dict[str, NDArray[Any]]] | None = None
 
     def results(self) -> dict[str, dict[str, NDArray[Any]]]:
-        """Case name to inputs and, as `network.output`, outputs."""
+        """Case name to inputs and, as `network.output`, outputs; they are computed by the first call."""
         if self._results is None:
             self._results = self._run({})
         return self._results
@@ -150,7 +150,7 @@ class References:
         more: Mapping[str, Mapping[str, NDArray[Any]]],
         observe: Callable[[str, nn.Module], AbstractContextManager[object]],
     ) -> None:
-        """Run all cases, and others that are given by their inputs, in a context for each network."""
+        """Run all cases and those in `more`, given by their inputs, each network in the context that `observe` returns."""
         results = self._run(more, observe)
         self._results = {name: case for name, case in results.items() if name not in more}
 
@@ -167,17 +167,17 @@ class References:
 
 
 def _choose(loaded: LoadedModel, profiles: Sequence[Profile]) -> tuple[list[Case], list[tuple[str, list[str]]]]:
-    """Cases that this machine runs, and the names of the others with the reason."""
+    """Cases that this machine runs; and reasons with the names of the cases that it does not run."""
     spec, available = loaded.model.spec, available_host_bytes()
     least = [minimum_case(spec, profile) for profile in profiles]
     corners = [case for profile in profiles for case in corner_cases(spec, profile)]
-    # The ledger tells cases apart by name. Of two that have one size, the one that is stored comes first and stays.
+    # The ledger identifies cases by name. Of two cases of one size, the stored one comes first and is kept.
     cases: dict[str, Case] = {}
     for case in (*small_cases(spec), *least, *corners):
         cases.setdefault(case.name, case)
     needed = reference_bytes(loaded.model)
     if needed > available:
-        # The figure of the moment stays out of the reason: it would make each build another one.
+        # The reason does not state the free memory, which would make the result of each build different.
         reason = f"a block in float32 takes about {needed:,} bytes here, more than are free"
         return [], [(reason, list(cases))]
     chosen: list[Case] = []
@@ -192,7 +192,7 @@ def _choose(loaded: LoadedModel, profiles: Sequence[Profile]) -> tuple[list[Case
 
 
 def _too_large(loaded: LoadedModel, case: Case, available_bytes: int) -> str:
-    """Why a case is more than a build should run; empty where it is not."""
+    """The reason why a build does not run a case; empty if it runs it."""
     spec = loaded.model.spec
     pixels = case.rows * case.columns * spec.patch_px**2
     if pixels <= CORNER_PIXELS_MAX:

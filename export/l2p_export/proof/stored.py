@@ -1,7 +1,7 @@
-"""Reference cases as bundles store them: the inputs of one denoising call, and what torch float32 made of them.
+"""Reads and writes stored reference cases: the inputs of one denoising call, and its torch float32 outputs.
 
-Small images are stored whole. A larger one is stored as the seed of its noise, which means the same bits on every
-machine, and its prediction by some of its pixels; tokens are stored whole, since each network reads those before it.
+A small image is stored whole. A larger one is stored as the seed of its noise, which gives the same bits on every
+machine; of its prediction only some pixels are stored. Tokens are stored whole, since the next network reads them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, NDArray[Any]]
 
 WHOLE_PIXELS_MAX = 1 << 19
-"""Images up to this many pixels are stored as they are."""
+"""Images up to this many pixels are stored whole."""
 
 PIXEL_STEP = 3
-"""Of a larger image's prediction every third row and column are stored, a ninth of its pixels. No patch size divides by
-three, so that every place within a patch is among them."""
+"""Of a larger image's prediction only every third row and column are stored, a ninth of its pixels. No patch size is a
+multiple of three, so every position within a patch is among them."""
 
 _IMAGE, _SEED, _STEP, _PREDICTION = "image", "noise_seed", "pixel_step", "head.prediction"
 _STORED = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
@@ -37,8 +37,8 @@ def write_case(path: Path, values: Tensors, seed: int) -> None:
 
     Args:
         path: the file to write.
-        values: inputs as `verification.case_inputs` makes them and, as `network.output`, every network's outputs.
-        seed: that its image is the noise of.
+        values: inputs from `cases.case_inputs` and, as `network.output`, every network's outputs.
+        seed: seed of the noise that its image is.
     """
     import numpy as np
 
@@ -54,11 +54,11 @@ def read_case(bundle: Bundle, case: ReferenceCase) -> dict[str, NDArray[Any]]:
     """Read one case.
 
     Returns:
-        What was stored, with the image. Where that was stored by its seed, `pixel_step` int64 [1] says that
-        `head.prediction` has every so manyth row and column alone.
+        All tensors of the case, with the image. If the image is stored by its seed, `pixel_step` int64 [1] is n, and
+        `head.prediction` has only every n-th row and column.
 
     Raises:
-        ArtifactError: the file is damaged, or its tensors are not the ones that case and networks call for.
+        ArtifactError: the file is damaged, or its tensors do not fit the case and the networks.
     """
     import numpy as np
 
@@ -80,13 +80,13 @@ def read_case(bundle: Bundle, case: ReferenceCase) -> dict[str, NDArray[Any]]:
         if seed < 0:
             raise ArtifactError(f"reference `{case.file}` has the seed {seed}, expected 0 or more")
         values[_STEP] = np.asarray([PIXEL_STEP], np.int64)
-        # Nine times what the file holds at most, whatever the manifest says: the prediction in it was of this size.
+        # At most nine times the bytes of the file, whatever the manifest says: a prediction of this size was in it.
         values[_IMAGE] = normal_noise(seed, rows=(0, rows * patch_px), cols=(0, columns * patch_px))[np.newaxis]
     return values
 
 
 def pixel_step(case: Tensors) -> int:
-    """Of how many rows and columns of a prediction one is known; 1 where all are."""
+    """n, if only every n-th row and column of the prediction is stored; 1 if all are."""
     return int(case[_STEP][0]) if _STEP in case else 1
 
 

@@ -1,4 +1,4 @@
-"""Compares a text encoder's graphs and engines with torch float32 on one stored case."""
+"""Compares a text encoder's ONNX graphs and engines with torch float32 on one stored case."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 CASE = "text"
-"""Name of the one case that the ledger holds: two token rows of which one is padded."""
+"""Name of the only case of a text encoder: two rows of tokens, one of them padded."""
 
 
 _CASE_LENGTHS = (24, 7)
@@ -55,11 +55,14 @@ class _Facts:
 
 
 def verify_text(opened: OpenedPlan, comparison: Comparison) -> list[LedgerEntry]:
-    """Run the stored case of a bundle's text encoder under one plan; nothing without an encoder.
+    """Run the stored case of a bundle's text encoder under one plan.
 
     Args:
-        opened: the bundle's plan, and the backend that runs its graph or its engine.
-        comparison: what the ledger says is compared.
+        opened: the bundle's plan, and the backend that runs its ONNX graph or its engine.
+        comparison: the comparison that the ledger entry belongs to.
+
+    Returns:
+        One entry; none for a bundle without a text encoder.
 
     Raises:
         ArtifactError: the reference file is damaged.
@@ -88,7 +91,14 @@ def prove_text(
     backend: Backend,
     reporter: Reporter,
 ) -> tuple[tuple[FileRecord, ...], tuple[LedgerEntry, ...]]:
-    """The stored case, if this machine can make one, and the ledger."""
+    """Compare a text encoder's ONNX graphs with torch float32.
+
+    Returns:
+        The file of the stored case, or none if this machine lacks the memory to make it; and the ledger.
+
+    Raises:
+        ParityError: a comparison is over its threshold.
+    """
     needed = 2 * 4 * sum(math.prod(shape) for shape in encoder.model.shapes.values())
     fits = needed <= available_host_bytes()
     inputs = {
@@ -139,7 +149,7 @@ def _not_run(comparison: Comparison, reason: str) -> LedgerEntry:
 
 
 def _reference(encoder: TextEncoder) -> dict[str, NDArray[Any]]:
-    """Token numbers spread over the whole vocabulary, the mask, and what torch makes of them."""
+    """Token ids spread over the whole vocabulary, the mask, and the embeddings that torch makes of them."""
     import numpy as np
     import torch
 
@@ -158,7 +168,7 @@ def _inputs(case: Tensors) -> dict[str, NDArray[Any]]:
 
 
 def _compare(case: Tensors, made: Tensors, comparison: Comparison, base: BasePrecision) -> LedgerEntry:
-    """Rows of padding are thrown away by the runtime, and are not compared."""
+    """Compare only rows of real tokens: the runtime discards rows of padding."""
     real = case["attention_mask"] != 0
     expected, found = case["prompt_embeds"][real], made["prompt_embeds"][real]
     return compare(expected, found, comparison, network=TEXT_ENCODER, case=CASE, base=base)

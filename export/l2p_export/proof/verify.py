@@ -1,4 +1,4 @@
-"""A finished bundle run again on this machine: what its build stored against what its graphs make of it here."""
+"""Runs a bundle's stored cases on this machine, and compares the results with the stored outputs."""
 
 from __future__ import annotations
 
@@ -44,22 +44,25 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 BUILT_OUTPUTS = "outputs"
-"""The case under which a build lists engines that it could not run."""
+"""Name of the case under which a build lists engines that it could not run."""
 
 
 def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Reporter) -> list[LedgerEntry]:
-    """Run a bundle's stored cases on this machine; what it does not run is listed as not run.
+    """Run a bundle's stored cases on this machine.
 
-    On an engine backend, the layers of every engine that is opened are read, too.
+    An engine backend also reads the dtypes of the layers of every engine that it opens.
 
     Args:
         bundle: the bundle.
-        backend: a backend by name, or `auto`; engine backends run engines, others graphs.
+        backend: a backend by name, or `auto`; engine backends run engines, others ONNX graphs.
         plan: only this precision plan; None for all that the backend has files for.
-        reporter: shows where it stands.
+        reporter: shows progress.
+
+    Returns:
+        One entry for each comparison; those that this machine does not run are listed as not run.
 
     Raises:
-        ArtifactError: nothing for the backend, or a damaged reference file.
+        ArtifactError: the bundle has nothing that the backend runs, or a reference file is damaged.
         UsageError: no such plan.
         HostError: the backend cannot run here.
     """
@@ -70,7 +73,7 @@ def verify_bundle(bundle: Bundle, backend: str, plan: str | None, reporter: Repo
 
 
 def _verify_plan(opened: OpenedPlan, reporter: Reporter) -> list[LedgerEntry]:
-    """The ledger of one plan's graphs, or of its engines where the backend runs these."""
+    """The ledger of one plan's engines if the backend runs engines, else of its ONNX graphs."""
     manifest, target, plan = opened.manifest, opened.backend.target, opened.plan
     comparison = graph_comparison(plan) if target is None else engine_comparison(plan, target.spelling)
     networks = {spec.name: spec for spec in manifest.networks}
@@ -100,10 +103,10 @@ def _verify_plan(opened: OpenedPlan, reporter: Reporter) -> list[LedgerEntry]:
 
 
 def _stripes(opened: OpenedPlan, case: ReferenceCase) -> tuple[Stripe, ...]:
-    """How the pixel head is cut in a case: into what its engine takes at once; a graph takes it whole.
+    """Stripes of the pixel head in a case: of a size that its engine takes; an ONNX graph runs it whole.
 
     Raises:
-        UsageError: the engines do not take this size.
+        UsageError: the engines do not take the size of the case.
     """
     model = opened.manifest.model
     rows, columns = case.height_px // model.patch_px, case.width_px // model.patch_px
@@ -121,7 +124,7 @@ def _stripes(opened: OpenedPlan, case: ReferenceCase) -> tuple[Stripe, ...]:
 
 
 def _reading_layers(opened: OpenedPlan, entries: list[LedgerEntry]) -> OpenedPlan:
-    """The same plan, adding to `entries` what every engine that is opened computes in."""
+    """The same plan, opened so that each engine's layer dtypes are appended to `entries` when it is opened."""
     open_engine = opened.backend.load_engine
     if open_engine is None:
         return opened
@@ -137,7 +140,7 @@ def _reading_layers(opened: OpenedPlan, entries: list[LedgerEntry]) -> OpenedPla
 
 
 def _layers_not_read(opened: OpenedPlan, read: Sequence[LedgerEntry]) -> list[LedgerEntry]:
-    """Entries for the engines of a plan that nothing was run on."""
+    """Entries for the engines of a plan whose layers were not read."""
     if not opened.runs_engines:
         return []
     done = {entry.network for entry in read}
@@ -150,7 +153,7 @@ def _layers_not_read(opened: OpenedPlan, read: Sequence[LedgerEntry]) -> list[Le
 
 
 def _left(manifest: Manifest, backend: Backend, plan: str | None, ledger: Sequence[LedgerEntry]) -> list[LedgerEntry]:
-    """What the bundle's own ledger holds of the plan, or of all, and this machine did not run."""
+    """Entries of the bundle's own ledger, of one plan or all, that this machine did not run; listed as not run."""
     run = {entry.comparison for entry in ledger}
     cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
     chosen = {graph_comparison(ref.name) for ref in manifest.plans if plan in (None, ref.name)}
@@ -177,7 +180,7 @@ def _left(manifest: Manifest, backend: Backend, plan: str | None, ledger: Sequen
 def _outputs_compared(
     manifest: Manifest, backend: Backend, ledger: Sequence[LedgerEntry]
 ) -> set[tuple[Comparison, str, str]]:
-    """Comparison, network and case of what the build left to the GPU, and was compared here."""
+    """Comparison, network and case of engine outputs that the build could not run and that were compared here."""
     if backend.target is None:
         return set()
     compared = {(entry.comparison, entry.network) for entry in ledger if entry.status != "not run"}

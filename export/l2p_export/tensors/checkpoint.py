@@ -1,4 +1,4 @@
-"""Checkpoints as published or trained: opened, and described under their published names."""
+"""Opened checkpoints, their tensors under published names, and the fingerprint of an architecture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ class Checkpoint:
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """MD5 over tensor names and shapes, which identifies a published architecture (docs/model.md, "Fingerprints").
 
-    For every tensor the name and `name:d0_d1_...`; all sorted and joined by commas. Blind to values and dtypes.
+    Each tensor adds its name and `name:d0_d1_...`; all texts are sorted and joined by commas. Values and dtypes do not
+    count.
+
+    Returns:
+        32 hexadecimal digits.
     """
     texts = [text for name, shape in shapes.items() for text in (name, f"{name}:{'_'.join(map(str, shape))}")]
     return hashlib.md5(",".join(sorted(texts)).encode(), usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""What decides a stage's result, as digests: the weights of each network, and the tools and code that work on them."""
+"""SHA-256 digests of weights, one for each network; they are part of the keys that stages are found by."""
 
 from __future__ import annotations
 
@@ -48,16 +48,19 @@ def weight_digests(
     recipe: Mapping[str, object],
     reporter: Reporter,
 ) -> WeightDigests:
-    """Digests of weights; files that were hashed before and have not changed since are not read again.
+    """Hash weights as a stage; files that were hashed before and have not changed since are not read again.
 
     Args:
-        run: keeps stages.
-        label: what people call the weights.
+        run: runs the stage, or finds it.
+        label: name of the weights in messages.
         tensors: published name to tensor.
         groups: name of a group to its tensors; the group `trunk` also gets the trunk digest.
-        files: what the tensors are read from.
-        recipe: what else decides the values, as LoRAs and their strengths.
+        files: files that the tensors are read from.
+        recipe: everything else that decides the values, such as LoRAs and their strengths.
         reporter: shows the bytes hashed.
+
+    Returns:
+        One digest for each group.
 
     Raises:
         HostError: a file changed while it was read.
@@ -83,7 +86,7 @@ def weight_digests(
 
 
 def _identity(path: Path) -> list[object]:
-    """What tells an unchanged file at a glance. The change time is the kernel's: no program sets it back."""
+    """Path, size, times and inode, equal for an unchanged file. Only the kernel sets the change time."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
@@ -111,6 +114,9 @@ def weights_digest(tensors: Mapping[str, TensorSource], names: Iterable[str]) ->
 
     Each tensor adds its name in UTF-8, a zero byte, and its values as little-endian BF16
     (docs/design.md, "Trunk digest").
+
+    Returns:
+        64 hexadecimal digits.
     """
     import ml_dtypes
 

@@ -1,7 +1,7 @@
 """Weights on disk: one safetensors file, or a Hugging Face folder with one file or many shards.
 
-Folders come from strangers: an index names plain files of its own folder, every tensor has one owner, nothing outside
-the folder is read.
+Folders come from untrusted sources. So an index may only name plain files of its own folder, each tensor belongs to one
+file, and nothing outside the folder is read.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _folder_metadata(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
-    """What the files of a folder say of themselves; the first to say it counts."""
+    """The metadata of all files of a folder; of equal keys the first one counts."""
     metadata: dict[str, str] = {}
     for source in tensors.values():
         metadata = {**source.file.metadata, **metadata}

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in its text metadata (docs/design.md, "Profiles")."""
+"""Reads a checkpoint's text metadata: sampling, licence, and whether it is trained (docs/design.md, "Profiles")."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from l2p_runtime.contract import Sampling
 from l2p_runtime.errors import ArtifactError, UsageError
 
 TRUNK_SHA256 = "l2p.trunk_sha256"
-"""Key of the digest of the trunk that weights were trained beside."""
+"""Key of the digest of the trunk that the adapters were trained with."""
 
 
 def sampling_defaults(metadata: Mapping[str, str], fallback: Sampling) -> Sampling:
-    """Steps, guidance and shift: the checkpoint's `l2p.*`, else the profile's.
+    """Steps, guidance and shift: from the checkpoint's `l2p.*` keys, else from `fallback`, the profile's.
 
     Raises:
-        ArtifactError: a value that is no number or out of range.
+        ArtifactError: a value is not a number, or is out of range.
     """
     try:
         return Sampling(
@@ -28,7 +28,7 @@ def sampling_defaults(metadata: Mapping[str, str], fallback: Sampling) -> Sampli
 
 
 def is_trained(metadata: Mapping[str, str]) -> bool:
-    """False when the weights say of themselves that nobody trained them."""
+    """False if `l2p.trained` says that the weights were never trained."""
     return metadata.get("l2p.trained", "true").strip().lower() not in ("false", "0", "no")
 
 

@@ -1,8 +1,7 @@
-"""Weights stored in fewer bits: FP8 with scales is read, integer repacks are refused.
+"""Reads FP8 weights with their scales; refuses weights that are repacked as integers.
 
-Node-based user interfaces write `X.weight` as FP8 with `X.scale_weight` (or `X.weight_scale`) beside it, one number or
-one for each row, sometimes with the scale of the inputs and a marker tensor; the weight is the stored value times the
-scale.
+ComfyUI writes `X.weight` as FP8 and `X.scale_weight` (or `X.weight_scale`) beside it, per tensor or per row. Sometimes
+the scale of the inputs and a marker tensor are there too. The weight is the stored value times the scale.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from l2p_runtime.errors import ArtifactError
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 _SCALES = (".scale_weight", ".weight_scale")
-# Scales of activations and markers say how another program computes, not what the weights are.
+# Activation scales and markers tell how another program computes; they do not change the weights.
 _IGNORED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
 
 def with_scales(weights: Weights) -> Weights:
-    """Join FP8 weights with their scales and drop what is no weight.
+    """Join FP8 weights with their scales, and drop tensors that are not weights.
 
     Raises:
         ArtifactError: integer weights, or a scale that fits no weight.
@@ -47,7 +46,7 @@ def with_scales(weights: Weights) -> Weights:
 
 
 def canonical_dtype(source: TensorSource) -> str:
-    """How a tensor is stored when written again: as it was; FP8 as what holds it exactly, BF16 or, scaled, F32."""
+    """The dtype a tensor is written in: its own; for FP8 one that holds it exactly, BF16 or, with a scale, F32."""
     if source.dtype.startswith("F8"):
         scaled = not isinstance(source, FileTensor) or source.scale is not None
         return "F32" if scaled else "BF16"

@@ -1,7 +1,6 @@
-"""Where the values of a tensor come from, without holding more than a piece of it.
+"""Tensors that are read in chunks: from a file, from rows of a fused tensor, or computed from other tensors.
 
-A tensor may lie in a file as it is, be a part of a fused one, or be computed from several; whoever writes or hashes it
-sees the same thing: float32 values in order, chunk by chunk.
+Whatever the origin, code that writes or hashes a tensor sees float32 values in order, one chunk at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class TensorSource(Protocol):
 
     @property
     def dtype(self) -> str:
-        """How it is stored, as safetensors spells it: `F32`, `BF16`."""
+        """The stored dtype, as safetensors spells it: `F32`, `BF16`."""
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
         """The values as float32, flat and in order, in pieces of about `chunk_bytes` as stored."""
@@ -44,7 +43,7 @@ class FileTensor:
     """A whole tensor of a file, or some of its rows when the file fuses several into one.
 
     Attributes:
-        scale: what stored values are multiplied by: one number, or one for each row of the whole tensor.
+        scale: multiplies the stored values: per tensor, or per row of the whole tensor.
     """
 
     file: TensorFile
@@ -55,11 +54,11 @@ class FileTensor:
 
     @property
     def dtype(self) -> str:
-        """How it is stored."""
+        """The stored dtype, as safetensors spells it."""
         return self.info.dtype
 
     def rows(self, first: int, count: int) -> FileTensor:
-        """Some of its rows."""
+        """The rows `first` to `first + count - 1`, as a tensor of their own."""
         return replace(self, shape=(count, *self.shape[1:]), first_row=self.first_row + first)
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[NDArray[np.float32]]:
@@ -84,18 +83,18 @@ class FileTensor:
 
 @dataclass(frozen=True, slots=True)
 class JoinedTensor:
-    """Several tensors under one another, as the fused q, k, v of other spellings."""
+    """Several tensors concatenated along the first axis, as the fused q, k, v of other spellings."""
 
     parts: tuple[TensorSource, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows of all parts; the other axes are theirs."""
+        """The rows of all parts, and the other axes of the first."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
     def dtype(self) -> str:
-        """That of the parts; F32 where they differ."""
+        """The dtype of the parts; F32 if they differ."""
         dtypes = {part.dtype for part in self.parts}
         return dtypes.pop() if len(dtypes) == 1 else "F32"
 
@@ -107,7 +106,7 @@ class JoinedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ScaledTensor:
-    """A tensor times two to the power of `exponent`: exact in float32, but for what becomes less than 1e-38."""
+    """A tensor times two to the power of `exponent`: exact in float32, except for results below 1e-38."""
 
     source: TensorSource
     exponent: int
@@ -132,9 +131,10 @@ class ScaledTensor:
 
 @dataclass(frozen=True, slots=True)
 class TransposedTensor:
-    """A matrix [out,in] as graphs keep it, [in,out]; whole in memory while it is read.
+    """A matrix [out,in] as ONNX graphs store it, [in,out]; whole in memory while it is read.
 
-    ONNX multiplies by [in,out]. Stored that way, no engine library has to turn the weights, which costs a copy of them.
+    ONNX multiplies by [in,out]. Weights that are stored that way need no transposition, which would cost the engine
+    library a copy of them.
     """
 
     source: TensorSource
@@ -168,7 +168,7 @@ class TransposedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ArrayTensor:
-    """A small tensor that is in memory, as scales are."""
+    """A small tensor in memory, such as scales."""
 
     values: NDArray[np.float32]
 
@@ -190,7 +190,7 @@ class ArrayTensor:
 
 @dataclass(frozen=True, slots=True)
 class DividedTensor:
-    """A matrix [out,in] with each row divided by a number of its own, as it is encoded in FP8."""
+    """A matrix [out,in] divided per row, ready to be quantized to FP8."""
 
     source: TensorSource
     divisors: NDArray[np.float32]
@@ -217,7 +217,7 @@ class DividedTensor:
 
 
 def read_tensor(source: TensorSource) -> NDArray[np.float32]:
-    """The whole tensor as float32."""
+    """The whole tensor as float32, in its own shape."""
     import numpy as np
 
     values = np.empty(source.shape, np.float32)
@@ -238,6 +238,6 @@ def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
         return widened
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
-    # What float32 cannot hold becomes Inf, which is refused by name where weights are written.
+    # Values beyond float32 become Inf, which `write_weights` refuses with the tensor's name.
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(np.float32)

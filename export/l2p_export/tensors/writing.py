@@ -1,4 +1,4 @@
-"""Tensors streamed into a safetensors file: the weights that a graph points into, or a whole checkpoint."""
+"""Streams tensors into a safetensors file: the weights of an ONNX graph, or a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def write_weights(
     advance: Callable[[int], None],
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, TensorInfo]]:
-    """Write tensors one after the other, converted chunk by chunk, and look for NaN and Inf on the way.
+    """Write tensors one after the other, converted chunk by chunk, and check them for NaN and Inf.
 
-    The file appears whole or not at all.
+    The file appears only when it is complete.
 
     Args:
         path: file to write; replaced if it is there.
         tensors: published name to source, in the order to write.
-        dtypes: name to `F32`, `F16`, `BF16` or `F8_E4M3`; what is stored as the last comes divided by its scale.
-        advance: told the bytes written since the last call.
-        metadata: text to store beside them.
+        dtypes: name to `F32`, `F16`, `BF16` or `F8_E4M3`; a tensor for `F8_E4M3` is already divided by its
+            scale.
+        advance: called with the number of bytes written since its last call.
+        metadata: text to store in the header.
 
     Returns:
         SHA-256 of the file, and where each tensor lies in it.

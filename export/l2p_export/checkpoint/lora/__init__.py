@@ -1,6 +1,4 @@
-"""LoRA files merged into a checkpoint before anything is exported.
-
-Users ask for it by `--lora FILE:STRENGTH` (docs/design.md, "Command line").
+"""Merges LoRA files into a checkpoint before anything is exported; `--lora FILE:STRENGTH` on the command line.
 
 request = parse_lora("style.safetensors:0.8")
 lora = open_lora(request, checkpoint.shapes, family.aliases(checkpoint.shapes))

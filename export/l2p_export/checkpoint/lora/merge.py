@@ -1,8 +1,8 @@
-"""LoRAs added to the weights they change, while those stream by.
+"""Adds LoRAs to the weights that they change, while the weights are streamed.
 
-A sum is formed in float64 and rounded to float32 once. In float32 the last bit would hang on how the BLAS at hand
-orders its additions; with billions of weights some would then round to another BF16, and the same LoRA on the same
-checkpoint would be another trunk on another machine.
+A sum is formed in float64 and rounded to float32 once. In float32 its last bit would depend on the order in which the
+BLAS adds. Of billions of weights some would then round to another BF16 value, and the same LoRA on the same checkpoint
+would make another trunk on another machine.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK_VALUES = 1 << 20
-"""Weights summed at a time, in whole rows: 8 MiB of float64. Fixed, so that the bits do not hang on `chunk_bytes`."""
+"""Weights summed at a time, in whole rows: 8 MiB of float64. Fixed, so that results do not depend on `chunk_bytes`."""
 
 
 def merge_loras(tensors: Mapping[str, TensorSource], loras: Sequence[Lora]) -> dict[str, TensorSource]:
-    """Add LoRAs to the weights they change; every other tensor stays the object it is.
+    """Add LoRAs to the weights that they change; every other tensor stays the same object.
 
     Args:
         tensors: published name to tensor, of the shapes that the LoRAs were opened for.
-        loras: any number; what they add is summed.
+        loras: any number; all that change one weight are summed.
+
+    Returns:
+        Published name to tensor; changed ones are `MergedTensor`.
     """
     merged = dict(tensors)
     for name in dict.fromkeys(name for lora in loras for name in lora.deltas):
@@ -42,7 +45,7 @@ def trunk_layers_touched(loras: Sequence[Lora], trunk: Iterable[str]) -> tuple[s
 
     Args:
         loras: as for `merge_loras`; strength 0 touches nothing.
-        trunk: names of the frozen tensors, as `network_shapes("trunk")` has them.
+        trunk: names of the frozen tensors: the keys of `network_shapes("trunk")`.
     """
     found = {name for lora in loras for name in lora.deltas if lora.weight(name)}
     return tuple(name.removesuffix(".weight") for name in trunk if name in found)
@@ -53,8 +56,8 @@ class MergedTensor:
     """A weight [out, in...] with LoRAs added; implements `l2p_export.tensors.TensorSource`.
 
     Attributes:
-        base: the weight as the checkpoint has it.
-        parts: what is added, each with its factor: strength * alpha / r.
+        base: the weight in the checkpoint.
+        parts: the changes that are added, each with its factor strength * alpha / r.
     """
 
     base: TensorSource
@@ -86,7 +89,7 @@ class MergedTensor:
             total = piece.astype(np.float64).reshape(-1, row_values)
             for up, down in factors:
                 total += up[start : start + rows] @ down
-            # What float32 cannot hold becomes Inf, which is refused by name where weights are written.
+            # Values beyond float32 become Inf, which `write_weights` refuses with the tensor's name.
             with np.errstate(over="ignore"):
                 merged = total.astype(np.float32).reshape(-1)
             for begin in range(0, merged.size, step):
@@ -102,7 +105,7 @@ def _factors(weight: float, delta: Delta) -> tuple[NDArray[np.float64], NDArray[
 
 
 def _pieces(chunks: Iterator[NDArray[np.float32]], size: int) -> Iterator[NDArray[np.float32]]:
-    """Cut a stream anew, into pieces of `size` values; the last may be shorter."""
+    """Cut a stream into pieces of `size` values; the last may be shorter."""
     import numpy as np
 
     piece = np.empty(size, np.float32)

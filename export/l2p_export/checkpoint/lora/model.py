@@ -1,4 +1,4 @@
-"""What a LoRA is once it was read: which published weights it changes, and by what."""
+"""An opened LoRA: the published weights that it changes, and the change of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORM = "write FILE:STRENGTH, as style.safetensors:0.8; FILE alone is strength 1
 
 @dataclass(frozen=True, slots=True)
 class LoraRequest:
-    """A LoRA as the command line names it: file or folder, and how strongly it acts."""
+    """A LoRA as the command line names it: file or folder, and strength."""
 
     path: Path
     strength: float = 1.0
@@ -23,7 +23,7 @@ class LoraRequest:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one LoRA adds to one weight [out, in...] at strength 1: scale * up @ down.
+    """The change that one LoRA adds to one weight [out, in...] at strength 1: scale * up @ down.
 
     Attributes:
         down: [r, in...], of any float dtype.
@@ -43,7 +43,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """An opened LoRA: published weight name (`layers.12.attention.to_q.weight`) to what it adds; values in the file."""
+    """An opened LoRA: published weight name, as `layers.12.attention.to_q.weight`, to its change."""
 
     path: Path
     strength: float
@@ -56,10 +56,10 @@ class Lora:
 
 
 def parse_lora(text: str) -> LoraRequest:
-    """Read `FILE:STRENGTH`; what stands behind the last colon is the strength if it is a number, else part of the name.
+    """Parse `FILE:STRENGTH`. Text after the last colon is the strength if it is a number, else part of the file name.
 
     Raises:
-        UsageError: no file, nothing behind the colon, or a strength that is NaN or Inf.
+        UsageError: no file, nothing after the colon, or a strength that is NaN or Inf.
     """
     path, colon, tail = text.rpartition(":")
     strength = _number(tail) if colon else None

@@ -1,4 +1,4 @@
-"""Whose layer a LoRA key means: prefixes, underscores for dots, fused q/k/v and other names brought to published ones.
+"""Maps the keys of LoRA files to published layer names: prefixes, underscores for dots, fused q/k/v.
 
 PEFT                 base_model.model.layers.12.attention.to_q.lora_A[.default].weight
 ai-toolkit           diffusion_model.layers.12.attention.to_q.lora_A.weight, .alpha
@@ -37,7 +37,7 @@ _REFUSED = (
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a LoRA file taken apart.
+    """One parsed key of a LoRA file.
 
     Attributes:
         layer: the layer without prefix, as the file spells it.
@@ -49,7 +49,7 @@ class Key:
 
 
 def parse_key(name: str) -> Key | None:
-    """Take a key apart; None when it is not of a LoRA."""
+    """Parse a key; None if it is not a LoRA's."""
     match = _KEY.fullmatch(name)
     if match is None:
         return None
@@ -57,7 +57,7 @@ def parse_key(name: str) -> Key | None:
 
 
 def without_prefix(layer: str) -> str:
-    """Strip what tools put in front of the layer's name."""
+    """Strip the prefixes that tools put before the layer's name."""
     while prefix := next((prefix for prefix in _PREFIXES if layer.startswith(prefix)), ""):
         layer = layer.removeprefix(prefix)
     return layer
@@ -69,9 +69,9 @@ def refusal(name: str) -> tuple[str, str] | None:
 
 
 class LayerNames:
-    """Every name that a layer may have, to the published weights it stands for.
+    """Every name that a layer may have, to the published weights that it stands for.
 
-    Looked up with underscores for dots, which is how kohya writes them and what every other spelling can be brought to.
+    Names are looked up with underscores for dots: kohya writes them so, and every other spelling can be converted.
     """
 
     def __init__(self, shapes: Shapes, aliases: Mapping[str, tuple[str, ...]]) -> None:
@@ -83,7 +83,7 @@ class LayerNames:
         self._weights |= {_flat(layer): weights for layer, weights in aliases.items()}
 
     def weights(self, layer: str) -> Sequence[str]:
-        """Published weights of a layer named without prefix; several when it holds them in one, none when unknown."""
+        """Published weights of a layer, given without prefix: several for a fused layer, none for an unknown one."""
         return self._weights.get(_flat(layer), ())
 
 

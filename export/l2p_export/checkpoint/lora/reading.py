@@ -1,4 +1,4 @@
-"""A LoRA file opened: every key accounted for, every shape checked against the checkpoint, every value finite."""
+"""Opens LoRA files, and checks every key and shape against the checkpoint and every value for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LISTED = 20
 
 
 def open_lora(request: LoraRequest, shapes: Shapes, aliases: Mapping[str, tuple[str, ...]]) -> Lora:
-    """Open a LoRA and put it under published names. Reads its values once, to look for NaN and Inf.
+    """Open a LoRA under published names. Reads its values once, to check for NaN and Inf.
 
     Args:
-        request: file, or folder with one, and strength.
-        shapes: published name to shape of the checkpoint that it is for.
+        request: file, or folder with one file, and strength.
+        shapes: published name to shape, of the checkpoint that it is merged into.
         aliases: further names of its layers, from `Family.aliases`.
 
     Raises:
@@ -69,7 +69,7 @@ def _find(path: Path) -> Path:
 
 
 def _pairs(file: TensorFile, names: LayerNames) -> list[_Pair]:
-    """Sort the keys by layer; whole pairs only."""
+    """Group the keys by layer, and refuse incomplete pairs."""
     _refuse_other_methods(file)
     pairs: dict[str, _Pair] = {}
     unmatched = []
@@ -116,7 +116,7 @@ def _refuse_other_methods(file: TensorFile) -> None:
 
 
 def _deltas(pair: _Pair, stated: StatedAlpha, shapes: Shapes, file: TensorFile) -> Iterator[tuple[str, Delta]]:
-    """The published weights that a pair changes; its up rows are split among them in order."""
+    """The published weights that a pair changes, each with its change; they share the rows of `up` in order."""
     down, up = pair.parts["down"], pair.parts["up"]
     _check_shapes(down, up, [shapes[name] for name in pair.weights], file)
     for info in (down, up):
@@ -133,7 +133,7 @@ def _deltas(pair: _Pair, stated: StatedAlpha, shapes: Shapes, file: TensorFile) 
 
 
 def _check_shapes(down: TensorInfo, up: TensorInfo, weights: Sequence[tuple[int, ...]], file: TensorFile) -> None:
-    """Down is [r, in...] and up [out, r], trailing axes of 1 apart."""
+    """Require down [r, in...] and up [out, r]; trailing axes of size 1 do not count."""
     inputs, rows = weights[0][1:], sum(shape[0] for shape in weights)
     rank = down.shape[0] if down.shape else 0
     wanted = {down: (rank, *inputs), up: (rows, rank)}
@@ -153,7 +153,7 @@ def _check_shapes(down: TensorInfo, up: TensorInfo, weights: Sequence[tuple[int,
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without what 1x1 convolutions add: tools write [out, r] and [out, r, 1, 1] for one and the same."""
+    """A shape without the trailing axes of 1x1 convolutions: tools write [out, r] or [out, r, 1, 1] for the same."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

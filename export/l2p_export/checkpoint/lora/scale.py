@@ -1,4 +1,4 @@
-"""How strongly a LoRA was trained to act: alpha, from wherever its tool wrote it."""
+"""Reads the alpha of a LoRA from its metadata or its PEFT configuration."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PEFT_CONFIG = "adapter_config.json"
 
 _CONFIG_BYTES_MAX = 1 << 20
 _CONFIG_KEYS = ("lora_adapter_metadata", "adapter_config", "peft_config")
-# Methods that train on a base from which the start of the LoRA was taken away: on the published base the sum is wrong.
+# These methods subtract the initial LoRA from the base before training, so the sum with the published base is wrong.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
 class StatedAlpha:
-    """What a file or its configuration says of alpha, apart from `.alpha` tensors.
+    """Alpha as a file's metadata or its configuration states it; `.alpha` tensors are read elsewhere.
 
     Attributes:
-        alpha: for every layer without one of its own; None when unstated, which means alpha = r.
+        alpha: for every layer without its own; None if it is not stated, which means alpha = r.
         by_layer: layer, or the end of its name, to alpha.
-        root: scale is alpha / sqrt(r) (rsLoRA) instead of alpha / r.
+        root: the scale is alpha / sqrt(r) (rsLoRA) instead of alpha / r.
     """
 
     alpha: float | None = None
@@ -38,7 +38,7 @@ class StatedAlpha:
     root: bool = False
 
     def scale(self, layer: str, rank: int) -> float:
-        """The factor of `up @ down` for a layer named without prefix."""
+        """The factor of `up @ down` for a layer, given without prefix."""
         alpha = next((value for end, value in self.by_layer.items() if f".{layer}".endswith(f".{end}")), self.alpha)
         if alpha is None:
             return 1.0
@@ -49,8 +49,8 @@ def stated_alpha(file: TensorFile) -> StatedAlpha:
     """Read alpha from the file's metadata, or from the configuration that PEFT writes beside its file.
 
     Raises:
-        ArtifactError: a configuration that is not JSON, an alpha that is no finite number, or a method that changes
-            the base weights.
+        ArtifactError: the configuration is not JSON, an alpha is not a finite number, or the method changes the base
+            weights.
     """
     for key in _CONFIG_KEYS:
         if key in file.metadata:
@@ -86,9 +86,9 @@ def _from_config(config: dict[str, Any], path: Path) -> StatedAlpha:
 
 
 def _layer(pattern: str, path: Path) -> str:
-    """A key of PEFT's `alpha_pattern`: by PEFT a regular expression, in files the name of a layer or its end."""
+    """A key of `alpha_pattern`. PEFT allows a regular expression; real files have the name of a layer or its end."""
     layer = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    # An expression from a stranger's file may take for ever to match.
+    # A regular expression from an untrusted file may never finish matching.
     if not re.fullmatch(r"[\w.-]+", layer):
         raise ArtifactError(
             f"`{path}` has the alpha_pattern {pattern!a}, a regular expression, expected names of layers",

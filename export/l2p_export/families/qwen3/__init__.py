@@ -1,4 +1,4 @@
-"""The family `qwen3`: the text encoder, opened from a Hugging Face folder with its tokenizer."""
+"""Family `qwen3`: text encoders, opened from a Hugging Face folder with their tokenizer."""
 
 from __future__ import annotations
 

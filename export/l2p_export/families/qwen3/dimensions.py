@@ -1,7 +1,7 @@
-"""What a Hugging Face folder says of its Qwen3 text encoder: sizes, rotary base, epsilon, tensors.
+"""Reads the configuration of a Qwen3 text encoder from its folder: sizes, rotary base, epsilon, tensor shapes.
 
-Source: docs/model.md, "Text encoder". Values that would make another network than `networks.py` builds are
-refused by name.
+Source: docs/model.md, "Text encoder". A value that calls for another network than `networks.py` builds is refused by
+name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from l2p_runtime.errors import ArtifactError
 
 PRODUCT_SCALE = 2.0**-6
-"""What float16 of a feed-forward's product is scaled by; a power of two, so exact but for what becomes subnormal."""
+"""Scale of a feed-forward's product in float16; a power of two, so exact except for values that become subnormal."""
 
 LAYER = "model.layers."
-"""How the names of layers begin; their number follows."""
+"""Prefix of layer names; the number follows."""
 
 CONFIG_NAME = "config.json"
 CONFIG_BYTES_MAX = 4 << 20
@@ -33,9 +33,9 @@ _SIZES = {
     "head_width": ("head_dim", 1 << 12),
     "ffn_width": ("intermediate_size", 1 << 20),
 }
-"""Dimension to its field in `config.json` and the largest value that is believed."""
+"""Dimension to its field in `config.json` and the maximum that is accepted."""
 
-# Fields that change the network, and the only value that leaves it the one built here.
+# Fields that change the network, and the values for which it is the one built here.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("qwen3",),
     "hidden_act": ("silu",),
@@ -49,7 +49,7 @@ _REQUIRED = ("model_type",)
 
 @dataclass(frozen=True, slots=True)
 class TextEncoderConfig:
-    """All that decides the network of a text encoder.
+    """Everything that decides the network of a text encoder.
 
     Attributes:
         rope_theta: base of the rotary frequencies, a number that float32 holds exactly.
@@ -62,7 +62,7 @@ class TextEncoderConfig:
 
     @property
     def built_layers(self) -> int:
-        """Layers that the network has: all but the last, because the hidden state before it is what is wanted."""
+        """Number of layers in the network: all but the last, because the output is the hidden state before it."""
         return self.sizes.layers - 1
 
 
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> TextEncoderConfig:
     """Read the `config.json` of a Hugging Face folder.
 
     Raises:
-        ArtifactError: absent, no JSON, another architecture, or a field that is missing or out of bounds.
+        ArtifactError: absent, not JSON, another architecture, or a field that is missing or out of bounds.
     """
     path = folder / CONFIG_NAME
     require_inside(path)
@@ -97,10 +97,10 @@ def read_config(folder: Path) -> TextEncoderConfig:
 
 
 def require_inside(path: Path) -> None:
-    """Refuse a link that leaves its folder: folders come from strangers.
+    """Refuse a link that leaves its folder, since folders come from untrusted sources.
 
     Raises:
-        ArtifactError: it does.
+        ArtifactError: the path is such a link.
     """
     if not path.resolve().is_relative_to(path.parent.resolve()):
         raise ArtifactError(
@@ -110,10 +110,10 @@ def require_inside(path: Path) -> None:
 
 
 def parse_config(config: object) -> TextEncoderConfig:
-    """Check the fields of a `config.json`.
+    """Check the fields of a parsed `config.json`.
 
     Raises:
-        ArtifactError: names the field.
+        ArtifactError: a field is missing or has another value; the message names it.
     """
     if not isinstance(config, dict):
         raise ArtifactError(f"the configuration is a {type(config).__name__}, expected an object")
@@ -122,7 +122,7 @@ def parse_config(config: object) -> TextEncoderConfig:
             raise ArtifactError(f"`{field}` is missing", hint="give a Hugging Face folder of a Qwen3 model")
     for field, allowed in _FIXED.items():
         found = config.get(field, allowed[0])
-        # By type too: 0 is False in Python, and neither in a configuration nor here.
+        # Types must agree too: in Python 0 equals False, in a configuration it does not.
         if not any(type(found) is type(value) and found == value for value in allowed):
             raise ArtifactError(
                 f"`{field}` is {_short(found)}, expected {json.dumps(allowed[0])}",
@@ -154,13 +154,13 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         if kind != "default":
             raise ArtifactError(f"`rope_parameters.rope_type` is {_short(kind)}, expected 'default'")
         theta = _number(nested, "rope_theta", 1.0, 1e12, "rope_parameters.")
-    # The exporter writes scalars in float32; a base that float32 holds is the same in torch and in the graph.
+    # The exporter writes scalars in float32. A base that float32 holds is equal in torch and in the ONNX graph.
     return float(struct.unpack("<f", struct.pack("<f", theta))[0])
 
 
 def _check_layer_types(kinds: object) -> None:
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise ArtifactError(f"`layer_types` is {_short(kinds)}, expected full_attention alone")
+        raise ArtifactError(f"`layer_types` is {_short(kinds)}, expected only full_attention")
 
 
 def _size(config: Mapping[str, Any], field: str, most: int) -> int:

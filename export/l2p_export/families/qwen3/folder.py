@@ -1,4 +1,4 @@
-"""A Hugging Face folder with a Qwen3 model and its tokenizer, opened and checked from headers alone."""
+"""Opens a Hugging Face folder with a Qwen3 model and its tokenizer, and checks it by reading only headers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class TextEncoder:
     """An opened text encoder.
 
     Attributes:
-        model: its networks, without weights.
-        tensors: what they read, under published names with the prefix `model.`.
+        model: its network, without weights.
+        tensors: the tensors of the network, under published names with the prefix `model.`.
         tokenizer: its `tokenizer.json`.
     """
 
@@ -50,11 +50,11 @@ def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
 
     Args:
         path: the folder.
-        caption_width: C of the model that the embeddings are for.
+        caption_width: C, the width of embeddings that the denoiser takes.
 
     Raises:
         UsageError: no folder.
-        ArtifactError: another architecture or width, weights that are missing, misshapen or no floats, or a tokenizer
+        ArtifactError: another architecture or width, weights that are missing, misshapen or not floats, or a tokenizer
             that is absent, damaged or without the template's special tokens.
         HostError: `tokenizers` is not installed.
     """
@@ -76,7 +76,7 @@ def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
 
 
 def _tensors(folder: Path, model: Qwen3Model) -> dict[str, FileTensor]:
-    """The tensors that the network reads; the last layer, the final norm and an output head may be there or not."""
+    """The tensors that the network reads; a last layer, final norm and output head are ignored."""
     stored = open_folder_tensors(folder, "model")
     prefix = "" if any(name.startswith("model.") for name in stored) else "model."
     found = {name if name.startswith("lm_head.") else prefix + name: source for name, source in stored.items()}

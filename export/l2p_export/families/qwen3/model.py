@@ -1,4 +1,4 @@
-"""A Qwen3 text encoder with its dimensions and no weights, as the exporter takes any network."""
+"""Qwen3 text encoder with its dimensions and no weights; implements `families.base.Networks`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Qwen3Model:
         return self.config
 
     def faults(self, shapes: Shapes) -> list[str]:
-        """What is missing, unknown or misshapen in `shapes`, one line each."""
+        """Missing, unknown and misshapen tensors in `shapes`, one line each."""
         return shape_faults(shapes, self.shapes)
 
     def module(
@@ -64,7 +64,7 @@ class Qwen3Model:
     ) -> nn.Module:
         """Build the network on the current device, with uninitialised weights under published names.
 
-        No norm follows a branch of it, so that no plan scales its weights, and `exponent_of` is not asked.
+        No norm follows a branch of it, so no plan scales its weights, and `exponent_of` is not used.
         """
         from l2p_export.families.qwen3.networks import text_encoder_module
 
@@ -77,11 +77,11 @@ class Qwen3Model:
         return tuple(f"{LAYER}{index}" for index in range(self.config.built_layers))
 
     def layout(self, network: str) -> QuantizationLayout:
-        """Its layers: no plan scales them or has them in FP8, and what float16 has to hold is measured apart."""
+        """Its layers. No plan scales them or has them in FP8; `precision/text.py` measures what float16 has to hold."""
         return QuantizationLayout(network, tuple(dict.fromkeys(map(layer_of, self.shapes))))
 
     def operations(self, network: str) -> Operations:
-        """Every matrix but the table of embeddings is multiplied by a row for each token."""
+        """Every matrix except the embedding table is multiplied by one row per token."""
         sizes = self.config.sizes
         matrices = (name for name, shape in self.shapes.items() if len(shape) == 2 and name.startswith(LAYER))
         attention = (_ROWS, sizes.heads * sizes.head_width)

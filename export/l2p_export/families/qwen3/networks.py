@@ -1,10 +1,10 @@
-"""The text encoder as a network: Qwen3 up to the output of its last layer but one, written for export.
+"""Text encoder network: Qwen3 up to the output of its last layer but one, written for export.
 
     input_ids [B,L] attention_mask [B,L]  ->  prompt_embeds [B,L,C]
 
-Real arithmetic, static heads, embedding rows gathered by index. A linear layer computes in the dtype of its weight;
-the residual, norms, rotation and softmax stay in float32 in every plan, because the range of Qwen3's residual is
-unknown and the network runs once a prompt. Parameters carry their published names.
+Real arithmetic, static heads, embedding rows gathered by index. A linear layer computes in the dtype of its weight. The
+residual, norms, rotation and softmax stay in float32 in every plan: the range of Qwen3's residual is unknown, and the
+network runs only once per prompt. Parameters have their published names.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(sizes.head_width, config.norm_epsilon, dtype)
 
     def forward(self, x: Tensor, allowed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B,L,D], allowed [B,1,1,L,L] true where a row may look, tables [L,R] float32, to [B,L,D]."""
+        """x [B,L,D], allowed [B,1,1,L,L] true where a row may attend, tables [L,R] float32, to [B,L,D]."""
         heads = (self.kv_heads, -1, self.head_width)
         q, k, v = (torch.unflatten(layer(x), -1, heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        # Written out: the whole operator takes neither this mask in float32 on TensorRT for RTX nor groups at opset 20.
-        # From [B,L,kv,g,d] to [B,kv,g,L,d]; k and v have one head a group, which the product repeats.
+        # Decomposed: the Attention operator does not take this mask in float32 on TensorRT for RTX, nor groups at
+        # opset 20. From [B,L,kv,g,d] to [B,kv,g,L,d]; k and v have one head per group, which MatMul broadcasts.
         q = (rotate(self.q_norm(q), cos, sin) * self.head_width**-0.5).to(v.dtype).permute(0, 2, 3, 1, 4)
         k = rotate(self.k_norm(k), cos, sin).to(v.dtype).permute(0, 2, 3, 4, 1)
         scores = torch.matmul(q, k).to(torch.float32)
-        # A finite minimum: a row of padding alone would turn into NaN with minus infinity.
+        # A finite minimum: with minus infinity, a row of only padding would become NaN.
         scores = torch.where(allowed, scores, torch.finfo(torch.float32).min)
         attended = torch.matmul(scores.softmax(dim=-1).to(v.dtype), v.permute(0, 2, 3, 1, 4))
         out: Tensor = self.o_proj(attended.permute(0, 3, 1, 2, 4).flatten(2))
@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,L,D] to the same in float32."""
         product = F.silu(self.gate_proj(x).to(torch.float32)) * self.up_proj(x).to(torch.float32)
-        # Language models of this kind keep a few products of thousands; their sum must not reach float16's 65504.
+        # Language models of this kind have a few products of thousands; their sum must not reach float16's 65504.
         if self.down_proj.weight.dtype == torch.float16:
             half: Tensor = self.down_proj(product * PRODUCT_SCALE)
             return half.to(torch.float32) / PRODUCT_SCALE
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         super().__init__()
         dtype = dtype_of("model.embed_tokens")
         self.embed_tokens = nn.Embedding(config.sizes.vocabulary, config.sizes.width, dtype=dtype)
-        # By number, as the network may hold one layer of several that are alike.
+        # Keyed by number, since a trace holds one layer of several that are equal.
         self.layers = nn.ModuleDict({str(index): Layer(config, dtype_of(f"model.layers.{index}")) for index in layers})
 
 
@@ -130,7 +130,7 @@ class TextEncoderNetwork(nn.Module):
         causal = positions.unsqueeze(0) <= positions.unsqueeze(1)
         allowed = causal & (attention_mask != 0)[:, None, None, None, :]
         half = self.head_width // 2
-        # In float64 from numbers that float32 holds too, so that torch and the folded graph round to the same float32.
+        # In float64 from numbers that float32 holds too, so torch and the folded ONNX graph round to the same float32.
         steps = torch.arange(half, dtype=torch.float64, device=input_ids.device)
         frequencies = torch.pow(self.rope_theta, steps / -half).to(torch.float32)
         angles = positions.to(torch.float32).unsqueeze(-1) * frequencies

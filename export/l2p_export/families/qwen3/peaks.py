@@ -1,4 +1,4 @@
-"""Measures the largest magnitudes in each layer of a text encoder: in torch float32, one layer in memory at a time."""
+"""Measures the maximum magnitudes in each layer of a text encoder, in torch float32, one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 PROMPTS = 16
-"""Of those that the package ships: the published encoder takes about 5 TFLOP for them."""
+"""Number of the package's prompts that are measured; the published encoder takes about 5 TFLOP for them."""
 
 _EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPeak:
-    """The largest magnitude that float16 would have to hold in a layer, and where.
+    """The maximum magnitude that float16 would have to hold in a layer, and where.
 
     Attributes:
         layer: as `model.layers.3`.
         place: as `mlp.up_proj:out`.
-        is_bound: nothing was seen to be so large; lengths of queries and keys allow it.
+        is_bound: the peak is an upper bound from the lengths of queries and keys, and was not measured.
     """
 
     layer: str
@@ -45,7 +45,7 @@ class LayerPeak:
 
 
 def _needed_bytes(encoder: TextEncoder) -> int:
-    """The embedding table and one layer in float32, each beside what it is read from, and some activations."""
+    """Host memory for the embedding table and one layer in float32, their copies as read, and some activations."""
     parts = dict.fromkeys((_EMBEDDING, *encoder.model.blocks(TEXT_ENCODER)), 0)
     for name, shape in encoder.model.shapes.items():
         parts[next(part for part in parts if name.startswith(f"{part}."))] += 8 * math.prod(shape)
@@ -53,7 +53,10 @@ def _needed_bytes(encoder: TextEncoder) -> int:
 
 
 def measure_peaks(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, ...]:
-    """The largest peaks of the embedding table and of each layer, padding included: rows of it are computed as well.
+    """The maximum peaks of the embedding table and of each layer, over all rows, padding included.
+
+    Returns:
+        One entry for the embedding table; for each layer its measured peak and its bound, in the order of the layers.
 
     Raises:
         ArtifactError: a layer makes NaN or Inf.
@@ -81,7 +84,7 @@ def measure_peaks(encoder: TextEncoder, reporter: Reporter) -> tuple[LayerPeak, 
 def _observe(
     encoder: TextEncoder, name: str, layer: nn.Module, found: list[LayerPeak], advance: Callable[[int], None]
 ) -> None:
-    """Hooks that load a layer before it runs, add its largest peaks when it has, and drop its weights."""
+    """Add hooks that load a layer before it runs, and then append its peaks to `found` and drop its weights."""
     peaks: dict[str, float] = {}
     lengths: dict[str, float] = {}
 
@@ -91,7 +94,7 @@ def _observe(
 
     def finish(layer: nn.Module, inputs: object, output: Tensor) -> None:
         del inputs
-        # Lengths of rows bound what a rotation makes of them, and their products.
+        # The lengths of rows bound their rotated values and their products.
         query, key = (lengths[f"self_attn.{norm}"] for norm in ("q_norm", "k_norm"))
         bounds = {"a query": query, "a key": key, "a product of query and key": query * key}
         if not (output.isfinite().all() and all(map(math.isfinite, (*peaks.values(), *bounds.values())))):
@@ -133,12 +136,12 @@ def _note_normed(
     del layer, inputs
     scale = output.shape[-1] ** -0.5 if name.endswith("q_norm") else 1.0
     lengths[name] = scale * float(output.norm(dim=-1).max())
-    # However a pair is rotated, one of the two keeps this share of its larger value.
+    # However a pair is rotated, one of its two values keeps at least this share of the larger one.
     peaks[f"{name}:out"] = scale * float(output.abs().max()) / math.sqrt(2.0)
 
 
 def _fill(encoder: TextEncoder, name: str, part: nn.Module) -> dict[str, float]:
-    """Give a part its weights in float32; the largest magnitude of each, by its own name."""
+    """Load the weights of a part in float32; returns the maximum magnitude of each, by its own name."""
     import torch
 
     own = [parameter for parameter, _ in part.named_parameters()]
@@ -148,7 +151,7 @@ def _fill(encoder: TextEncoder, name: str, part: nn.Module) -> dict[str, float]:
 
 
 def _prompts(encoder: TextEncoder) -> dict[str, Tensor]:
-    """Token numbers [B,L] and mask of the prompts, padded at the right."""
+    """Token ids and mask of the prompts, both int64 [B,L], padded at the right."""
     import torch
 
     tokenizer = load_tokenizer(encoder.tokenizer, CHAT_TEMPLATE)

@@ -1,4 +1,4 @@
-"""The family `z_image_l2p`: Z-Image moved to pixel space, in the variants 1k, 4k, 8k and 10k."""
+"""Family `z_image_l2p`: Z-Image transferred to pixel space, in the variants 1k, 4k, 8k and 10k."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class ZImageModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the runtime must know of it."""
+        """The model's description for the runtime."""
         return model_spec(self.dimensions)
 
     @property
     def networks(self) -> tuple[NetworkSpec, ...]:
-        """Its networks in the order the data takes."""
+        """Its networks in the order in which they run."""
         return network_specs(self.dimensions)
 
     @property
@@ -69,11 +69,11 @@ class ZImageModel:
 
     @property
     def settings(self) -> None:
-        """Shapes say everything; what is fixed stands in the code."""
+        """None: shapes decide everything that the code does not fix."""
         return None
 
     def faults(self, shapes: Shapes) -> list[str]:
-        """What is missing, unknown or misshapen in `shapes`, one line each."""
+        """Missing, unknown and misshapen tensors in `shapes`, one line each."""
         blocks = (block for network in self.networks for block in self.blocks(network.name))
         return shape_faults(shapes, self.shapes, blocks)
 
@@ -95,11 +95,11 @@ class ZImageModel:
         return network_blocks(network, self.dimensions)
 
     def layout(self, network: str) -> QuantizationLayout:
-        """What can be measured in one network, and what plans may do to which of its layers."""
+        """The points to measure in one network, and what plans may do to which of its layers."""
         return network_layout(network, self.dimensions)
 
     def operations(self, network: str) -> Operations:
-        """What one network multiplies by which weights, for forecasts."""
+        """The matrix products, convolutions and attention of one network, for forecasts."""
         return network_operations(network, self.dimensions)
 
     def network_shapes(self, network: str) -> Shapes:
@@ -123,11 +123,11 @@ class ZImageL2P:
         return spelling.claims(names)
 
     def read(self, weights: Weights) -> Checkpoint:
-        """Put tensors under their published names."""
+        """Rename tensors to their published names."""
         return spelling.read_checkpoint(weights)
 
     def model(self, shapes: Shapes, equal_layers: tuple[int, ...] | None = None) -> ZImageModel:
-        """Read the dimensions from shapes; the trunk keeps to layers that equal the source's."""
+        """Read the dimensions from shapes; the trunk has only layers that equal the source's."""
         dimensions = dimensions_from_shapes(shapes)
         if equal_layers is not None:
             dimensions = replace(dimensions, cut=shared_trunk(dimensions.trunk, equal_layers))
@@ -150,7 +150,7 @@ class ZImageL2P:
         return spelling.layer_aliases(shapes)
 
     def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-        """The tensors under the names that node-based user interfaces use."""
+        """The tensors under the names that ComfyUI uses."""
         return spelling.node_ui_tensors(tensors)
 
     def known_as(self, fingerprint: str) -> str:

@@ -1,10 +1,9 @@
 """Transformer blocks of Z-Image, written for export: real arithmetic, static heads, no data-dependent branch.
 
-A layer computes in the dtype of its own weight, so a precision plan is nothing but the dtypes of the parameters;
-norms keep the dtype of what they read, the rotation runs in float32 (docs/model.md, "Transformer"). Where a
-plan scales a branch by a power of two, the norm behind it undoes that: its epsilon is scaled with its input, and it
-runs in float32.
-Parameter names are the published ones.
+A layer computes in the dtype of its own weight, so a precision plan is applied by the dtypes of the parameters. Norms
+keep the dtype of their input; the rotation runs in float32 (docs/model.md, "Transformer"). If a plan scales a branch by
+a power of two, the norm after it undoes the scale: its epsilon is scaled with its input, and it runs in float32.
+Parameters have their published names.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class BlockPrecision:
     """How one block computes.
 
     Attributes:
-        dtype_of: name of a layer inside the block, as `attention.to_q`, to the dtype of its weights; `attention` is the
-            product of queries, keys and values.
-        attention_exponent: the input of `attention_norm2` comes scaled by two to this power.
-        ffn_exponent: likewise that of `ffn_norm2`.
-        has_wide_residual: the stream between blocks is float32, and holds more than the end of a branch may.
+        dtype_of: name of a layer inside the block, as `attention.to_q`, to the dtype of its weights; `attention` is
+            attention itself, on query, key and value.
+        attention_exponent: the input of `attention_norm2` is scaled by two to this power.
+        ffn_exponent: the same for `ffn_norm2`.
+        has_wide_residual: the stream between blocks is float32, while the last layers of branches are narrower.
     """
 
     dtype_of: Callable[[str], torch.dtype]
@@ -44,8 +43,8 @@ class BlockPrecision:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, in the dtype of its input.
 
-    What comes scaled by two to the power of `exponent` is normed as if it were not: in float32, since the epsilon that
-    goes with it is less than float16 holds.
+    An input that is scaled by two to the power of `exponent` gives the same result as the unscaled one. It is computed
+    in float32, since the scaled epsilon is too small for float16.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, exponent: int = 0, *, is_wide: bool = False) -> None:
@@ -54,7 +53,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same; to float32 where it is wide."""
+        """[..., width] to the same shape and dtype; to float32 if the norm is wide."""
         if self.is_wide:
             x = widened(x)
         epsilon = NORM_EPSILON * 4.0**self.exponent
@@ -84,9 +83,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(d.width, d.width, bias=False, dtype=dtype_of("attention.to_out.0"))])
         self.norm_q = RMSNorm(d.head_width, dtype_of("attention.norm_q"))
         self.norm_k = RMSNorm(d.head_width, dtype_of("attention.norm_k"))
-        # What attention multiplies, each made by a module, so that it can be measured and rounded there.
+        # Query, key and value each come from a module, so that they can be measured and quantized there.
         self.query, self.key, self.value = Rotation(), Rotation(), nn.Identity()
-        # A plan that raises the layers around it leaves attention as it is; otherwise it follows its inputs.
+        # If a plan raises the layers around it, attention keeps its own dtype; otherwise it takes that of its inputs.
         dtype = dtype_of("attention")
         layers = (self.to_q, self.to_k, self.to_v)
         self.dtype = None if all(layer.weight.dtype == dtype for layer in layers) else dtype
@@ -170,7 +169,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, time: Tensor) -> Tensor:
         """time [B] float32 to [B,A] float32."""
         half = SINUSOID_WIDTH // 2
-        # In float64 from numbers that float32 holds too, so that torch and the folded graph round to the same float32:
+        # In float64 from numbers that float32 holds too, so torch and the folded ONNX graph round to the same float32:
         # at 1000 rad one ulp of a frequency moves the sinusoid by 6e-5.
         steps = torch.arange(half, dtype=torch.float64, device=time.device)
         frequencies = torch.pow(10000.0, steps / -half).to(torch.float32)
@@ -182,7 +181,7 @@ class TimeEmbedding(nn.Module):
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Every dimension of an L2P checkpoint, read from its tensor shapes, and the shape table they imply.
+"""Reads the dimensions of an L2P checkpoint from its tensor shapes, and makes the shapes of given dimensions.
 
 Source: docs/model.md, "Transformer", "Pixel head" and "Tensor names". Names are the published ones: split
 q/k/v, no prefix.
@@ -28,7 +28,7 @@ STAGES: Mapping[int, tuple[str, ...]] = {
 
 SINUSOID_WIDTH = 256
 
-# Tensors of each network outside its transformer blocks, by how their names begin.
+# Name prefixes of the tensors of each network outside its transformer blocks.
 _OUTSIDE_BLOCKS: Mapping[str, tuple[str, ...]] = {
     "caption": ("cap_embedder.", "cap_pad_token"),
     "stem": ("all_x_embedder.", "x_pad_token", "t_embedder."),
@@ -65,7 +65,8 @@ class Dimensions:
         context_refiners: refiner layers on caption tokens [2].
         levels: U-Net levels, full resolution first.
         bottleneck: channels of the U-Net's bottleneck [512].
-        cut: first layer of a trunk that a source has shortened, and the one after its last; None for the family's.
+        cut: first layer of a trunk that is shortened to match its source, and the one after its last; None for the
+            family's own trunk.
     """
 
     patch_px: int
@@ -97,7 +98,7 @@ class Dimensions:
 
 
 def dimensions_from_shapes(shapes: Shapes) -> Dimensions:
-    """Read the dimensions; where tensors disagree, the majority decides and `faults.shape_faults` names the others.
+    """Read the dimensions. Where tensors disagree, the majority decides, and `faults.shape_faults` names the others.
 
     Raises:
         ArtifactError: a latent checkpoint, no L2P checkpoint at all, an unknown patch size, or sizes that do not fit
@@ -156,13 +157,13 @@ def expected_shapes(d: Dimensions) -> dict[str, tuple[int, ...]]:
 
 
 def main_layer(name: str) -> int | None:
-    """The number of the main layer that a tensor belongs to."""
+    """The number of the main layer that a tensor belongs to; None if it belongs to none."""
     match = re.match(r"layers\.([0-9]{1,4})\.", name)
     return int(match[1]) if match else None
 
 
 def is_latent(name: str) -> bool:
-    """Whether a tensor is one that Z-Image has and no L2P model: of its final layer, or its embedder of latents."""
+    """Whether only Z-Image has a tensor of this name and no L2P model: its final layer, or its embedder of latents."""
     return name.startswith(("all_final_layer.", "all_x_embedder.2-1."))
 
 
@@ -186,7 +187,7 @@ def network_shapes(name: str, d: Dimensions) -> dict[str, tuple[int, ...]]:
 
 
 def shared_trunk(cut: range, equal_layers: tuple[int, ...]) -> tuple[int, int]:
-    """The longest run of equal layers inside the family's cut: a source may shorten the trunk, never lengthen it.
+    """The longest run of equal layers in `cut`, as (first, stop): a source may shorten the trunk, never lengthen it.
 
     Raises:
         ArtifactError: no layer of the cut is equal.

@@ -1,4 +1,4 @@
-"""The pixel head: a U-Net on the noisy image that takes the tail's tokens at its bottleneck.
+"""Pixel head: a U-Net on the noisy image that takes the tail's tokens at its bottleneck.
 
 Source: docs/model.md, "Pixel head".
 """
@@ -33,7 +33,7 @@ class PixelHead(nn.Module):
     """
 
     def __init__(self, d: Dimensions, precision: torch.dtype | Callable[[str], torch.dtype]) -> None:
-        """Build it with uninitialised weights: one dtype, or that of each convolution by its name, as `enc1.0`."""
+        """Build it with uninitialised weights, of one dtype or of one per convolution by its name, as `enc1.0`."""
         super().__init__()
 
         def conv(name: str, inputs: int, outputs: int, kernel: int) -> Conv2d:
@@ -67,7 +67,7 @@ class PixelHead(nn.Module):
             x = self.get_submodule(f"enc{level}")(x)
             skips.append(x)
             x = F.max_pool2d(x, 2)
-        # A plan may raise the bottleneck alone: tokens come as they are, and may be more than float16 holds.
+        # A plan may raise only the bottleneck: tokens are not scaled and may exceed float16.
         dtype = self._dtype(self.bottleneck, x)
         features = tokens.permute(0, 3, 1, 2).to(dtype)
         if self.enlarge_tokens:
@@ -82,12 +82,12 @@ class PixelHead(nn.Module):
         return out
 
     def _dtype(self, step: nn.Module, x: Tensor) -> torch.dtype:
-        """What a step is given: the dtype of its weights where a plan mixes them, else that of what came before."""
+        """The input dtype of a step: that of its weights if a plan mixes dtypes, else that of `x`."""
         return next(step.parameters()).dtype if self.is_mixed else x.dtype
 
 
 def _five_for_two(x: Tensor, axis: int) -> Tensor:
-    """Enlarge an axis of even size by 2.5, nearest: the bottleneck of the 160 px head stands at 64 px.
+    """Enlarge an axis of even size by 2.5, nearest: the bottleneck of the 160 px head is at 64 px.
 
     Source: docs/model.md, "Pixel head".
     """

@@ -1,4 +1,4 @@
-"""The latent source of the family: Z-Image, batched, from the blocks that the pixel networks are made of.
+"""Latent source of the family: Z-Image, batched, built from the same blocks as the pixel networks.
 
 A batch holds captions of one padded length and images of one size, so there are no lists and no masks; padded rows
 hold the learned vectors and take part in attention, as published (docs/model.md, "Tokens, pads and captions").
@@ -40,7 +40,7 @@ class FinalLayer(nn.Module):
 
 
 class LatentModel(nn.Module):
-    """Noisy latents, time and prompt embeddings to x0 - noise, in latents."""
+    """The latent denoiser: noisy latents, time and prompt embeddings to x0 - noise."""
 
     def __init__(self, d: Dimensions, dtype_of: DTypeOf) -> None:
         super().__init__()

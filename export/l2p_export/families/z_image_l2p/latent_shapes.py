@@ -1,7 +1,7 @@
-"""Shape tables of what an L2P model is made from: the latent Z-Image transformer and the Qwen3 text encoder.
+"""Shape table of the latent Z-Image transformer, the source of an L2P model.
 
-Source: docs/model.md, "Tensor names", "Text encoder" and "Fingerprints". They identify source checkpoints by
-fingerprint, from the header alone.
+Source: docs/model.md, "Tensor names" and "Fingerprints". It identifies source checkpoints by fingerprint, from only the
+header.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where values of a `z_image_l2p` network can be measured, what holds them, and which branches end in a norm."""
+"""Quantization layouts of `z_image_l2p` networks: points to measure, the layers that hold them, and branches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from l2p_calib.layout import (
 from l2p_export.families.z_image_l2p.dimensions import Dimensions, network_blocks, network_shapes
 
 ATTENTION_BRANCH = ("attention.to_v", "attention.to_out.0")
-"""Attention is linear in its values, so that both scale what `attention_norm2` reads."""
+"""Attention is linear in its values, so both layers scale the input of `attention_norm2`."""
 FFN_BRANCH = ("feed_forward.w3", "feed_forward.w2")
-"""SwiGLU is linear in w3, so that both scale what `ffn_norm2` reads."""
+"""SwiGLU is linear in w3, so both layers scale the input of `ffn_norm2`."""
 
 FLOAT32 = (Float32Layer("t_embedder", "angles reach 1000 rad; float16 spaces numbers there by 0.5, bfloat16 by 4"),)
 
@@ -70,7 +70,7 @@ def _block_points(block: str, residual: str, *, modulated: bool) -> Iterator[Poi
         yield Point(f"{adaln}:out", (adaln, residual))
     yield Point(f"{block}.attention_norm1:in", (residual,))
     yield Point(f"{block}.attention_norm1:out", (residual,))
-    # Norm and modulation run in the dtype of the residual; all three read what they make, each cast to its own dtype.
+    # Norm and modulation run in the dtype of the residual. All three layers read their output, cast to their own dtype.
     yield Point(f"{q}:in", (q, k, v, residual))
     yield Point(f"{q}:out", (q,))
     yield Point(f"{k}:out", (k,))
@@ -100,7 +100,7 @@ def _branches(block: str) -> Iterator[Branch]:
 
 
 def _products(block: str) -> Iterator[QuantizableLayer]:
-    """Linears of attention and feed-forward: not the embedders, the modulation or the head.
+    """Linear layers of attention and feed-forward; not the embedders, the modulation or the head.
 
     Source: docs/design.md, "Precision".
     """
@@ -113,7 +113,7 @@ def _products(block: str) -> Iterator[QuantizableLayer]:
 
 
 def _attention(block: str) -> Attention:
-    """What attention multiplies: rotated queries and keys, and values as they are made."""
+    """Query and key after the rotation, and value as `to_v` makes it."""
     query, key, value = (f"{block}.attention.{name}" for name in ATTENTION_INPUTS)
     group = f"{block} attention"
     inputs = (

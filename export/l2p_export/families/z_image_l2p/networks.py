@@ -1,4 +1,4 @@
-"""The five networks of one denoising call, cut from one L2P transformer (docs/design.md, "Networks").
+"""Five networks of one denoising call, cut from one L2P transformer (docs/design.md, "Networks").
 
     network   inputs                                              outputs
     caption   prompt_embeds [B,T,C] caption_mask [B,T] rope [T,R]  caption [B,T,D]
@@ -7,8 +7,8 @@
     tail      tokens modulation rope                               tokens_out [B,S,D]
     head      image [B,3,Hs,W] tokens [B,hs,w,D]                   prediction [B,3,Hs,W]
 
-Sequence order is image tokens, image pads, caption. Every tensor at a border is float32; a network casts inside to
-the dtype of its own weights. Parameters carry their published names, so a state dict is a checkpoint.
+Sequence order is image tokens, image pads, caption. Every input and output is float32; inside, a network casts to the
+dtype of its own weights. Parameters have their published names, so a state dict is a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from l2p_export.families.z_image_l2p.head import PixelHead
 from l2p_export.families.z_image_l2p.layout import ATTENTION_BRANCH, FFN_BRANCH
 
 DTypeOf: TypeAlias = Callable[[str], torch.dtype]
-"""Layer name to the dtype of its weights, and `residual.NETWORK` to that of the stream between its blocks: a precision
-plan, as a module sees it."""
+"""Layer name to the dtype of its weights, and `residual.NETWORK` to that of the stream between its blocks: what a
+module needs of a precision plan."""
 
 ExponentOf: TypeAlias = Callable[[str], int]
-"""Layer name to the power of two that its weights come scaled by."""
+"""Layer name to the power of two that its weights are scaled by."""
 
 
 def unscaled(layer: str) -> int:
-    """The exponents of weights as they were published."""
+    """The exponent of every layer without scaling: 0."""
     del layer
     return 0
 
 
 class CaptionNetwork(nn.Module):
-    """Prompt embeddings to caption tokens: embed, put the learned pad where the mask is false, refine."""
+    """Prompt embeddings to caption tokens: embed, insert the learned pad where the mask is false, refine."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class StemNetwork(nn.Module):
         """See the module docstring."""
         modulation = self.t_embedder(time)
         x = self.all_x_embedder[f"{self.patch_px}-1"](patches(image, self.patch_px)).to(self.residual)
-        # One pad row behind the image tokens, then rows 0..S-T-1 with everything past the last pointing at it: this
-        # pads to any S, none included, without a size that export would have to compare with zero.
+        # One pad row after the image tokens, then rows 0..S-T-1, clamped to that row. This pads to any S, no pads
+        # included, without a size that export would have to compare with zero.
         pad = self.x_pad_token.to(self.residual).unsqueeze(0).expand(x.shape[0], 1, -1)
         rows = torch.arange(rope_cos.shape[0] - caption.shape[1], device=x.device).clamp(max=x.shape[1])
         x = torch.cat([x, pad], dim=1).index_select(1, rows)
@@ -161,7 +161,7 @@ def network_module(
         d: dimensions of the model.
         dtype_of: weight dtype of each layer, by published layer name.
         blocks: the transformer blocks to build, as `layers.5`.
-        exponent_of: the power of two that the weights of each layer come scaled by.
+        exponent_of: the power of two that the weights of each layer are scaled by.
     """
     groups: dict[str, list[int]] = {"context_refiner": [], "noise_refiner": [], "layers": []}
     for block in blocks:
@@ -197,7 +197,7 @@ def _blocks(
         attention, ffn = (
             sum(exponent_of(f"{name}.{layer}") for layer in layers) for layers in (ATTENTION_BRANCH, FFN_BRANCH)
         )
-        # As it is built, and not as it is run: training keeps a float32 residual and norms in the dtype of its layers.
+        # By the dtypes that it is built with, not run with: training keeps a float32 residual and narrower norms.
         ends = {dtype_of(f"{name}.{branch[-1]}") for branch in (ATTENTION_BRANCH, FFN_BRANCH)}
         is_wide = residual == torch.float32 and ends != {torch.float32}
         precision = BlockPrecision(partial(_inside, dtype_of, name), attention, ffn, is_wide)

@@ -1,4 +1,4 @@
-"""What the networks of a `z_image_l2p` model multiply by which weights, for forecasts."""
+"""Operations of `z_image_l2p` networks for forecasts: linear layers, convolutions and attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS: dict[str, Rows] = {
     "context_refiner.": "caption",
     "layers.": "sequence",
 }
-"""How the names of linear layers begin, to what they have a row for; modulation has one for each call."""
+"""Name prefix of linear layers to the rows that they multiply; modulation has one row per call."""
 
 
 def network_operations(name: str, d: Dimensions) -> Operations:
@@ -35,7 +35,7 @@ def _rows(tensor: str) -> Rows:
 
 
 def _halvings(d: Dimensions) -> dict[str, int]:
-    """Convolution of the U-Net to how often its image was halved; levels stand full resolution first."""
+    """Convolution of the U-Net to the number of times that its image was halved; full resolution is first."""
     found = {"local_decoder.bottleneck.0.weight": len(d.levels), "local_decoder.out_conv.weight": 0}
     for halvings, level in enumerate(d.levels):
         parts = (f"enc{level.name}.0", f"up{level.name}.1", f"dec{level.name}.0")

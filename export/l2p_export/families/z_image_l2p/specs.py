@@ -1,4 +1,4 @@
-"""What the runtime and the builders need to know of a `z_image_l2p` model, derived from its dimensions."""
+"""Specifications of a `z_image_l2p` model and its networks, for the runtime and the engine builders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALO_ROWS = 3
 
 
 def model_spec(d: Dimensions) -> ModelSpec:
-    """The model as the runtime sees it."""
+    """The model's description for the runtime."""
     whole = d.patch_px != 2 ** len(d.levels)
     return ModelSpec(
         family=FAMILY,
@@ -45,7 +45,7 @@ def model_spec(d: Dimensions) -> ModelSpec:
 
 
 def network_specs(d: Dimensions) -> tuple[NetworkSpec, ...]:
-    """Inputs and outputs of the five networks, in the order the data takes (docs/design.md, "Networks").
+    """Inputs and outputs of the five networks, in the order in which they run (docs/design.md, "Networks").
 
     Symbols: B batch, h and w token rows and columns (halved for the 160 px head), t caption tokens / 32, s sequence
     length, r token rows of a head stripe.
@@ -98,7 +98,7 @@ def _rope(length: str, pairs: int) -> tuple[TensorSpec, TensorSpec]:
 
 
 def _head_peak_values_per_px(d: Dimensions) -> float:
-    """Most activation values alive at once in the U-Net, per pixel: skips, and what a step reads and writes."""
+    """Maximum of activation values alive at once in the U-Net, per pixel: skips, and a step's input and output."""
     skips = 0.0
     peak = 0.0
     channels, area = 3, 1.0

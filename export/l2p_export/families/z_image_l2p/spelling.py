@@ -1,4 +1,4 @@
-"""The spellings a `z_image_l2p` file may use, brought to the published one (docs/model.md, "Spellings")."""
+"""Renames the tensors of a `z_image_l2p` file, in any spelling, to published names (docs/model.md, "Spellings")."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def claims(names: Iterable[str]) -> bool:
 
 
 def read_checkpoint(weights: Weights) -> Checkpoint:
-    """Put tensors under published names: no prefix, split q/k/v, embedder named after its patch.
+    """Rename tensors to published names: no prefix, split q/k/v, embedder named after its patch.
 
     Raises:
         ArtifactError: two tensors claim one name, or a fused matrix does not split in three.
@@ -46,7 +46,7 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
 
 
 def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    """Published names to those of node-based user interfaces: prefix, fused q/k/v, an embedder without its patch."""
+    """Rename tensors from published names to ComfyUI's: prefix, fused q/k/v, an embedder without its patch."""
     spelled: dict[str, TensorSource] = {}
     for name, source in tensors.items():
         if ".attention.to_k." in name or ".attention.to_v." in name:
@@ -64,7 +64,7 @@ def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSour
 
 
 def layer_aliases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
-    """Names of node-based user interfaces to published weights: fused q/k/v, `attention.out`, the bare embedder."""
+    """ComfyUI's layer names to published weights: fused q/k/v, `attention.out`, the bare embedder."""
     fused = tuple(f".attention.{part}.weight" for part in ("to_q", "to_k", "to_v"))
     found: dict[str, tuple[str, ...]] = {}
     for name, shape in shapes.items():
@@ -110,7 +110,7 @@ def _without_prefix(name: str) -> str:
 
 
 def _patch_px(weights: Weights) -> int:
-    """The patch of an embedder that is not named after it: its inputs are 3 p p values."""
+    """The patch size of an embedder whose name lacks it: it has 3 p p inputs."""
     for stored, source in weights.tensors.items():
         if _without_prefix(stored) == "x_embedder.weight" and len(source.shape) == 2:
             # 64 inputs are the latent model's 2x2 patches of 16 channels.
