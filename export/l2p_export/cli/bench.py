@@ -24,20 +24,26 @@ if TYPE_CHECKING:
 
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--size", help="WIDTHxHEIGHT in pixels; the profile's preferred size by default.")
-@click.option("--caption-tokens", type=click.IntRange(min=1), help="The profile's preferred length by default.")
-@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Calls to time, after one more.")
-@click.option("--plan", help="Precision plan; the first that the backend runs otherwise.")
+@click.option("--size", help="WIDTHxHEIGHT in pixels; default: the profile's preferred size.")
+@click.option(
+    "--caption-tokens", type=click.IntRange(min=1), help="Caption length; default: the profile's preferred length."
+)
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls, after one warm-up call."
+)
+@click.option("--plan", help="Precision plan; default: the first that the backend runs.")
 @click.option("--backend", default="auto", show_default=True)
-@click.option("--memory-budget", help="As 6GiB: weights, buffers and activations together.")
-@click.option("--device", help="Card whose peaks bound the times, as RTX 4090; the GPU's own by default.")
+@click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
+@click.option(
+    "--device", help="GPU whose peak rates bound the times, e.g. 'RTX 4090'; default: the GPU of this machine."
+)
 @store_option
 @json_option
 @quiet_option
 def command(bundle: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
     """Time BUNDLE's networks and a whole denoising call on this machine, on seeded noise.
 
-    Tells the median and the spread of each, the most memory that was held, and the least time that the card could take.
+    Reports the median, minimum and maximum time of each network, peak memory, and a lower bound of the time on the GPU.
     """
     from l2p_engines.forecast.cards import find_card
     from l2p_export.performance.bench import bench
@@ -72,7 +78,7 @@ def _lines(found: Bench) -> Iterator[str]:
     call = found.call
     yield f"{call.width_px}x{call.height_px}, {call.caption_tokens} caption tokens, {found.plan} on {found.device}"
     yield f"{found.backend}; networks ready after {found.load_seconds:.1f} s; peak {format_bytes(found.peak_bytes)}"
-    rows: list[tuple[str, ...]] = [("", "median", "least", "most", "bound", "of the bound")]
+    rows: list[tuple[str, ...]] = [("", "median", "minimum", "maximum", "bound", "of the bound")]
     for timing in found.timings:
         bound, share = "", ""
         if timing.bound is not None:
@@ -81,9 +87,9 @@ def _lines(found: Bench) -> Iterator[str]:
         rows.append((timing.network, *map(_seconds, figures), bound, share))
     yield from table(rows, left=1)
     if not found.networks_stay:
-        yield "Networks took turns in memory: the step holds the loading of each."
+        yield "Networks took turns in memory: the time of a step includes loading each of them."
     if found.timings[0].bound is None and found.timings[-1].bound is None:
-        yield "No bound: the device's peaks are not known. --device NAME compares with a card of the table."
+        yield "No bound: the peak rates of this device are unknown. --device NAME compares with a known GPU."
 
 
 def _seconds(value: float) -> str:

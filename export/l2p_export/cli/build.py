@@ -16,32 +16,42 @@ if TYPE_CHECKING:
 
 @click.command("build")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--profile", "profiles", multiple=True, required=True, help="Built-in name or .toml path; repeatable.")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    required=True,
+    help="Optimization profile: built-in name or .toml path; repeatable.",
+)
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
-    help="fp32, fp16, fp8, fp8-attention, bf16, or for comparison fp16-plain, fp8-plain; repeatable; fp32 by default.",
+    help="fp32 (default), fp16, fp8, fp8-attention, bf16, or for comparison fp16-plain, fp8-plain; repeatable.",
 )
 @click.option(
     "--plan",
     "plan_files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Precision plan from a file; repeatable.",
+    help="Precision plan file; repeatable.",
 )
 @click.option(
-    "--statistics", multiple=True, type=click.Path(path_type=Path), help="What `calibrate` measured; repeatable."
+    "--statistics", multiple=True, type=click.Path(path_type=Path), help="Statistics file from `calibrate`; repeatable."
 )
 @engine_options
 @click.option(
-    "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
 @click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
-@click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; made if need be.")
-@click.option("--jobs", default=1, show_default=True, help="Processes that trace networks, on a core each.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; named after the checkpoint by default.")
+@click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; created if absent.")
+@click.option("--jobs", default=1, show_default=True, help="Processes that trace networks, one core each.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Bundle folder to write; default: named after the checkpoint."
+)
 @json_option
 @dry_run_option
 @quiet_option
@@ -63,12 +73,12 @@ def command(
     quiet: bool,
     **engine_arguments: Any,
 ) -> None:
-    """Turn CHECKPOINT into a verified bundle of ONNX graphs, and of engines when --target or --backend asks for them.
+    """Build a verified bundle from CHECKPOINT: ONNX graphs, and engines when --target or --backend asks for them.
 
-    Without CHECKPOINT, the demo model is built: for 16 and 64 px patches a small trained one with its text encoder,
-    which draws plain coloured shapes; for others a seeded one that is untrained and draws noise.
+    Without CHECKPOINT, the demo model is built. For 16 and 64 px patches it is a small trained model with its text
+    encoder, which draws plain coloured shapes. For other patches it is untrained, with seeded weights, and draws noise.
 
-    A build that was stopped goes on where it stopped; one that would change nothing does nothing.
+    A stopped build resumes where it stopped. A build with nothing new does nothing.
     """
     from l2p_export.build.bundle import build, check_build
 
@@ -110,7 +120,7 @@ def _print_job(job: BuildJob, *, as_json: bool) -> None:
     click.echo(f"would write {job.out}")
     click.echo(f"variant {model.variant}, {job.loaded.checkpoint.parameters:,} parameters{trained}")
     for name, size in sizes.items():
-        click.echo(f"{name}: {format_bytes(size)} of weights in {len(job.loaded.model.networks)} graphs")
+        click.echo(f"{name}: {format_bytes(size)} of weights in {len(job.loaded.model.networks)} ONNX graphs")
     for target in job.engines.targets:
         click.echo(f"engines for {target.spelling}: about {format_bytes(sum(sizes.values()))}")
 

@@ -27,31 +27,35 @@ if TYPE_CHECKING:
 
 @click.command("calibrate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="One a line; those of the package by default.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Prompt file, one prompt per line; default: the built-in prompts.",
+)
 @click.option("--samples", type=int, default=16, show_default=True, help="Denoising calls to measure.")
-@click.option("--size", "sizes", multiple=True, metavar="WxH", help="Of the pictures; repeatable.")
-@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of the first picture.")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write, for `build --statistics`.")
+@click.option("--size", "sizes", multiple=True, metavar="WxH", help="Image size in pixels; repeatable.")
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Seed of the first image.")
+@click.option("--out", type=click.Path(path_type=Path), help="Statistics file to write, for `build --statistics`.")
 @click.option(
     "--sensitivity",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder to write: what FP8 does to each group of layers, and a plan for `build --plan`.",
+    help="Folder to write: error of each group of layers in FP8, and a mixed-precision plan for `build --plan`.",
 )
 @click.option(
     "--gate",
     type=float,
     default=GATE,
     show_default=True,
-    help="Relative error that the plan of --sensitivity may make.",
+    help="Maximum relative error of the plan that --sensitivity writes.",
 )
 @click.option(
     "--precision",
     type=click.Choice(SWEPT),
     default=SWEPT[0],
     show_default=True,
-    help="What --sensitivity sweeps: products alone, or what attention multiplies too.",
+    help="What --sensitivity sweeps: only linear layers, or also query, key and value of attention.",
 )
-@click.option("--explain", metavar="LAYER", help="Tell what the plans of BUNDLE, or of a plan's file, say of a layer.")
+@click.option("--explain", metavar="LAYER", help="Print what the plans of BUNDLE, or a plan file, say about a layer.")
 @store_option
 @json_option
 @dry_run_option
@@ -73,15 +77,15 @@ def command(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Measure what values the layers of BUNDLE take, in float32, on pictures that it draws.
+    """Measure the value ranges of BUNDLE's layers in float32, on images that it draws.
 
-    A calibration that was stopped goes on behind the last network that was finished.
+    A stopped calibration resumes after the last completed network.
     """
     if explain is not None:
         _explain(bundle, explain, store, as_json=as_json)
         return
     if out is None:
-        raise click.UsageError("--out is missing: the file that statistics are written to")
+        raise click.UsageError("--out is missing: the file to write statistics to")
     from l2p_calib.sensitivity import require_gate
     from l2p_export.precision.calibrate import calibrate, check_calibration
     from l2p_runtime.bundle import open_bundle

@@ -1,4 +1,4 @@
-"""What the commands share: progress on stderr, data on stdout, options that mean the same everywhere."""
+"""Shared parts of the commands: progress on stderr, data on stdout, options that mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _REDRAW_SECONDS = 0.1
 _PLAIN_SECONDS = 5.0
-# Below this, a rate says more of the clock than of the work.
+# A rate measured over less time is not meaningful.
 _RATE_SECONDS = 0.5
 
 
@@ -35,27 +35,27 @@ def quiet_option(command: Command) -> Command:
 
 
 def store_option(command: Command) -> Command:
-    """`--store`: where a bundle's shared files are."""
+    """`--store`: folder of a bundle's shared files."""
     return click.option(
         "--store",
         type=click.Path(path_type=Path),
         envvar="L2P_STORE",
-        help="Store of the bundle's shared files, if it is no longer the one it was built with.",
+        help="Store with the bundle's shared files, if it was moved since the build.",
     )(command)
 
 
 def dry_run_option(command: Command) -> Command:
-    """`--dry-run`: say what would be done."""
-    return click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")(
-        command
-    )
+    """`--dry-run`: print what would be done."""
+    return click.option(
+        "--dry-run", is_flag=True, help="Check everything and print what would be done, without doing it."
+    )(command)
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Height and width in pixels, from `WIDTHxHEIGHT`.
 
     Raises:
-        UsageError: the text is no size.
+        UsageError: the text is not a size.
     """
     match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
     if match is None:
@@ -77,14 +77,14 @@ class Console:
 
     @contextmanager
     def task(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-        """Show how far a stage has come, and how long it took."""
+        """Show the progress of a task, and at its end how long it took."""
         started = shown = first = time.monotonic()
         done = 0
 
         def advance(amount: int) -> None:
             nonlocal done, shown, first
             now = time.monotonic()
-            # What comes before the first piece, as tracing a graph, says nothing of the rate.
+            # Time before the first piece, e.g. for tracing an ONNX graph, does not count into the rate.
             first = first if done else now
             done += amount
             if now - shown >= (_REDRAW_SECONDS if self._redraws else _PLAIN_SECONDS):
@@ -100,7 +100,7 @@ class Console:
 
     @contextmanager
     def phases(self, title: str) -> Iterator[Callable[[float, str], None]]:
-        """Show which part of a stage is done, what it is doing, and how long it took."""
+        """Show which share of a task is done, its current phase, and at its end how long it took."""
         started = shown = time.monotonic()
         result = ""
 
@@ -119,11 +119,11 @@ class Console:
         self._write(f"{title}: done in {time.monotonic() - started:.1f} s{result}", final=True)
 
     def done(self, text: str) -> None:
-        """One line of progress that is complete in itself."""
+        """Write one complete line of progress."""
         self._write(text, final=True)
 
     def note(self, text: str) -> None:
-        """One line that shows even when quiet: it is about the result, not about the work."""
+        """Write one line even when quiet: it is about the result, not about progress."""
         click.echo(f"note: {text}", err=True)
 
     def _write(self, text: str, *, final: bool) -> None:
@@ -157,7 +157,7 @@ def _duration(seconds: float) -> str:
 
 
 def format_bytes(value: int) -> str:
-    """Bytes for people: `1.5 GiB`."""
+    """Bytes as people read them: `1.5 GiB`."""
     size, units = float(value), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]

@@ -33,7 +33,7 @@ _LIBRARIES = {
 @click.command("doctor")
 @json_option
 def command(*, as_json: bool) -> None:
-    """Say what this machine can and cannot do. Exit code 3 when it cannot even draw."""
+    """Report what this machine can and cannot do. Exit code 3 when no backend can draw."""
     facts = _facts()
     if as_json:
         print_json(facts)
@@ -86,7 +86,7 @@ def _facts() -> dict[str, dict[str, Any]]:
 
 
 def _engine_builders() -> str:
-    """What engines can be built for here."""
+    """Engine builders of this machine: library version and targets, or why there is none."""
     from l2p_engines.builders.trt import library_version
     from l2p_runtime.contract import CAPABILITIES, ENGINE_BACKENDS
 

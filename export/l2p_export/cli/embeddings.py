@@ -1,4 +1,4 @@
-"""Prompt embeddings from files that other tools wrote."""
+"""Reads prompt embeddings from files of other tools."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ _HINT = "numpy.save an array [tokens, width] of float32"
 
 
 def read_embeddings(path: Path | None) -> NDArray[Any] | None:
-    """Read embeddings [L,C] or [1,L,C]; None for None.
+    """Read prompt embeddings from a file that holds [L,C] or [1,L,C].
 
-    A `.npy` file holds the array; a `.safetensors` file holds it as `prompt_embeds`, or as its only tensor, and padded
-    rows are dropped where a `caption_mask` beside it says so.
+    A `.npy` file holds the array. A `.safetensors` file holds it as `prompt_embeds`, or as its only tensor; with a
+    `caption_mask` beside it, padded rows are dropped.
+
+    Returns:
+        Floats [L,C], a batch of one dropped; None for no path.
 
     Raises:
         UsageError: no such file, or another kind of file.
@@ -31,7 +34,7 @@ def read_embeddings(path: Path | None) -> NDArray[Any] | None:
     if not path.is_file():
         raise UsageError(f"there is no embeddings file `{path}`")
     if path.stat().st_size > EMBEDDINGS_BYTES_MAX:
-        raise UsageError(f"`{path}` has {path.stat().st_size:,} bytes, which is more than any prompt takes")
+        raise UsageError(f"`{path}` has {path.stat().st_size:,} bytes, more than any prompt needs")
     if path.suffix == ".npy":
         return _read_npy(path)
     if path.suffix == ".safetensors":
@@ -66,7 +69,7 @@ def _read_safetensors(path: Path) -> NDArray[Any]:
 
 
 def _caption_tokens(file: TensorFile, rows: int) -> int:
-    """How many rows a mask keeps; it must keep the first ones."""
+    """Number of rows that a mask keeps; they must be the first ones."""
     info = file.tensors["caption_mask"]
     mask = file.read("caption_mask").reshape(-1)
     kept = int(mask.sum()) if info.dtype == "BOOL" else -1
@@ -79,7 +82,7 @@ def _caption_tokens(file: TensorFile, rows: int) -> int:
 
 
 def _floats(values: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Drop a batch of one; other numbers than floats are some other file."""
+    """Drop a batch of one; refuse anything but floats [L,C] or [B,L,C]."""
     if values.dtype.kind != "f" or values.ndim not in (2, 3):
         raise ArtifactError(f"`{path}` holds {values.dtype} {list(values.shape)}, expected floats [L, C]", hint=_HINT)
     return values[0] if values.ndim == 3 and values.shape[0] == 1 else values

@@ -1,4 +1,4 @@
-"""Options of `build` that say what engines are for and how they are built, each with what it costs."""
+"""Options of `build` for engines: targets and build settings, each with its cost."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ _OPTIONS = (
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
-        help="onnx: graphs alone; rtx or tensorrt: engines too; auto: engines when --target is given.",
+        help="onnx: only ONNX graphs; rtx or tensorrt: engines too; auto: engines when --target is given.",
     ),
     click.option(
         "--target",
         "targets",
         metavar="LIST",
-        help="What engines are for: rtx-sm89,rtx-sm120, portable, or this (the GPU here).",
+        help="Engine targets, e.g. rtx-sm89,rtx-sm120; or portable, or this (the GPU of this machine).",
     ),
     click.option(
         "--head-memory",
         metavar="SIZE",
-        help="GPU memory for one stripe of the pixel head, 4GiB unless given. Less makes more stripes, each of which "
-        "computes 6 token rows twice.",
+        help="GPU memory for one stripe of the pixel head; default: 4GiB. Less memory means more stripes, and each "
+        "recomputes 6 token rows.",
     ),
     click.option(
         "--workspace",
         metavar="SIZE",
-        help="GPU memory that one operation may take. Too little loses fast kernels, or finds none.",
+        help="Workspace limit of one operation. Too little excludes fast kernels, or leaves none.",
     ),
     click.option(
         "--optimization-level",
         type=click.IntRange(0, 5),
-        help="0 builds fast, 5 searches longest; the library's own choice is 3.",
+        help="Builder optimization level: 0 builds fastest, 5 searches longest; the library's default is 3.",
     ),
     click.option(
         "--weight-streaming",
         is_flag=True,
-        help="Weights may stay in host memory while an engine runs: fits smaller GPUs, at the speed of PCIe.",
+        help="Allow weights to be streamed from host memory: fits smaller GPUs, at the speed of PCIe.",
     ),
     click.option(
         "--timing-cache",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="TensorRT: kernel timings, read and written: the next build on the same GPU times less.",
+        help="TensorRT: timing cache to read and write; speeds up the next build on the same GPU.",
     ),
     click.option(
         "--version-compatible",
         is_flag=True,
-        help="TensorRT: engines run on later versions too; larger, and some kernels are not used.",
+        help="TensorRT: engines also run on later versions; they are larger and lack some kernels.",
     ),
     click.option(
         "--hardware-compatible",
         is_flag=True,
-        help="TensorRT: engines run on every GPU from Ampere on; slower than those of one GPU.",
+        help="TensorRT: engines run on every GPU since Ampere; slower than engines for one GPU.",
     ),
 )
 
 
 def engine_options(command: Command) -> Command:
-    """All of them; the command gets them as keyword arguments for `read_engine_options`."""
+    """Add all engine options; the command gets them as keyword arguments for `read_engine_options`."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -91,7 +91,7 @@ def read_engine_options(
     """Check the options, as far as that is possible without a model.
 
     Raises:
-        UsageError: a target, size or setting that does not exist, or that the backend has not.
+        UsageError: a target, size or setting that does not exist, or that the backend does not have.
         HostError: the backend's library is not installed.
     """
     from l2p_engines.builders.engines import parse_engine_options

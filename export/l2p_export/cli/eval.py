@@ -31,44 +31,49 @@ _LAYOUT_IMAGES = 4
 @click.command("eval")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--prompts", type=click.Path(path_type=Path), help="Captions of the small world, one a line; see --layout."
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="File with captions of the small world, one per line; with --layout, a benchmark's prompts.",
 )
-@click.option("--count", type=click.IntRange(min=1), help=f"Captions to draw without --prompts; {_COUNT} by default.")
+@click.option("--count", type=click.IntRange(min=1), help=f"Number of captions without --prompts; default: {_COUNT}.")
 @click.option(
     "--held-out/--training",
     "held_out",
     default=None,
-    help="Captions that training never shows, or ones that it does; held out by default.",
+    help="Held-out captions (default), which training never shows, or training captions.",
 )
 @click.option(
     "--layout",
     type=click.Choice(["geneval", "dpg"]),
-    help="Judge nothing: draw --prompts (GenEval's .jsonl file, DPG-Bench's folder) into the folders its script reads.",
+    help="Only draw, into the folders that the benchmark's script reads; --prompts is GenEval's .jsonl file or "
+    "DPG-Bench's folder.",
 )
 @click.option(
     "--images-per-prompt",
     type=click.IntRange(min=1),
-    help=f"Images of each of --prompts; 1 by default, {_LAYOUT_IMAGES} with --layout.",
+    help=f"Images for each prompt of --prompts; default: 1, or {_LAYOUT_IMAGES} with --layout.",
 )
-@click.option("--size", help="WIDTHxHEIGHT in pixels; the model's preferred size by default.")
-@click.option("--steps", type=int, help="Denoising steps; the bundle's default otherwise, 30 for a source.")
-@click.option("--guidance", type=float, help="1 is none; the bundle's default otherwise, 3 for a source.")
-@click.option("--shift", type=float, help="Shift of the noise schedule; the model's default otherwise.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first image; each next one has the next.")
-@click.option("--plan", help="Precision plan of a bundle; its first otherwise.")
-@click.option("--backend", default="auto", show_default=True, help="For a bundle.")
+@click.option("--size", help="WIDTHxHEIGHT in pixels; default: the model's preferred size.")
+@click.option("--steps", type=int, help="Denoising steps; default: the bundle's, or 30 for a source.")
+@click.option("--guidance", type=float, help="Guidance scale, 1 for none; default: the bundle's, or 3 for a source.")
+@click.option("--shift", type=float, help="Shift of the sigma schedule; default: the model's.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for images and scores; a stopped run goes on there."
+    "--seed", type=int, default=0, show_default=True, help="Seed of the first image; it increases by 1 per image."
+)
+@click.option("--plan", help="Precision plan of a bundle; default: its first.")
+@click.option("--backend", default="auto", show_default=True, help="Runtime backend, for a bundle.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for images and scores; a stopped run resumes there."
 )
 @store_option
 @json_option
 @dry_run_option
 @quiet_option
 def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
-    """Let MODEL draw, and score what it drew.
+    """Draw images with MODEL, and score them.
 
-    MODEL is a bundle, or a pipeline folder as `train source` writes it. On captions of the small world an exact judge
-    says what is right; for other prompts, --layout prepares the folders of public benchmarks.
+    MODEL is a bundle, or a pipeline folder as `train source` writes it. On captions of the small world, an exact judge
+    decides which images are right. For other prompts, --layout prepares the folders of public benchmarks.
     """
     from l2p_export.evaluation.drawers import DrawOptions, open_drawer
 
@@ -117,7 +122,7 @@ def _check_options(options: dict[str, Any], out: Path | None) -> None:
 
 
 def _prompts(options: dict[str, Any]) -> tuple[Prompt, ...]:
-    """What is to be drawn and judged."""
+    """Prompts to draw and judge."""
     from l2p_export.evaluation.scores import file_prompts, world_prompts
     from l2p_export.world.judge import require_judge
 
@@ -128,7 +133,7 @@ def _prompts(options: dict[str, Any]) -> tuple[Prompt, ...]:
 
 
 def _layout(options: dict[str, Any]) -> Layout:
-    """What is to be drawn for a benchmark."""
+    """Images to draw for a benchmark."""
     from l2p_export.evaluation.layouts import read_layout
 
     images = options["images_per_prompt"] or _LAYOUT_IMAGES
@@ -136,7 +141,7 @@ def _layout(options: dict[str, Any]) -> Layout:
 
 
 def _check_prompts(drawer: Drawer, wanted: tuple[Prompt, ...] | Layout) -> None:
-    """Refuse prompts that the model does not read, and sizes that the benchmark does not."""
+    """Refuse prompts that the model cannot read, and sizes that the benchmark cannot."""
     from l2p_export.evaluation.drawers import check_prompts
     from l2p_export.evaluation.layouts import check_size
 
@@ -193,13 +198,13 @@ def _lay_out(
 
 
 def _said(facts: dict[str, Any]) -> str:
-    """What was drawn, in one line."""
+    """Settings of the images, in one line."""
     sampling = f"{facts['steps']} steps, guidance {facts['guidance']:g}, shift {facts['shift']:g}"
     return f"{facts['images']} images of {facts['size']}, {sampling}, seeds from {facts['seed']}"
 
 
 def _lines(found: Evaluation) -> Iterator[str]:
-    """The scores as people read them; what no caption speaks of is left out."""
+    """Score tables, without categories and parts that no caption has."""
     from l2p_export.evaluation.features import DIMENSIONS
     from l2p_export.evaluation.scores import frechet_reason
 
@@ -212,7 +217,7 @@ def _lines(found: Evaluation) -> Iterator[str]:
         yield f"Frechet distance to renders: {frechet_reason(frechet)}"
         return
     yield f"Frechet distance to renders: {frechet.to_renders:.4g}; of renders to renders: {frechet.between_renders:.4g}"
-    yield f"On {DIMENSIONS} fixed features, not Inception's: compare it with figures of this command alone."
+    yield f"On {DIMENSIONS} fixed features, not Inception's: compare it with figures of this command only."
 
 
 def _cells(name: str, score: Score) -> tuple[str, ...]:

@@ -27,32 +27,36 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--server", metavar="URL", help="Draw there instead: grpc://host:8001 or http://host:8000.")
-@click.option("--prompt", help="Needs a bundle with a text encoder; beside --embeddings, a description.")
+@click.option("--server", metavar="URL", help="Draw on this Triton server: grpc://host:8001 or http://host:8000.")
+@click.option("--prompt", help="Prompt; needs a bundle with a text encoder. With --embeddings, only a description.")
 @click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
 @click.option("--embeddings", type=click.Path(path_type=Path), help="Prompt embeddings [L, C], .npy or .safetensors.")
-@click.option("--negative-embeddings", type=click.Path(path_type=Path), help="The same for what to steer away from.")
-@click.option("--truncate-prompt", is_flag=True, help="Cut prompts that are too long, instead of refusing them.")
-@click.option("--size", help="WIDTHxHEIGHT in pixels; the profile's preferred size by default.")
-@click.option("--steps", type=int, help="Denoising steps; the bundle's default otherwise.")
-@click.option("--guidance", type=float, help="1 is none; the bundle's default otherwise.")
-@click.option("--shift", type=float, help="Shift of the noise schedule; the bundle's default otherwise.")
-@click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
+@click.option(
+    "--negative-embeddings",
+    type=click.Path(path_type=Path),
+    help="Embeddings of the negative prompt, in the same formats.",
+)
+@click.option("--truncate-prompt", is_flag=True, help="Truncate prompts that are too long, instead of refusing them.")
+@click.option("--size", help="WIDTHxHEIGHT in pixels; default: the profile's preferred size.")
+@click.option("--steps", type=int, help="Denoising steps; default: the bundle's.")
+@click.option("--guidance", type=float, help="Guidance scale, 1 for none; default: the bundle's.")
+@click.option("--shift", type=float, help="Shift of the sigma schedule; default: the bundle's.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, 0 to 2^64 - 1.")
 @click.option("--rng", type=click.Choice(["philox", "torch-cpu"]), default="philox", show_default=True)
-@click.option("--positions", type=click.Choice(["native", "ntk", "yarn"]), help="The profile's policy otherwise.")
-@click.option("--plan", help="Precision plan; the bundle's first otherwise.")
+@click.option("--positions", type=click.Choice(["native", "ntk", "yarn"]), help="RoPE scaling; default: the profile's.")
+@click.option("--plan", help="Precision plan; default: the bundle's first.")
 @click.option("--backend", default="auto", show_default=True)
-@click.option("--memory-budget", help="As 6GiB: weights, buffers and activations together.")
-@click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits a channel.")
+@click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
+@click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits per channel.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG file to write.")
 @store_option
 @json_option
 @dry_run_option
 @quiet_option
 def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
-    """Draw one image from BUNDLE, or on a Triton server, into a PNG file.
+    """Draw one image with BUNDLE, or on a Triton server, and write it as PNG.
 
-    The file carries prompt, seed, sampling and the bundle's digest as text.
+    The file stores prompt, seed, sampling settings and the bundle's digest as text.
     """
     if options["server"] is not None:
         from l2p_export.cli.generate_remote import draw_remote
@@ -106,7 +110,7 @@ def _draw(
     options: dict[str, Any],
     console: Console,
 ) -> dict[str, str]:
-    """Draw and write; what the picture says of itself."""
+    """Draw the image and write the PNG file; returns its text chunks."""
     from l2p_runtime import Pipeline
     from l2p_runtime.png import write_png
 
@@ -133,7 +137,7 @@ def _draw(
 
 
 def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str) -> dict[str, str]:
-    """What the picture says of itself."""
+    """Text chunks of the PNG file."""
     parameters = {
         "seed": options["seed"],
         "steps": sampling.steps,
@@ -164,7 +168,7 @@ def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
 
 
 def _check_machine(bundle: Bundle, options: dict[str, Any]) -> str:
-    """The plan that would be run; refuses what drawing would refuse before it loads anything."""
+    """The plan that would run; raises what drawing would raise before it loads anything."""
     from l2p_runtime.memory import parse_bytes
     from l2p_runtime.networks import open_plan
 
@@ -174,7 +178,7 @@ def _check_machine(bundle: Bundle, options: dict[str, Any]) -> str:
 
 
 def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> None:
-    """Tokenize what the text encoder would read; refuses prompts that are too long."""
+    """Tokenize the prompts; refuses ones that are too long."""
     from l2p_runtime.text import bundle_tokenizer
 
     texts = [caption for caption in request.captions if isinstance(caption, str)]

@@ -1,4 +1,4 @@
-"""`l2p-export generate --server URL`: the same picture, drawn by a Triton server."""
+"""`l2p-export generate --server URL`: draws on a Triton server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERVERS_OWN: Mapping[str, object] = {
     "store": None,
     "truncate_prompt": False,
 }
-"""Options that the server's repository decides, to their defaults."""
+"""Options that the server's model repository decides, with their defaults."""
 
 
 def draw_remote(
@@ -45,7 +45,10 @@ def draw_remote(
         raise UsageError(f"there is a bundle `{bundle}` and a --server; give one of them")
     own = [f"--{name.replace('_', '-')}" for name, default in _SERVERS_OWN.items() if options[name] != default]
     if own:
-        raise UsageError(f"{', '.join(own)} is for the server's repository to say", hint="leave it out with --server")
+        raise UsageError(
+            f"{', '.join(own)} cannot be set with --server: the model repository decides it",
+            hint="leave it out with --server",
+        )
     parse_address(options["server"])
     height, width = parse_size(options["size"]) if options["size"] is not None else (None, None)
     embeds = read_embeddings(options["embeddings"])

@@ -14,11 +14,17 @@ from l2p_runtime import UsageError
 @click.command("import")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
 @click.option(
-    "--spelling", type=click.Choice(["published", "node-ui"]), default="published", show_default=True, help="Key names."
+    "--spelling",
+    type=click.Choice(["published", "node-ui"]),
+    default="published",
+    show_default=True,
+    help="Key names to write; node-ui: those of ComfyUI.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors file to write.")
 @json_option
@@ -35,9 +41,9 @@ def command(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Write one canonical checkpoint from CHECKPOINT, whatever tool spelled it.
+    """Convert CHECKPOINT, in the key names of any known tool, into one canonical file.
 
-    CHECKPOINT may be a file or a folder, hold adapters alone (with --source), or FP8 weights with scales.
+    CHECKPOINT is a file or a folder. It may hold only adapters (with --source), or FP8 weights with scales.
     """
     from l2p_export.checkpoint.convert import output_bytes, write_checkpoint
     from l2p_export.checkpoint.loading import load_model

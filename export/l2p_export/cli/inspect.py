@@ -14,12 +14,16 @@ from l2p_runtime.contract import MANIFEST_NAME
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="Latent checkpoint to complete from and compare with.")
-@click.option("--digest", is_flag=True, help="Also hash the trunk, which reads its values.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Latent checkpoint that supplies missing tensors and is compared with.",
+)
+@click.option("--digest", is_flag=True, help="Also hash the trunk, which reads all its values.")
 @store_option
 @json_option
 def command(path: Path, source: Path | None, store: Path | None, *, digest: bool, as_json: bool) -> None:
-    """Describe a checkpoint, adapter, LoRA, text encoder or bundle, from its header unless values are asked for."""
+    """Describe a checkpoint, adapter, LoRA, text encoder or bundle. Only headers are read, except with --digest."""
     if any((path / name).exists() for name in (MANIFEST_NAME, BUILD_LOCK, BUILD_STAGES, STORE_MARKER)):
         facts = _bundle_facts(path, store)
     else:

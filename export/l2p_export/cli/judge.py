@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @click.command("judge")
 @click.argument("picture", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="A caption of the small world, as `a red circle above a blue square`.")
+@click.option("--prompt", required=True, help="A caption of the small world, e.g. `a red circle above a blue square`.")
 @json_option
 def command(picture: Path, prompt: str, *, as_json: bool) -> None:
-    """Say whether PICTURE shows what a caption of the small world says.
+    """Judge whether PICTURE shows what a caption of the small world says.
 
     A wrong picture is a result, not an error: the exit code is 0 either way.
     """

@@ -1,4 +1,4 @@
-"""`l2p-export`: finds the command, runs it, and turns every failure into a message and an exit code.
+"""`l2p-export`: runs a command, and turns every failure into a message and an exit code.
 
 stdout carries data, stderr carries progress and messages. Exit codes: docs/design.md, "Exit codes".
 """
@@ -19,23 +19,23 @@ import click
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
 
 COMMANDS = {
-    "bench": "Measure a bundle's networks and a whole step on this machine.",
-    "build": "Turn a checkpoint into a verified bundle.",
-    "calibrate": "Measure what values the layers of a bundle take.",
-    "doctor": "Say what this machine can and cannot do.",
-    "eval": "Score a bundle or a source, or draw what public benchmarks score.",
-    "import": "Write one canonical checkpoint from whatever tool's files.",
-    "generate": "Draw an image from a bundle.",
+    "bench": "Time a bundle's networks and a denoising step on this machine.",
+    "build": "Build a verified bundle from a checkpoint.",
+    "calibrate": "Measure the value ranges of a bundle's layers.",
+    "doctor": "Report what this machine can and cannot do.",
+    "eval": "Score a bundle or a source, or draw images for public benchmarks.",
+    "import": "Convert a checkpoint of any known tool into one canonical file.",
+    "generate": "Draw an image with a bundle.",
     "inspect": "Describe a checkpoint or a bundle.",
-    "judge": "Say whether a picture shows what a caption of the small world says.",
-    "plan": "Forecast memory, disk and operations before anything is built.",
-    "pack": "Copy a bundle with only what a target needs.",
-    "store": "List, prune or check a folder that bundles share.",
-    "train": "Train a small source, draw a corpus, move a source to pixels.",
-    "triton": "Write a Triton model repository, check one, ask its server, draw on it in a browser.",
+    "judge": "Judge whether a picture shows what a caption of the small world says.",
+    "plan": "Forecast memory, disk and FLOPs before anything is built.",
+    "pack": "Copy a bundle with only the files that a target needs.",
+    "store": "List, prune or check a store that bundles share.",
+    "train": "Train a small source, draw a corpus, transfer a source to pixel space.",
+    "triton": "Write or lint a Triton model repository, check its server, draw in a browser.",
     "verify": "Check a bundle's files and run its reference cases.",
 }
-"""Command to the line that `--help` shows; each lives in the module of its name."""
+"""Command to the line that `--help` shows. Each command is in the module of its name."""
 
 _EXTRAS = {
     "export": (
@@ -54,7 +54,7 @@ _EXTRAS = {
     "train": ("matplotlib", "PIL", "skimage"),
     "triton": ("tritonclient",),
 }
-"""Extra of the install to the modules that it brings, for what no module asks for by name itself."""
+"""Extra of the package to the modules that it installs, for hints when an import fails."""
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -84,7 +84,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="l2p-export")
 def main() -> None:
-    """Take pixel-space (L2P) text-to-image checkpoints to ONNX bundles, and draw with them."""
+    """Export pixel-space (L2P) text-to-image checkpoints as ONNX bundles, and draw with them."""
 
 
 class _TerminatedError(BaseException):
@@ -107,7 +107,7 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _report(error: BaseException) -> int:
-    """Say what happened on stderr; the exit code."""
+    """Write what happened to stderr; returns the exit code."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, SystemExit):
@@ -149,7 +149,7 @@ def _as_l2p_error(error: BaseException) -> L2PError:
 
 
 def _extra_of(module: str) -> str:
-    """The extra that brings a module; empty for modules that every install has."""
+    """The extra that installs a module; empty for modules that every install has."""
     return next((extra for extra, modules in _EXTRAS.items() if module.partition(".")[0] in modules), "")
 
 

@@ -20,7 +20,8 @@ from l2p_export.cli.console import (
 @click.command("pack")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--target", help="What it is to run on: onnx-cpu keeps graphs, rtx-sm89 that target's engines. Without it, all."
+    "--target",
+    help="Keep only the files of this target: onnx-cpu for ONNX graphs, e.g. rtx-sm89 for engines; default: all.",
 )
 @click.option("--plan", "plans", multiple=True, help="Keep only this precision plan; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
@@ -39,7 +40,7 @@ def command(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Copy BUNDLE with only what a target needs, into a folder that needs no store.
+    """Copy BUNDLE with only the files that a target needs, into a folder that needs no store.
 
     Every file is hashed as it is copied.
     """

@@ -17,7 +17,7 @@ from l2p_runtime import UsageError
     "--profile",
     "profiles",
     multiple=True,
-    help="Built-in name or .toml path; repeatable. The variant's own by default.",
+    help="Optimization profile: built-in name or .toml path; repeatable. Default: the variant's.",
 )
 @click.option(
     "--precision",
@@ -25,19 +25,21 @@ from l2p_runtime import UsageError
     multiple=True,
     type=click.Choice(PRECISIONS),
     default=PRECISIONS,
-    help="Repeatable; all by default.",
+    help="Precision to forecast; repeatable. Default: all.",
 )
 @click.option(
     "--size",
     "sizes",
     multiple=True,
-    help="WIDTHxHEIGHT in pixels; repeatable. The profile's preferred and largest by default.",
+    help="WIDTHxHEIGHT in pixels; repeatable. Default: the profile's preferred and maximum sizes.",
 )
-@click.option("--device", help="Card by name, as 'RTX 4090'.")
-@click.option("--vram", help="Memory of a card, as 12GiB, instead of its name.")
-@click.option("--memory", help="Host memory to count with, as 24GiB; what is free here by default.")
+@click.option("--device", help="GPU by name, e.g. 'RTX 4090'.")
+@click.option("--vram", help="Memory of a GPU, e.g. 12GiB, instead of its name.")
+@click.option("--memory", help="Host memory to assume, e.g. 24GiB; default: what is free on this machine.")
 @click.option(
-    "--source", type=click.Path(path_type=Path), help="Latent checkpoint or pipeline folder to complete from."
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
 @click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
 @json_option
@@ -54,10 +56,10 @@ def command(
     *,
     as_json: bool,
 ) -> None:
-    """Forecast what CHECKPOINT will take to build and to draw with, from its header.
+    """Forecast what it takes to build CHECKPOINT and to draw with it, from its header.
 
-    Without CHECKPOINT, the published model of the profile's variant is planned; nothing needs to be downloaded. Tells
-    tokens, operations, weights, activations, what a build takes of memory and disk, and what fits a card.
+    Without CHECKPOINT, the forecast is for the published model of the profile's variant; nothing is downloaded. Reports
+    tokens, FLOPs, weights, activations, memory and disk of a build, and what fits a GPU.
     """
     from l2p_engines.forecast.cards import find_card
     from l2p_export.cli.plan_text import forecast_lines
@@ -66,7 +68,7 @@ def command(
     from l2p_runtime.memory import available_host_bytes, parse_bytes
 
     if device is not None and vram is not None:
-        raise UsageError("both --device and --vram were given", hint="give the card's name, or its memory alone")
+        raise UsageError("both --device and --vram were given", hint="give the GPU's name, or only its memory")
     card = find_card(device) if device is not None else None
     vram_bytes = parse_bytes(vram) if vram is not None else card.vram_bytes if card is not None else None
     memory_bytes = parse_bytes(memory) if memory is not None else available_host_bytes()
@@ -75,7 +77,7 @@ def command(
     found = forecast(subject, precisions, sizes_px, card=card, vram_bytes=vram_bytes, memory_bytes=memory_bytes)
     if as_json:
         facts = to_json(found)
-        # Names and shapes of 545 tensors are the checkpoint's, and `inspect` tells them.
+        # Names and shapes of 545 tensors; `inspect` shows them.
         del facts["subject"]["costs"]
         print_json(facts)
         return

@@ -1,4 +1,4 @@
-"""The forecast as people read it: a few aligned tables, each under a line that says what it is."""
+"""Text of a forecast: a few aligned tables, each under a title line."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
         yield from _device(found.card, _card_title(found.card))
         yield from _bounds(found.card)
     else:
-        where = f"On the processor, with {_size(found.cpu.memory_bytes)} of memory; activations are float32 there"
+        where = f"On the CPU, with {_size(found.cpu.memory_bytes)} of memory; activations are float32 there"
         yield from _device(found.cpu, where)
-        yield "  A card was not named; --device 'RTX 4090' or --vram 12GiB tells what fits one."
+        yield "  No GPU was named; --device 'RTX 4090' or --vram 12GiB shows what fits one."
     yield ""
-    yield "Only a GPU can tell seconds, the workspace of the kernels an engine picks, and its accuracy: not forecast."
+    yield "Not forecast: seconds, workspace of an engine's kernels, and accuracy. Only a run on a GPU shows them."
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
-    """Rows in columns of equal width, the first row as heads.
+    """Format rows in aligned columns; the first row is the header.
 
     Args:
-        rows: cells; all rows are of one length.
-        left: how many columns are set flush left; the others are set flush right.
+        rows: cells; all rows have the same length.
+        left: number of left-aligned columns; the others are right-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -58,7 +58,7 @@ def _model(found: Forecast) -> Iterator[str]:
         known = f", which has the shapes of {subject.known_as}" if subject.known_as else ""
         yield f"  checkpoint  {subject.checkpoint}{known}"
     else:
-        yield f"  checkpoint  none given: these are the known shapes of {subject.known_as}, nothing was read"
+        yield f"  checkpoint  none given: the known shapes of {subject.known_as}; nothing was read"
     for profile in subject.profiles:
         height, width, caption = profile.height_px, profile.width_px, profile.caption_tokens
         sizes = f"{width.min}x{height.min} to {width.max}x{height.max}"
@@ -80,7 +80,7 @@ def _operations(found: Forecast) -> Iterator[str]:
     yield from table(rows, left=1)
     outside = [_image(item.call) for item in found.calls if not item.in_profile]
     if outside:
-        yield f"  {', '.join(outside)}: outside the profiles; graphs take it, an engine does not."
+        yield f"  {', '.join(outside)}: outside the profiles; ONNX graphs take it, an engine does not."
 
 
 def _weights(found: Forecast) -> Iterator[str]:
@@ -97,7 +97,7 @@ def _weights(found: Forecast) -> Iterator[str]:
 
 
 def _activations(found: Forecast) -> Iterator[str]:
-    yield from _head("Memory of one call beside the weights, in an engine, with the longest caption")
+    yield from _head("Memory of one call in an engine besides the weights, with the longest caption")
     rows: list[tuple[str, ...]] = [("image", "precision", "buffers", "transformer", "head, whole", "head, a token row")]
     longest = _longest_captions(item.call for item in found.calls)
     for item in (item for item in found.calls if item.call in longest):
@@ -107,28 +107,34 @@ def _activations(found: Forecast) -> Iterator[str]:
             rows.append((_image(item.call), precision, *map(_size, sizes)))
     yield from table(_grouped(rows, 1), left=2)
     halo = found.subject.spec.head.halo_rows
-    cut = f"stripes of the head read {halo} more token rows on each side" if halo is not None else "the head runs whole"
-    # Attention in float32 is decomposed in engines and on the processor alike.
-    yield f"  Attention scores are held whole in fp32 alone; {cut}."
+    cut = (
+        f"stripes of the head read {halo} more token rows on each side"
+        if halo is not None
+        else "the head is not striped"
+    )
+    # Attention in float32 is decomposed both in engines and on the CPU.
+    yield f"  Only fp32 stores whole attention scores; {cut}."
 
 
 def _build(build: BuildForecast) -> Iterator[str]:
     yield from _head("A build: host memory and disk")
-    rows: list[tuple[str, ...]] = [("precision", "memory, graphs", "memory, engines", "disk, graphs", "disk, engines")]
+    rows: list[tuple[str, ...]] = [("precision", "memory, ONNX", "memory, engines", "disk, ONNX", "disk, engines")]
     named = [*build.each.items(), *([("all of them", build.together)] if len(build.each) > 1 else [])]
     for name, needs in named:
         sizes = (needs.export, needs.engine, needs.graphs, needs.engines)
         rows.append((name, *map(_size, sizes)))
     yield from table(rows, left=1)
-    yield f"  Free here: {_size(build.memory_bytes)} of memory, {_size(build.disk_bytes)} of disk."
+    yield f"  Free on this machine: {_size(build.memory_bytes)} of memory, {_size(build.disk_bytes)} of disk."
     for what, engines in (("graphs", False), ("graphs and engines", True)):
         yield f"  {_build_verdict(build, what, engines=engines)}"
-    fits = "which fits" if build.reference_bytes <= build.memory_bytes else "which does not fit: they stay unchecked"
-    yield f"  Checking graphs against torch takes {_size(build.reference_bytes)} of memory, {fits}."
+    fits = (
+        "which fits" if build.reference_bytes <= build.memory_bytes else "which does not fit: they would not be checked"
+    )
+    yield f"  Checking ONNX graphs against torch takes {_size(build.reference_bytes)} of memory, {fits}."
 
 
 def _build_verdict(build: BuildForecast, what: str, *, engines: bool) -> str:
-    """Whether a build fits, and which precisions would, found by trying each alone."""
+    """Whether a build fits, and which single precisions would; each is tried by itself."""
 
     def lacks(needs: HostNeeds) -> str:
         memory = needs.memory if engines else needs.export
@@ -147,7 +153,7 @@ def _build_verdict(build: BuildForecast, what: str, *, engines: bool) -> str:
     alone = [precision for precision, needs in build.each.items() if not lacks(needs)]
     if len(build.each) == 1:
         return f"{what.capitalize()} do not fit: they need {short}."
-    instead = f"alone {_words(alone)} would" if alone else "nor does any precision alone"
+    instead = f"by itself, {_words(alone)} would" if alone else "nor does any single precision"
     return f"{what.capitalize()}{of} do not fit: they need {short}; {instead}."
 
 
@@ -171,7 +177,7 @@ def _device(device: DeviceForecast, title: str) -> Iterator[str]:
     rows = [(_image(placement.call), placement.precision, _instead(placement)) for placement in failing]
     yield from (f"  {line}" for line in table(_grouped(rows, 1), left=3))
     if any(setting.residence == "one" for placement in failing for setting in placement.instead):
-        # Rounded down, so that the budget is no more than there is.
+        # Rounded down, so that the budget does not exceed the memory.
         budget = math.floor(device.budget_bytes / (1 << 30) * 10) / 10
         yield f"  Networks take turns where all do not fit; generate --memory-budget {budget:g}GiB sets the limit."
 
@@ -183,7 +189,7 @@ def _instead(placement: Placement) -> str:
 
 
 def _setting(setting: Setting, wanted: Setting) -> str:
-    """What differs from what was wanted, as people set it."""
+    """The options that differ from the wanted setting."""
     parts = []
     if setting.call != wanted.call:
         parts.append(f"--size {_image(setting.call)}")
@@ -197,9 +203,9 @@ def _setting(setting: Setting, wanted: Setting) -> str:
 def _bounds(device: DeviceForecast) -> Iterator[str]:
     card = device.card
     if card is None:
-        yield "  BF16 runs from sm80, FP8 from sm89. With the card's name (--device) there are bounds of time too."
+        yield "  BF16 runs from sm80, FP8 from sm89. --device NAME also gives lower bounds of time."
         return
-    yield from _head(f"Lower bounds of time on {card.name}: arithmetic, not a measurement; what runs is slower")
+    yield from _head(f"Lower bounds of time on {card.name}: arithmetic, not a measurement; real runs are slower")
     rows: list[tuple[str, ...]] = [
         ("image", "caption", "precision", *(f"{network} ms" for network in STEP_NETWORKS), "step s", "image s")
     ]
@@ -212,15 +218,15 @@ def _bounds(device: DeviceForecast) -> Iterator[str]:
     peaks = [f"{name} {peak:g} TFLOPS" for name, peak in (("FP16", card.fp16_tflops), ("FP8", card.fp8_tflops)) if peak]
     dense = " Peaks are dense, with float32 accumulation; fp32 counts as TF32." if peaks else ""
     yield f"  From {', '.join([*peaks, f'{card.bandwidth_gb_s:g} GB/s'])}.{dense}"
-    yield "  Weights and borders move once; what moves inside a network is left out, most of all in the head."
+    yield "  Counts weights and boundary tensors once; traffic inside a network is left out, most of it in the head."
     if any(item.compute_seconds is None for bound in device.bounds for item in bound.networks.values()):
         yield "  *: the table has no peak for this card, so bandwidth alone bounds it."
 
 
 def _card_title(device: DeviceForecast) -> str:
-    name = f"{device.card.name} (sm{device.card.sm})" if device.card is not None else "A card"
+    name = f"{device.card.name} (sm{device.card.sm})" if device.card is not None else "A GPU"
     kept = _size(device.memory_bytes - device.budget_bytes)
-    return f"{name} with {_size(device.memory_bytes)}, {kept} of them kept for driver and desktop"
+    return f"{name} with {_size(device.memory_bytes)}, of which {kept} are reserved for driver and desktop"
 
 
 def _fit(fit: Fit) -> str:
@@ -230,11 +236,11 @@ def _fit(fit: Fit) -> str:
 
 
 def _grouped(rows: Sequence[tuple[str, ...]], key: int) -> list[list[str]]:
-    """Join neighbours that differ in the precision alone, as fp16 and bf16 often do, and blank what repeats.
+    """Join neighbouring rows that differ only in the precision, as fp16 and bf16 often do, and blank what repeats.
 
     Args:
-        rows: the heads and the cells.
-        key: how many columns stand before the precision; they are blank where they say the same as the row above.
+        rows: the header and the cells.
+        key: number of columns before the precision; they are blank where they equal the row above.
     """
     joined = []
     for rest, group in groupby(rows, key=lambda row: (row[:key], row[key + 1 :])):
@@ -246,7 +252,7 @@ def _grouped(rows: Sequence[tuple[str, ...]], key: int) -> list[list[str]]:
 
 
 def _longest_captions(calls: Iterable[CallSize]) -> set[CallSize]:
-    """The call with the longest caption of each image size: captions change memory little."""
+    """The call with the longest caption of each image size; captions change memory little."""
     longest: dict[tuple[int, int, int], CallSize] = {}
     for call in calls:
         size = (call.height_px, call.width_px, call.batch)
@@ -274,7 +280,7 @@ def _tera(flops: int) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits, and no more than five behind the point: 1,413, 56.5, 0.83, 0.00085."""
+    """Three digits, and at most five after the decimal point: 1,413, 56.5, 0.83, 0.00085."""
     behind = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 5
     return f"{value:,.{behind}f}"
 

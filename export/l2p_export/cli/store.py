@@ -1,4 +1,4 @@
-"""`l2p-export store`: what bundles share."""
+"""`l2p-export store`: lists, prunes and checks the folder that bundles share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 @click.group("store")
 def command() -> None:
-    """Look at, clean and check a folder that `build --store` shares between bundles."""
+    """List, prune or check a store: the folder that `build --store` shares between bundles."""
 
 
 @command.command("ls")
 @click.argument("store", type=click.Path(path_type=Path))
 @json_option
 def ls(store: Path, *, as_json: bool) -> None:
-    """List every finished stage in STORE, largest first, and how many bundles use it."""
+    """List every completed build stage in STORE, largest first, and how many bundles use it."""
     from l2p_engines.store.shared import list_store
 
     entries = list_store(store)
@@ -47,13 +47,13 @@ def ls(store: Path, *, as_json: bool) -> None:
 
 @command.command("prune")
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--older-than", default="0s", show_default=True, help="Only what was made that long ago: 30d, 12h.")
+@click.option("--older-than", default="0s", show_default=True, help="Only stages of at least this age, e.g. 30d, 12h.")
 @json_option
 @dry_run_option
 def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None:
-    """Remove from STORE what no bundle uses.
+    """Remove the stages that no bundle uses from STORE.
 
-    A bundle counts as long as it lies where it was built. Copies made by `pack` hold their own files.
+    A bundle counts as long as it is in the folder where it was built. Copies made by `pack` have their own files.
     """
     from l2p_engines.store.shared import prune_store
 
@@ -63,11 +63,11 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
 
 @command.command("check")
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--remove", is_flag=True, help="Remove what is damaged; the next build makes it again.")
+@click.option("--remove", is_flag=True, help="Remove damaged files; the next build recreates them.")
 @json_option
 @quiet_option
 def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
-    """Hash every file in STORE and clear what killed builds left. Exit code 4 when something is damaged."""
+    """Hash every file in STORE and remove leftovers of killed builds. Exit code 4 when a file is damaged."""
     from l2p_engines.store.shared import check_store, store_bytes
 
     with Console(quiet=quiet).task("hashing files", store_bytes(store)) as advance:

@@ -1,4 +1,4 @@
-"""`l2p-export train source | corpus | transfer`."""
+"""`l2p-export train source | corpus | transfer`: trains a source, draws a corpus, transfers a source to pixel space."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
 """Side of the square images that the published adapters were trained on (docs/model.md, "Training recipe")."""
 
 
-device_option = click.option("--device", help="cpu, cuda or cuda:1; a GPU where there is one, by default.")
+device_option = click.option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is one.")
 
 
 @click.group("train")
 def command() -> None:
-    """Train a small latent source, let a source draw a corpus, or move a source to pixels."""
+    """Train a small latent source, draw a corpus with a source, or transfer a source to pixel space."""
 
 
 @command.command("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Pipeline folder to write.")
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
-@click.option("--init", type=click.Path(path_type=Path), help="Source to begin with; its autoencoder is kept.")
-@click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each save; 0 is none.")
-@click.option("--scenes", default=16_000, show_default=True, help="Rendered images to learn from.")
+@click.option("--init", type=click.Path(path_type=Path), help="Source to initialize from; its autoencoder is kept.")
+@click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each save; 0 for none.")
+@click.option("--scenes", default=16_000, show_default=True, help="Number of rendered training images.")
 @click.option(
     "--size-px",
     "sizes_px",
@@ -53,11 +53,11 @@ def command() -> None:
     show_default=True,
     help="Side of the training images; repeatable.",
 )
-@click.option("--autoencoder-steps", default=1500, show_default=True)
-@click.option("--steps", default=20_000, show_default=True, help="Of text encoder and transformer.")
-@click.option("--batch", default=32, show_default=True)
+@click.option("--autoencoder-steps", default=1500, show_default=True, help="Training steps of the autoencoder.")
+@click.option("--steps", default=20_000, show_default=True, help="Training steps of text encoder and transformer.")
+@click.option("--batch", default=32, show_default=True, help="Images per step.")
 @click.option("--learning-rate", default=1.5e-3, show_default=True)
-@click.option("--save-every", default=400, show_default=True, help="Steps between saved states.")
+@click.option("--save-every", default=400, show_default=True, help="Steps between saved training states.")
 @click.option("--seed", default=0, show_default=True)
 @device_option
 @json_option
@@ -66,10 +66,10 @@ def command() -> None:
 def source_command(
     out: Path, work: Path | None, init: Path | None, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any
 ) -> None:
-    """Train a small latent source on the small world, as a diffusers pipeline folder.
+    """Train a small latent source on the small world, and write it as a diffusers pipeline folder.
 
-    Autoencoder, text encoder and transformer are the published parts at a small size. A stopped run goes on with the
-    same command.
+    Autoencoder, text encoder and transformer are the published architectures at a small size. A stopped run resumes
+    with the same command.
     """
     import torch
 
@@ -107,7 +107,7 @@ def source_command(
     )
     device = chosen_device(options["device"])
     if device.type == "cuda":
-        # Sums stay float32; products lose what BF16 autocast would lose eightfold.
+        # Sums stay float32. Matrix products in TF32 have an eighth of the rounding error of BF16 autocast.
         torch.set_float32_matmul_precision("high")
     work = work or out.with_name(out.name + ".training")
     _require_new(out, "model_index.json")
@@ -120,17 +120,21 @@ def source_command(
 @command.command("corpus")
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--prompts", type=click.Path(path_type=Path), help="UTF-8 file, one a line; captions of the small world otherwise."
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="UTF-8 file, one prompt per line; default: captions of the small world.",
 )
-@click.option("--count", default=2000, show_default=True, help="Captions of the small world, where no file is given.")
-@click.option("--seeds-per-prompt", default=1, show_default=True, help="Images of each prompt.")
-@click.option("--seed", default=0, show_default=True, help="Of the first image; each next one has the next.")
+@click.option("--count", default=2000, show_default=True, help="Captions of the small world, without --prompts.")
+@click.option("--seeds-per-prompt", default=1, show_default=True, help="Images per prompt.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first image; it increases by 1 per image.")
 @click.option("--size", default="128x128", show_default=True, help="WIDTHxHEIGHT in pixels.")
-@click.option("--steps", default=30, show_default=True)
-@click.option("--guidance", default=3.0, show_default=True)
-@click.option("--shift", type=float, help="Of the noise schedule; the source's otherwise.")
-@click.option("--batch", default=16, show_default=True)
-@click.option("--judged", is_flag=True, help="Leave out what does not show its caption; captions of the small world.")
+@click.option("--steps", default=30, show_default=True, help="Denoising steps.")
+@click.option("--guidance", default=3.0, show_default=True, help="Guidance scale, 1 for none.")
+@click.option("--shift", type=float, help="Shift of the sigma schedule; default: the source's.")
+@click.option("--batch", default=16, show_default=True, help="Images drawn at once.")
+@click.option(
+    "--judged", is_flag=True, help="Drop images that do not show their caption; only for captions of the small world."
+)
 @device_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @json_option
@@ -146,7 +150,7 @@ def corpus_command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Let SOURCE draw from prompts: images, prompts and seeds to train on. A stopped run goes on.
+    """Draw a training corpus with SOURCE: images with their prompts and seeds. A stopped run resumes.
 
     SOURCE is a pipeline folder: one that `train source` wrote, or a published Z-Image. Without it, the images are
     renders of the small world.
@@ -193,62 +197,84 @@ def corpus_command(
 @click.option(
     "--corpus",
     type=click.Path(path_type=Path),
-    help="Folder that `train corpus` wrote; scenes of the small world otherwise.",
+    help="Folder that `train corpus` wrote; default: scenes of the small world.",
 )
-@click.option("--count", default=20_000, show_default=True, help="Scenes of the small world, where no corpus is given.")
+@click.option("--count", default=20_000, show_default=True, help="Scenes of the small world, without --corpus.")
 @click.option("--variant", type=click.Choice(["1k", "4k", "8k", "10k"]), default="1k", show_default=True)
 @click.option("--size-px", "sizes_px", type=int, multiple=True, help="Side of the training images; repeatable.")
-@click.option("--window-tokens", default=0, show_default=True, help="Side of the square the head learns on; 0 is all.")
-@click.option("--halo-tokens", default=3, show_default=True, help="What the head reads around it; 3 is exact.")
+@click.option(
+    "--window-tokens",
+    default=0,
+    show_default=True,
+    help="Side of the square window that the head is trained on; 0 for the whole image.",
+)
+@click.option(
+    "--halo-tokens", default=3, show_default=True, help="Tokens around the window that the head also reads; 3 is exact."
+)
 @click.option(
     "--noise",
     type=click.Choice(["stored", "fresh"]),
     default="stored",
     show_default=True,
-    help="Each image's own noise, as published, or new noise at each step.",
+    help="stored: each image's own noise, as published; fresh: new noise at each step.",
 )
-@click.option("--steps", default=10_000, show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--micro-batches", default=1, show_default=True, help="Parts that a step's batch is computed in.")
+@click.option("--steps", default=10_000, show_default=True, help="Optimizer steps.")
+@click.option("--batch", default=8, show_default=True, help="Samples per step, over all ranks.")
+@click.option(
+    "--micro-batches", default=1, show_default=True, help="Micro batches per step, for gradient accumulation."
+)
 @click.option("--learning-rate", default=5e-5, show_default=True)
-@click.option("--warmup-steps", default=100, show_default=True, help="Over which the learning rate rises.")
-@click.option("--ema", default=0.999, show_default=True, help="Share of the averaged weights that a step keeps.")
-@click.option("--init", type=click.Path(path_type=Path), help="Adapters of this source to begin with, of any variant.")
-@click.option("--shift", default=3.0, show_default=True, help="Of the noise levels; recorded for sampling.")
-@click.option("--sampling-steps", type=int, help="Steps that the adapter file recommends; none by default.")
-@click.option("--guidance", type=float, help="Guidance that the adapter file recommends; none by default.")
-@click.option("--caption-dropout", default=0.1, show_default=True)
-@click.option("--head-divisor", default=1, show_default=True, help="Published channels of the pixel head over this.")
-@click.option("--checkpointing", is_flag=True, help="Recompute activations instead of keeping them.")
+@click.option("--warmup-steps", default=100, show_default=True, help="Linear warm-up of the learning rate.")
+@click.option("--ema", default=0.999, show_default=True, help="EMA decay of the weights.")
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="Adapters of this source to initialize from, of any variant."
+)
+@click.option("--shift", default=3.0, show_default=True, help="Shift of the sigma schedule; recorded for sampling.")
+@click.option("--sampling-steps", type=int, help="Recommended steps to record in the adapter file; default: none.")
+@click.option("--guidance", type=float, help="Recommended guidance to record in the adapter file; default: none.")
+@click.option("--caption-dropout", default=0.1, show_default=True, help="Share of samples without a caption.")
+@click.option(
+    "--head-divisor", default=1, show_default=True, help="Divisor of the published channels of the pixel head."
+)
+@click.option(
+    "--checkpointing", is_flag=True, help="Activation checkpointing: recompute activations in the backward pass."
+)
 @device_option
-@click.option("--autocast", type=click.Choice(["none", "bf16"]), help="bf16 on a GPU, none on the CPU, by default.")
+@click.option(
+    "--autocast", type=click.Choice(["none", "bf16"]), help="Autocast dtype; default: bf16 on a GPU, none on the CPU."
+)
 @click.option(
     "--trunk-storage",
     type=click.Choice(["float32", "bfloat16", "float8"]),
     default="float32",
     show_default=True,
-    help="What the frozen trunk is kept in; bfloat16 is exact for a BF16 source.",
+    help="Storage dtype of the frozen trunk; bfloat16 is exact for a BF16 source.",
 )
 @click.option(
     "--optimizer-device",
     type=click.Choice(["same", "cpu"]),
     default="same",
     show_default=True,
-    help="Where float32 masters, moments and averages are kept.",
+    help="Device of float32 master weights, optimizer moments and EMA.",
 )
-@click.option("--compile", "is_compiled", is_flag=True, help="Compile the pixel head: slow to begin, fewer ms a step.")
+@click.option(
+    "--compile",
+    "is_compiled",
+    is_flag=True,
+    help="Compile the pixel head with torch.compile: slower start, faster steps.",
+)
 @click.option(
     "--sharding",
     type=click.Choice(["none", "fsdp"]),
     default="none",
     show_default=True,
-    help="Of several processes: each holds everything, or weights and moments are cut over them.",
+    help="none: replicated on each rank (DDP); fsdp: weights and optimizer moments sharded across ranks (FSDP2).",
 )
-@click.option("--save-every", default=500, show_default=True)
+@click.option("--save-every", default=500, show_default=True, help="Steps between saved training states.")
 @click.option(
     "--samples", default=0, show_default=True, help="Scenes of the small world drawn and judged at each save."
 )
-@click.option("--licence", "license_text", help="Licence that the adapter file states.")
+@click.option("--licence", "license_text", help="Licence to record in the adapter file.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors file of adapters to write.")
@@ -256,11 +282,11 @@ def corpus_command(
 @dry_run_option
 @quiet_option
 def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | None, **options: Any) -> None:
-    """Move SOURCE, a pipeline folder, to pixels: train all but its trunk on images, and write the adapters alone.
+    """Transfer SOURCE, a pipeline folder, to pixel space: train all but its trunk, and write only the adapters.
 
-    A stopped run goes on with the same command, and with more --steps if they are asked for. `build ADAPTERS --source
-    SOURCE` makes a bundle of the result. On several GPUs: `torchrun --nproc-per-node N -m l2p_export train transfer
-    ...`; --batch counts the samples of all processes.
+    A stopped run resumes with the same command; --steps may be larger. `build ADAPTERS --source SOURCE` builds a bundle
+    of the result. On several GPUs: `torchrun --nproc-per-node N -m l2p_export train transfer ...`; --batch counts the
+    samples of all ranks.
     """
     from l2p_export.training.loop.distributed import joined
 
@@ -298,7 +324,7 @@ def _transfer(
 
 
 def _sampling_metadata(options: dict[str, Any]) -> dict[str, str]:
-    """What the adapter file says of its own use."""
+    """Metadata of the adapter file: recommended sampling and licence."""
     from l2p_runtime.contract import Sampling
 
     steps, guidance = options["sampling_steps"], options["guidance"]
@@ -332,7 +358,7 @@ def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
 
 
 def forecast_lines(forecast: TrainingForecast) -> list[str]:
-    """A training forecast for people."""
+    """Text of a training forecast, line by line."""
     trained, frozen = forecast.trained_parameters, forecast.frozen_parameters
     host = {what: size for what, size in forecast.host_bytes.items() if size}
     share = "" if forecast.processes == 1 else f" of each of {forecast.processes} processes"
@@ -343,14 +369,14 @@ def forecast_lines(forecast: TrainingForecast) -> list[str]:
     return [
         f"trained parameters {trained:,}, frozen {frozen:,}",
         f"{forecast.device}{share}: {format_bytes(forecast.device_total)}: {listed(forecast.device_bytes)}",
-        f"host memory in all: {format_bytes(forecast.host_total)}" + (f": {listed(host)}" if host else ""),
+        f"host memory, total: {format_bytes(forecast.host_total)}" + (f": {listed(host)}" if host else ""),
         f"activations: {forecast.basis}",
     ]
 
 
 @contextmanager
 def _one_voice(*, is_rank_zero: bool) -> Iterator[None]:
-    """What every process of a run meets alike is said by the first one; the others end with the same code."""
+    """Let only rank 0 report an error that all ranks raise; the others exit with the same code."""
     from l2p_export.training.loop.loop import StoppedError
 
     try:

@@ -1,4 +1,4 @@
-"""`l2p-export triton`: a model repository of a bundle, what looks after it, and a page that draws on its server."""
+"""`l2p-export triton`: writes and lints model repositories, checks a server, and serves a page that draws on it."""
 
 from __future__ import annotations
 
@@ -34,35 +34,37 @@ class _WritesByDefault(click.Group):
 
 @click.group("triton", cls=_WritesByDefault)
 def command() -> None:
-    """Write a Triton model repository from a bundle, check one, ask a server whether it can draw, or draw in a browser.
+    """Write or lint a Triton model repository, check whether a server can draw, or draw on it in a browser.
 
-    `l2p-export triton BUNDLE --out REPO` is short for `triton write`; a bundle whose folder is called as one of the
-    commands is given as `./lint`.
+    `l2p-export triton BUNDLE --out REPO` is short for `triton write`. A bundle folder with the name of a subcommand
+    must be given as a path, e.g. `./lint`.
     """
 
 
 @command.command("write")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to create or update.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Model repository; made, or brought up to date."
-)
-@click.option(
-    "--model", "models", multiple=True, help="l2p, l2p_stream, l2p_embeddings or networks; repeatable. All otherwise."
+    "--model", "models", multiple=True, help="l2p, l2p_stream, l2p_embeddings or networks; repeatable. Default: all."
 )
 @click.option("--kind", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
-@click.option("--instances", type=int, default=1, show_default=True, help="Processes of a model, on each GPU.")
-@click.option("--backend", default="auto", show_default=True, help="Of the runtime inside the models.")
-@click.option("--plan", help="Precision plan; the first that the backend runs otherwise.")
-@click.option("--memory-budget", default="", help="As 6GiB, of each instance.")
-@click.option("--dtype", type=click.Choice(["uint8", "float16"]), default="uint8", show_default=True, help="Of images.")
+@click.option("--instances", type=int, default=1, show_default=True, help="Instances of each model, per GPU.")
+@click.option("--backend", default="auto", show_default=True, help="Runtime backend of the models.")
+@click.option("--plan", help="Precision plan; default: the first that the backend runs.")
+@click.option("--memory-budget", default="", help="Memory budget of each instance, e.g. 6GiB.")
+@click.option(
+    "--dtype", type=click.Choice(["uint8", "float16"]), default="uint8", show_default=True, help="Dtype of images."
+)
 @click.option("--preview-px", type=int, default=512, show_default=True, help="Longest side of a preview.")
-@click.option("--max-pixels", type=int, help="Of one image; the largest of the bundle's profiles otherwise.")
-@click.option("--max-steps", type=int, help="Of one image; four times the bundle's default otherwise.")
+@click.option(
+    "--max-pixels", type=int, help="Maximum pixels of an image; default: the maximum of the bundle's profiles."
+)
+@click.option("--max-steps", type=int, help="Maximum steps of an image; default: four times the bundle's default.")
 @click.option("--max-prompt-bytes", type=int, default=16_384, show_default=True)
-@click.option("--queue-size", type=int, default=64, show_default=True, help="Requests that may wait for a model.")
-@click.option("--queue-seconds", type=float, default=600.0, show_default=True, help="How long one may wait.")
-@click.option("--warm-up", help="WIDTHxHEIGHT that an instance draws first; the profile's least otherwise.")
-@click.option("--bundle-at", help="Where the server finds the bundle, instead of a copy in the repository.")
+@click.option("--queue-size", type=int, default=64, show_default=True, help="Maximum requests that wait for a model.")
+@click.option("--queue-seconds", type=float, default=600.0, show_default=True, help="Maximum time a request waits.")
+@click.option("--warm-up", help="WIDTHxHEIGHT of the warm-up image; default: the profile's minimum.")
+@click.option("--bundle-at", help="Path of the bundle on the server, instead of a copy in the repository.")
 @store_option
 @json_option
 @dry_run_option
@@ -70,7 +72,7 @@ def command() -> None:
 def write(
     bundle: Path, out: Path, store: Path | None, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any
 ) -> None:
-    """Write BUNDLE as models that Triton serves; a changed bundle becomes the next version."""
+    """Write BUNDLE as a Triton model repository; a changed bundle becomes the next version of its models."""
     from l2p_export.serving.configs import Placement, WarmUp
     from l2p_export.serving.repository import RepositorySpec, write_repository
     from l2p_runtime.bundle import open_bundle
@@ -106,7 +108,7 @@ def write(
 @click.argument("repository", type=click.Path(path_type=Path))
 @json_option
 def lint(repository: Path, *, as_json: bool) -> None:
-    """Find what a server would refuse or hang on in REPOSITORY. Exit code 4 when there is something."""
+    """Find what a server would refuse or hang on in REPOSITORY. Exit code 4 when something is found."""
     from l2p_export.serving.lint import lint_repository
 
     found = lint_repository(repository)
@@ -126,11 +128,11 @@ def lint(repository: Path, *, as_json: bool) -> None:
 
 @command.command("health")
 @click.argument("server", metavar="URL")
-@click.option("--model", "models", multiple=True, help="Only this one; repeatable.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for each answer.")
+@click.option("--model", "models", multiple=True, help="Check only this model; repeatable.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for each response.")
 @json_option
 def health(server: str, models: tuple[str, ...], timeout: float, *, as_json: bool) -> None:
-    """Have every model of the server at URL (http://host:8000) draw its least image. Exit code 3 when one cannot."""
+    """Have every model of the server at URL (http://host:8000) draw its minimum size. Exit code 3 when one cannot."""
     from l2p_runtime.client.health import check_health
 
     found = check_health(server, timeout_s=timeout, models=models)
@@ -153,13 +155,15 @@ def health(server: str, models: tuple[str, ...], timeout: float, *, as_json: boo
 @command.command("page")
 @click.argument("server", metavar="URL")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for any.")
-@click.option("--port", type=int, default=8080, show_default=True, help="0 for any that is free.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that the server may be silent.")
-@click.option("--name", "names", multiple=True, help="Host name that a web server in front gives it; repeatable.")
+@click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any free one.")
+@click.option(
+    "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the server to send something."
+)
+@click.option("--name", "names", multiple=True, help="Host name that a reverse proxy uses for the page; repeatable.")
 def page(server: str, host: str, port: int, timeout: float, names: tuple[str, ...]) -> None:
-    """Show a page in the browser that draws on the server at URL (http://host:8000), until interrupted.
+    """Serve a web page that draws on the server at URL (http://host:8000), until interrupted.
 
-    The browser reaches the model `l2p_stream` and nothing else of the server. Whoever reaches the page can draw.
+    The browser reaches only the model `l2p_stream` of the server. Whoever reaches the page can draw.
     """
     from l2p_runtime.client.page import PageSpec, open_page
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--plan", help="Only this precision plan.")
 @click.option(
-    "--pictures", type=click.IntRange(min=1), help="Draw so many captions of the small world under each plan, too."
+    "--pictures", type=click.IntRange(min=1), help="Also draw this many captions of the small world under each plan."
 )
-@click.option("--size", help="WIDTHxHEIGHT of these pictures; the model's preferred size by default.")
+@click.option("--size", help="WIDTHxHEIGHT of these pictures; default: the model's preferred size.")
 @store_option
 @json_option
 @quiet_option
@@ -40,9 +40,9 @@ def command(
 ) -> None:
     """Hash every file of BUNDLE and run its reference cases on this machine.
 
-    With --pictures, each plan's pictures are compared with those of the float32 plan, or the first, and judged.
+    With --pictures, each plan's pictures are judged and compared with those of the float32 plan, or of the first plan.
 
-    Exit code 4 when a file was changed, 5 when a result is further off than its threshold.
+    Exit code 4 when a file was changed, 5 when an error exceeds its threshold.
     """
     from l2p_calib.ledger import require_passed
     from l2p_export.proof.verify import verify_bundle
@@ -74,7 +74,7 @@ def command(
 
 
 def _print_table(ledger: Sequence[LedgerEntry]) -> None:
-    """One line an entry; why, where it did not pass or has no figures."""
+    """One line per entry, with the reason where it did not pass or has no figures."""
     titles = ("comparison", "case", "network")
     rows = [titles, *((str(entry.comparison), entry.case, entry.network) for entry in ledger)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]

@@ -1,1 +1,1 @@
-"""How well a model draws what it is told: scores of the small world, and folders for public benchmarks."""
+"""Prompt adherence of a model: scores on the small world, and image folders for public benchmarks."""

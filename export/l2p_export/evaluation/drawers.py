@@ -1,6 +1,6 @@
-"""Draws with what a command is given, a bundle or a latent source: checked first, loaded only when it has to draw.
+"""Draws images with a bundle or a latent source. Both are checked first and loaded only when they draw.
 
-A bundle is drawn by the runtime alone, so nothing of torch is imported for it.
+The runtime draws with a bundle, so torch is not imported for it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     """Prompts and their seeds to images [H,W,3], one at a time and in order."""
 
 SOURCE_STEPS, SOURCE_GUIDANCE = 30, 3.0
-"""How a source draws unless told otherwise, as `train corpus` does: its folder states neither."""
+"""Defaults for a source, those of `train corpus`; its folder states neither."""
 
 PROMPTS_AT_ONCE = 32
-"""Prompts that a bundle's text encoder is loaded for at once."""
+"""Prompts that a bundle's text encoder encodes each time it is loaded."""
 
 _INDEX_NAME = "model_index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class DrawOptions:
-    """How to draw; None is the model's own default.
+    """Options of drawing; None is the model's default.
 
     Attributes:
         size_px: height and width.
-        backend: of the runtime, for a bundle.
+        backend: backend of the runtime, for a bundle.
         plan: precision plan of a bundle.
-        store: where a bundle's shared files are.
+        store: folder of a bundle's shared files.
     """
 
     size_px: tuple[int, int] | None = None
@@ -57,10 +57,10 @@ class Drawer:
     """A model that is ready to draw.
 
     Attributes:
-        settings: what decides its images, as JSON takes it: the model's digest, size and sampling.
-        check: refuses a prompt that the model does not read.
+        settings: JSON values that decide its images: the model's digest, size and sampling.
+        check: raises UsageError for a prompt that the model cannot read.
         draw: loads the model and draws; the model is closed after the last image.
-        note: what the user should know of the images; empty if nothing.
+        note: a remark about the images for the user; may be empty.
     """
 
     height_px: int
@@ -79,7 +79,8 @@ def open_drawer(model: Path, options: DrawOptions) -> Drawer:
         options: how to draw.
 
     Raises:
-        UsageError: neither of both, a bundle without a text encoder, or a value that the model does not take.
+        UsageError: neither a bundle nor a pipeline folder, a bundle without a text encoder, or a value that the model
+            does not take.
         ArtifactError: the model is damaged.
         HostError: a library that it needs is not installed, or no backend runs here.
     """
@@ -94,11 +95,11 @@ def open_drawer(model: Path, options: DrawOptions) -> Drawer:
 
 
 def check_prompts(drawer: Drawer, prompts: Sequence[tuple[str, str]]) -> None:
-    """Refuse prompts that a model does not read, before anything is loaded or written.
+    """Refuse prompts that a model cannot read, before anything is loaded or written.
 
     Args:
         drawer: the model.
-        prompts: where each stands, as users know it, and its text.
+        prompts: source of each for error messages, and its text.
 
     Raises:
         UsageError: names the first such prompt.
@@ -224,7 +225,7 @@ def _sampling_settings(size_px: tuple[int, int], steps: int, guidance: float, sh
 
 
 def _autoencoder_sizes(path: Path) -> tuple[int, int]:
-    """Pixels a latent stands for along a side, and the side of the images that the autoencoder was made for."""
+    """Pixels per latent along a side, and the side of the images that the autoencoder was made for."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         blocks, size = len(config["block_out_channels"]), config.get("sample_size", 0)
@@ -240,7 +241,7 @@ def _autoencoder_sizes(path: Path) -> tuple[int, int]:
 
 
 def _source_digest(folder: Path) -> str:
-    """Names a source by names, sizes and stamps of its files, whole files of gigabytes unread."""
+    """Digest of a source from names, sizes and stamps of its files, without reading gigabytes of weights."""
     digest = hashlib.sha256()
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         for path in sorted((folder / part).glob("*")):

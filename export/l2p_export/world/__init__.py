@@ -1,1 +1,1 @@
-"""A world of plain shapes that two cores can learn: captions, scenes, a renderer and an exact judge."""
+"""The small world of plain shapes, which two cores can learn: captions, scenes, a renderer and an exact judge."""

@@ -1,4 +1,4 @@
-"""Draws many scenes of the small world at once, where training computes: the images and what lies where in them."""
+"""Renders batches of small-world scenes on the training device: images, and per-cell label shares."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from l2p_export.world.scenes import BACKGROUNDS, COLOURS, REACH, SHAPES, Scene
 THINGS_MAX = 2
 _CELL_PX = 8
 _NOWHERE = (0, 0, -100.0, -100.0, 0.1)
-"""A thing that no image shows, where a scene has one only."""
+"""Placeholder outside of every image, for the second thing of a scene that has only one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SceneTensors:
-    """N scenes: background [N]; shape and colour of each thing [N,2]; its place and radius in short sides [N,2]."""
+    """N scenes: background [N], shape and colour of each thing [N,2], its centre and radius in short sides [N,2]."""
 
     background: Tensor
     shape: Tensor
@@ -31,7 +31,7 @@ class SceneTensors:
 
 
 def scene_tensors(scenes: Sequence[Scene], device: torch.device) -> SceneTensors:
-    """The numbers of scenes, on a device."""
+    """Convert scenes to tensors on a device: indices int64, positions float32."""
     backgrounds, colours = list(BACKGROUNDS), list(COLOURS)
     rows = []
     for scene in scenes:
@@ -46,7 +46,11 @@ def scene_tensors(scenes: Sequence[Scene], device: torch.device) -> SceneTensors
 
 
 def render_batch(scenes: Sequence[Scene], height_px: int, width_px: int, device: torch.device) -> Tensor:
-    """As `render`, for scenes of one size: uint8 pixels [N,3,H,W] on the device."""
+    """As `render`, for N scenes of one size.
+
+    Returns:
+        uint8 pixels [N,3,H,W] on the device.
+    """
     numbers = scene_tensors(scenes, device)
     backgrounds, colours = (
         torch.tensor(list(table.values()), dtype=torch.float32, device=device) for table in (BACKGROUNDS, COLOURS)
@@ -59,16 +63,16 @@ def render_batch(scenes: Sequence[Scene], height_px: int, width_px: int, device:
 
 
 def what_lies_where(scenes: Sequence[Scene], rows: int, columns: int, device: torch.device) -> Tensor:
-    """The share of each cell of a grid that each background and each thing covers.
+    """Share of each grid cell that each background and each thing covers.
 
     Args:
-        scenes: of the grid's aspect.
+        scenes: with the aspect ratio of the grid.
         rows: cells from top to bottom.
         columns: cells from left to right.
         device: where the result is.
 
     Returns:
-        [N, rows, columns, len(LABELS)] float32, adding up to 1 over the last axis, in steps of 1 / `_CELL_PX`^2.
+        [N, rows, columns, len(LABELS)] float32, multiples of 1 / `_CELL_PX`^2 that sum to 1 over the last axis.
     """
     numbers = scene_tensors(scenes, device)
     height, width = rows * _CELL_PX, columns * _CELL_PX
@@ -83,7 +87,7 @@ def what_lies_where(scenes: Sequence[Scene], rows: int, columns: int, device: to
 
 
 def _inside_px(numbers: SceneTensors, which: int, height_px: int, width_px: int) -> Tensor:
-    """How deep each pixel [N,H,W] lies inside one thing of each scene: `render.inside_px` for shapes that differ."""
+    """Depth [N,H,W] of each pixel inside one thing of each scene: a batched `render.inside_px`."""
     device, short_px = numbers.x.device, min(height_px, width_px)
     y, x = (torch.arange(size, dtype=torch.float32, device=device) + 0.5 for size in (height_px, width_px))
     centre_x, centre_y, radius = (

@@ -1,4 +1,4 @@
-"""Captions of the small world: how a description is said, and what a caption says."""
+"""Captions of the small world: a description to a caption, and back."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PHRASES: Mapping[str, tuple[str, ...]] = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-"""Relation to the ways it is said, the plain one first."""
+"""Relation to its phrases, the plain one first."""
 
 _PLAIN = 0.7
-"""How often a caption is said the plain way; the other draws may hit it too."""
+"""Probability of the plain wording; the random wordings include it too."""
 
 _SPEAKS_OF = {phrase: relation for relation, phrases in PHRASES.items() for phrase in phrases}
 _THING = rf"(?:(?:a|an|the|one) )?(?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
@@ -33,7 +33,7 @@ _CAPTION = re.compile(
 
 
 def caption(description: Description, random: np.random.Generator | None = None) -> str:
-    """Say a description: the plain way, or with `random` sometimes another.
+    """Write the caption of a description: in the plain wording, or with `random` sometimes in another.
 
     >>> caption(Description((Thing("red", "circle"), Thing("blue", "square")), "left"))
     'a red circle to the left of a blue square'
@@ -52,10 +52,10 @@ def caption(description: Description, random: np.random.Generator | None = None)
 
 
 def describe(text: str) -> Description:
-    """Read a caption of the small world, whatever its case and spacing.
+    """Parse a caption of the small world, in any case and spacing.
 
     Raises:
-        UsageError: it says something that the small world does not have, or says the same thing twice.
+        UsageError: it names something that the small world does not have, or the same thing twice.
     """
     words = re.sub(r"\s+", " ", text).strip().rstrip(".").lower()
     found = _CAPTION.fullmatch(words)

@@ -1,8 +1,8 @@
-"""Judges whether an image shows what a caption of the small world says, by segmentation and geometry alone.
+"""Judges whether an image shows what a caption of the small world says, only by segmentation and geometry.
 
-The background is read from the border, objects are what stands out from it, a colour is the median of an object's
-interior, a shape is the renderer's own shape that covers the object best, and a relation compares centres. Nothing here
-is learned; a corpus may be chosen by it (`train corpus --judged`), no gradient comes from it.
+The background is the colour of the border. Objects are the regions that differ from it. A colour is the median of an
+object's interior, a shape is the renderer's shape with the highest overlap, and a relation compares centres. Nothing
+here is learned. The judge may select a corpus (`train corpus --judged`), but gives no gradient.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORKING_PX = 256
-"""Larger images are first shrunk by the whole factor that brings their short side nearest to this."""
+"""Larger images are first downscaled by the integer factor that brings their short side nearest to this."""
 
 NAMED_DISTANCE = 60.0
-"""Farthest that a colour may lie from the named one, in sRGB levels (0 to 255, Euclidean). Every even mix of two
-colours, or of a colour and a background, is farther from both."""
+"""Maximum distance of a colour from the named one, in sRGB levels (0 to 255, Euclidean). Every even mix of two colours,
+or of a colour and a background, is farther from both."""
 
 FOREGROUND_DISTANCE = 40.0
-"""What differs more from the background, in sRGB levels, belongs to an object."""
+"""Pixels that differ more from the background than this, in sRGB levels, belong to an object."""
 
 UNIFORM_SHARE = 0.95
-"""Least share of the border that is background, and of an object's interior that has the object's one colour."""
+"""Minimum share of the border that is background, and of an object's interior that has the object's colour."""
 
 BORDER = 0.01
-"""Width of the border that tells the background, in short sides."""
+"""Width of the border that the background colour is taken from, in short sides."""
 
 EDGE = 0.02
-"""What is nearer to an object's outline than this, in short sides, tells nothing of its colour."""
+"""Pixels nearer to an object's outline than this, in short sides, are not used for its colour."""
 
 SPECK = 0.001
-"""Least area of an object, in short sides squared; smaller ones are ignored. The smallest described one has 0.031."""
+"""Minimum area of an object, in short sides squared; smaller regions are ignored. A scene's smallest has 0.031."""
 
 LEAST_FIT = 0.85
-"""Least intersection over union with the shape of the same area and centre. A square is no circle: it has 0.83."""
+"""Minimum intersection over union (IoU) with the shape of equal area and centre. A square has 0.83 with a circle."""
 
 LEAST_LEAD = 0.03
-"""How much better the best shape must fit than the next: what is half one and half another is neither."""
+"""Minimum lead in IoU of the best shape over the next: half one shape and half another is neither."""
 
 LEAST_SOLIDITY = 0.9
-"""Least part that an object fills of its convex hull: less is a bite, a hole or a ragged outline."""
+"""Minimum share of its convex hull that an object fills: less is a bite, a hole or a ragged outline."""
 
 MOST_OBJECTS = 8
-"""Only so many of the largest objects are looked at; no caption names as many."""
+"""Maximum number of objects, the largest first; no caption names as many."""
 
 _SHARPENING = 2.0
-"""How much steeper than the image's the outlines are that are compared: it undoes blur, and drops shading and noise."""
+"""Factor that steepens outlines before they are compared: it undoes blur, and drops shading and noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """An object that stands out from the background.
+    """An object found in an image.
 
     Attributes:
-        colour: one of `COLOURS`, or None where it is none of them or a mixture.
+        colour: one of `COLOURS`, or None for another colour or a mixture.
         shape: one of `SHAPES`, or None where none fits.
         x: centre from the left, in short sides of the image.
         y: centre from the top, in short sides.
@@ -81,11 +81,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an image shows.
+    """Background and objects of an image.
 
     Attributes:
-        background: one of `BACKGROUNDS`, or None where the border has another colour or several.
-        objects: the largest first, at most `MOST_OBJECTS`; none where the border has several colours.
+        background: one of `BACKGROUNDS`, or None if the border has another colour or several.
+        objects: the largest first, at most `MOST_OBJECTS`; empty if the border has several colours.
     """
 
     background: str | None
@@ -94,16 +94,16 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How an image and a description agree.
+    """Agreement of an image with a description.
 
     Attributes:
-        background: the background is the named one; any of `BACKGROUNDS` where the caption names none.
+        background: the background is the named one, or any of `BACKGROUNDS` if the caption names none.
         colours: each thing has its own object, of its colour.
         shapes: each thing has its own object, of its shape.
-        relation: the first lies where the caption says, farther along the axis than across; None where it says nothing.
+        relation: the first is where the caption says, farther along the axis than across; None without a relation.
         count: there are as many objects as things.
         passed: all of these.
-        found: what the image shows.
+        found: background and objects of the image.
         text: the verdict in one line.
     """
 
@@ -118,10 +118,10 @@ class Verdict:
 
 
 def judge(image: NDArray[np.uint8], description: Description) -> Verdict:
-    """Say whether an image shows what a description says.
+    """Judge whether an image shows what a description says.
 
     Args:
-        image: sRGB pixels [H,W,3], made for 64 to 4096 px; smaller ones get a verdict too.
+        image: sRGB uint8 pixels [H,W,3]. Designed for 64 to 4096 px; smaller images get a verdict too.
         description: what it should show.
 
     Raises:
@@ -131,7 +131,7 @@ def judge(image: NDArray[np.uint8], description: Description) -> Verdict:
 
 
 def require_judge() -> None:
-    """Refuse to draw what could not be judged.
+    """Check that images can be judged on this machine.
 
     Raises:
         HostError: scikit-image is not installed.
@@ -174,7 +174,7 @@ def look(image: NDArray[np.uint8]) -> Found:
 
 
 def compare(found: Found, description: Description) -> Verdict:
-    """Say whether what was found is what a description says: each thing takes the object that suits it best."""
+    """Compare the objects of an image with a description. Each thing is matched with the object that fits it best."""
     things = description.things
     candidates = (*found.objects, *[None] * len(things))
     given = max(itertools.permutations(candidates, len(things)), key=lambda given: _likeness(given, description))
@@ -196,7 +196,7 @@ def _border(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _shrink(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Average squares of pixels until the short side is near `WORKING_PX`; what no square fills is cut off."""
+    """Downscale by area averaging until the short side is near `WORKING_PX`; incomplete squares are cropped."""
     factor = max(1, round(min(image.shape[:2]) / WORKING_PX))
     height, width = image.shape[0] // factor, image.shape[1] // factor
     rows = image[: height * factor].reshape(height, factor, -1).sum(axis=1, dtype=np.uint32)
@@ -206,7 +206,7 @@ def _shrink(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _see(pixels: NDArray[np.float32], labels: NDArray[Any], region: Any, ground: NDArray[np.float32]) -> Seen:
-    """Tell colour, shape and place of one connected region."""
+    """Measure colour, shape, centre and area of one connected region."""
     from skimage import morphology
 
     short_px = min(labels.shape)
@@ -220,7 +220,7 @@ def _see(pixels: NDArray[np.float32], labels: NDArray[Any], region: Any, ground:
     if interior.any():
         contrast = np.median(pixels[box][interior], axis=0) - ground
         inside = (pixels[box] - ground) @ contrast / max(float(contrast @ contrast), FOREGROUND_DISTANCE**2)
-        # What mixes with the background is a soft edge or a shade, whatever else a second colour.
+        # A mix with the background is a soft edge or a shade; anything else is a second colour.
         blend = ground + np.clip(inside, 0, 1)[..., None] * contrast
         same = _distance(pixels[box], blend) <= NAMED_DISTANCE
         if same[interior].mean() >= UNIFORM_SHARE and np.median(inside[interior]) > 0.5:
@@ -236,7 +236,7 @@ def _see(pixels: NDArray[np.float32], labels: NDArray[Any], region: Any, ground:
 
 
 def _shape(covered: NDArray[np.float32], x: NDArray[np.floating], y: NDArray[np.floating]) -> str | None:
-    """Name the shape that covers the same as an object, at places seen from the object's centre."""
+    """The shape whose coverage fits an object's best; x and y are relative to the object's centre."""
     from skimage import morphology
 
     area = float(covered.sum())
@@ -254,7 +254,7 @@ def _shape(covered: NDArray[np.float32], x: NDArray[np.floating], y: NDArray[np.
 
 
 def _sharpen(inside: NDArray[Any]) -> NDArray[np.float32]:
-    """How much of a pixel is covered, from how far the middle of a soft edge is away."""
+    """Coverage of a pixel, 0 to 1, from its signed distance to the middle of a soft edge."""
     return np.clip(0.5 + _SHARPENING * inside, 0, 1).astype(np.float32)
 
 
@@ -271,14 +271,14 @@ def _nearest(colour: NDArray[np.float32], names: Mapping[str, tuple[int, int, in
 
 
 def _likeness(given: tuple[Seen | None, ...], description: Description) -> tuple[int, int, bool]:
-    """How well objects suit the things: whole things first, then colours and shapes, then the relation."""
+    """Sort key of a match: number of things with colour and shape, then of colours and shapes, then the relation."""
     pairs = [(seen, thing) for seen, thing in zip(given, description.things, strict=True) if seen is not None]
     same = [(seen.colour == thing.colour) + (seen.shape == thing.shape) for seen, thing in pairs]
     return same.count(2), sum(same), _relation(given) == description.relation
 
 
 def _relation(given: tuple[Seen | None, ...]) -> str | None:
-    """Where the first of two objects lies, seen from the second; None where it lies as far across as along."""
+    """Relation of the first of two objects to the second; None if it lies as far across as along."""
     if len(given) != 2 or given[0] is None or given[1] is None:
         return None
     x, y = given[0].x - given[1].x, given[0].y - given[1].y
@@ -289,7 +289,7 @@ def _relation(given: tuple[Seen | None, ...]) -> str | None:
 
 
 def _faults(found: Found, given: tuple[Seen | None, ...], description: Description) -> list[str]:
-    """Say all that keeps an image from passing."""
+    """All reasons why an image fails."""
     faults = []
     if found.background is None or description.background not in {None, found.background}:
         wanted = f" where {description.background} was wanted" if description.background else ""

@@ -1,4 +1,4 @@
-"""Draws scenes of the small world at any size, with soft edges one pixel wide."""
+"""Renders scenes of the small world at any size, with soft edges one pixel wide."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ UNIT_AREA: Mapping[str, float] = {
 """Shape to its area, in radii squared."""
 
 LABELS: tuple[str | Thing, ...] = (*BACKGROUNDS, *(Thing(colour, shape) for colour in COLOURS for shape in SHAPES))
-"""What may lie anywhere in a scene."""
+"""Everything that a pixel of a scene may show."""
 
 
 def render(scene: Scene, height_px: int, width_px: int) -> NDArray[np.uint8]:
     """Draw a scene.
 
     Args:
-        scene: places are in short sides of the image.
+        scene: centres and radii in short sides of the image.
         height_px: H.
         width_px: W.
 
     Returns:
-        sRGB pixels [H,W,3]. An edge pixel mixes in the part that the object covers.
+        sRGB uint8 pixels [H,W,3]. An edge pixel is blended by the share of it that the object covers.
     """
     short_px = min(height_px, width_px)
     image = np.empty((height_px, width_px, 3), np.float32)
@@ -47,7 +47,7 @@ def render(scene: Scene, height_px: int, width_px: int) -> NDArray[np.uint8]:
 
 
 def _draw(image: NDArray[np.float32], placed: Placed, short_px: int) -> None:
-    """Blend one object into its own box of the image."""
+    """Blend one object into its bounding box of the image."""
     centre_x, centre_y, radius = placed.x * short_px, placed.y * short_px, placed.radius * short_px
     reach = REACH * radius + 1
     rows = slice(max(0, math.floor(centre_y - reach)), min(image.shape[0], math.ceil(centre_y + reach)))
@@ -60,7 +60,7 @@ def _draw(image: NDArray[np.float32], placed: Placed, short_px: int) -> None:
 
 
 def inside_px(shape: str, x: NDArray[np.floating], y: NDArray[np.floating], radius: float) -> NDArray[np.floating]:
-    """Say how deep points lie inside a shape around the origin.
+    """Depth of points inside a shape around the origin.
 
     Args:
         shape: one of `SHAPES`.

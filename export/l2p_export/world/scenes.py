@@ -1,7 +1,7 @@
-"""The small world: one or two plain shapes on a plain background, what a caption may say of them, and where they lie.
+"""Scenes of the small world: one or two plain shapes on a plain background, their descriptions and their positions.
 
-A `Description` is what a caption says; a `Scene` is one way to draw it. Combinations are split once and for all by a
-digest of their names, so that no training run, wherever it runs, sees a held-out one.
+A `Description` is what a caption says; a `Scene` is one way to draw it. A digest of a combination's names decides
+whether it is held out, so that no training run on any machine sees a held-out combination.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
 DEFAULT_BACKGROUND = next(iter(BACKGROUNDS))
 SHAPES = ("circle", "square", "triangle")
 RELATIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Where the first object lies, seen from the second: direction along x and y, y downwards."""
+"""Relation of the first object to the second: direction along x and y, y downwards."""
 
 HELD_OUT_IN = 6
-"""One combination in so many is held out."""
+"""One of this many combinations is held out."""
 
 REACH = 1.2
-"""Farthest point of any shape from its centre, in radii: a triangle's corner."""
+"""Maximum distance of a shape's points from its centre, in radii: a triangle's corner."""
 
 GAP = 0.06
-"""Least distance between the outlines of two objects, in short sides."""
+"""Minimum distance between the outlines of two objects, in short sides."""
 
 HALF_APART = 0.25
 """Distance of each of two objects from the middle of the image, in short sides."""
 
 STRAY = 0.03
-"""How far a centre strays from its place, along each axis, in short sides: 4 px of 128."""
+"""Maximum random offset of a centre along each axis, in short sides: 4 px of 128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Description:
 
     Attributes:
         things: one or two different things.
-        relation: where the first of two lies, seen from the second; None for one.
-        background: a background, or None where the caption names none.
+        relation: of the first thing to the second; None for one thing.
+        background: None if the caption names none.
     """
 
     things: tuple[Thing, ...]
@@ -76,7 +76,7 @@ class Description:
 
     @property
     def held_out(self) -> bool:
-        """Whether its combination is kept from training: two things, or one thing and its background."""
+        """True if its combination is excluded from training: two things, or one thing and its background."""
         names = sorted(f"{thing.colour} {thing.shape}" for thing in self.things)
         if len(names) == 1:
             names.append(self.background or DEFAULT_BACKGROUND)
@@ -96,16 +96,16 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A description with places; `background` is drawn whether the caption names it or not."""
+    """A description with positions; `background` is drawn even if the caption names none."""
 
     background: str
     placed: tuple[Placed, ...]
 
 
 def draw_description(random: np.random.Generator, *, held_out: bool = False) -> Description:
-    """Draw what a caption may say, from the training combinations or from the held-out ones.
+    """Draw a random description from the training combinations, or from the held-out ones.
 
-    Two objects come twice as often as one, a background is named every other time.
+    Two objects are twice as likely as one. A background is named with probability 1/2.
     """
     while True:
         count = 1 if random.random() < 1 / 3 else 2
@@ -121,16 +121,16 @@ def draw_description(random: np.random.Generator, *, held_out: bool = False) -> 
 
 
 def place(description: Description, random: np.random.Generator, aspect: tuple[float, float] = (1.0, 1.0)) -> Scene:
-    """Find places for the things of a description.
+    """Draw positions for the things of a description.
 
     Args:
         description: what to draw.
-        random: where the places come from.
+        random: source of the positions.
         aspect: height and width of the image in short sides.
 
     Returns:
-        Objects lie inside the image with a margin, apart from each other, and farther along the relation's axis than
-        across it.
+        A scene whose objects lie inside the image with a margin, apart from each other, and farther along the
+        relation's axis than across it.
 
     Raises:
         UsageError: two things and no relation.
@@ -159,7 +159,7 @@ def _near(
     random: np.random.Generator,
     aspect: tuple[float, float],
 ) -> Placed:
-    """A thing about as far from the middle of the image as `offset` says, along x and y."""
+    """A thing near `offset` from the middle of the image, along x and y."""
     height, width = aspect
     x, y = (
         float(size / 2 + part + random.uniform(-STRAY, STRAY))
