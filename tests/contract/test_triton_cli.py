@@ -278,7 +278,7 @@ def test_lint_finds_in_networks(engines: Path, tmp_path: Path) -> None:
     assert "its size differs" in found["head", "1/model_sm120.plan"]
     assert "names profile 1, the engines have 0 to 0" in found["stem", "instance_group"]
     assert "the bundle's is TYPE_BOOL" in found["caption", "input caption_mask"]
-    assert "GPUs alone" in found["tail", "instance_group[0]"]
+    assert "only on GPUs" in found["tail", "instance_group[0]"]
     assert len(found) == 5
 
 

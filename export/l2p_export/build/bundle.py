@@ -1,10 +1,10 @@
-"""From a checkpoint to a bundle.
+"""Builds a bundle from a checkpoint.
 
-    checkpoint -> digests -> plans -> graphs -> proof (reference and ledger) -> engines -> bundle.json
+    checkpoint -> digests -> plans -> ONNX graphs -> proof (reference and ledger) -> engines -> bundle.json
 
-Each arrow is a stage that is found again by what went into it, so that a build that was stopped goes on, and one with
-nothing new does nothing. Replacing `bundle.json` is the only commit: whatever stops a build leaves the bundle that was
-there before, or none.
+Each arrow is one or more stages, which are found again by the digest of their inputs. So a build that was stopped
+resumes after the last completed stage, and a build with nothing new does nothing. Replacing `bundle.json` is the only
+commit: a build that is stopped at any time leaves the previous bundle, or none.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ if TYPE_CHECKING:
 
 
 LEDGER_BACKEND = "onnx"
-"""What runs graphs for the ledger."""
+"""Backend that runs ONNX graphs for the ledger."""
 SPARE_DISK_BYTES = 64 << 20
-"""Room beside the weights for graphs, reference tensors and the file system's own bookkeeping."""
+"""Disk space, in addition to weights, for ONNX graphs, reference tensors and the file system's own data."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildJob:
-    """A build that was checked and not yet begun.
+    """A build that is checked and not yet started.
 
     Attributes:
-        asked: the precision plans, as they are before anything is measured.
-        store: folder of shared files; None for a bundle that holds all its own.
-        engines: what graphs are compiled for.
-        jobs: processes that trace networks.
+        asked: the precision plans, before anything is measured.
+        store: folder of shared files; None for a bundle that holds all its files.
+        engines: targets and options of the engines.
+        jobs: number of processes that trace networks.
     """
 
     loaded: LoadedModel
@@ -98,7 +98,7 @@ class BuildJob:
 
     @property
     def plans(self) -> tuple[PrecisionPlan, ...]:
-        """The plans of the bundle; those that are measured lack what that brings."""
+        """The plans of the bundle before anything is measured."""
         model = self.loaded.model
         return (
             *(plain_plan(model, plan.base, plan.name) for plan in self.asked.plans),
@@ -128,11 +128,11 @@ class BuildJob:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a build left.
+    """The result of a build.
 
     Attributes:
-        is_new: False when the same bundle was there already.
-        made: stages that had to be made; none when there was nothing to do.
+        is_new: False if the same bundle was there already.
+        made: labels of the stages that were run; empty if there was nothing to do.
     """
 
     bundle: Bundle
@@ -158,28 +158,28 @@ def check_build(
 ) -> Iterator[BuildJob]:
     """Check everything that headers and profiles tell, before any work.
 
-    A seeded demo checkpoint is a temporary file and lives as long as the context.
+    A seeded demo checkpoint is a temporary file, which is removed when the context ends.
 
     Args:
         checkpoint: file or folder; None for the demo.
         profiles: names or paths, all of one patch size.
         precisions: names of plans; fp32 when there is neither one nor a plan file.
         out: folder to write; named after checkpoint and profiles when None.
-        engines: what graphs are compiled for; None for graphs alone.
-        plan_files: whole plans, as bundles hold them, in addition.
-        statistics: files that `calibrate` wrote, for what is measured in addition to the build's own cases.
+        engines: targets and options of engines; None for only ONNX graphs.
+        plan_files: files of whole plans, as bundles contain them, in addition to `precisions`.
+        statistics: files that `calibrate` wrote, in addition to the measurements of the build's own cases.
         source: latent checkpoint to complete the checkpoint from and to compare it with.
-        loras: to merge, as `FILE:STRENGTH`.
+        loras: LoRAs to merge, as `FILE:STRENGTH`.
         text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
-            that takes embeddings alone.
-        store: folder whose files bundles share; None for a bundle of its own.
-        jobs: processes that trace networks; each takes a core, and memory for torch.
+            that takes only embeddings.
+        store: folder whose files bundles share; None for a bundle that holds all its files.
+        jobs: number of processes that trace networks; each takes a core, and memory for torch.
 
     Raises:
-        UsageError: no jobs, profiles that do not fit the checkpoint, an unknown precision, or an output that is
-            something else.
+        UsageError: no jobs, profiles that do not fit the checkpoint, an unknown precision, or an output that is not a
+            bundle.
         ArtifactError: the checkpoint is damaged, incomplete or of no known family; a plan or statistics cannot be read.
-        HostError: the exporting half is not installed.
+        HostError: the libraries for exporting are not installed.
     """
     if jobs < 1:
         raise UsageError(f"{jobs} jobs, expected 1 or more")
@@ -209,12 +209,12 @@ def check_build(
 
 
 def build(job: BuildJob, reporter: Reporter) -> Built:
-    """Carry out a build, or what is left of it to do.
+    """Run a build; stages that exist already are not run again.
 
     Raises:
-        HostError: no room on the disk, or the backend cannot run here.
+        HostError: too little disk space, or the backend cannot run here.
         ArtifactError: a weight is NaN, Inf or out of range.
-        ParityError: a graph is further from torch than its threshold; nothing is committed.
+        ParityError: an ONNX graph is further from torch than its threshold; nothing is committed.
     """
     _require_memory(job)
     backend = open_backend(LEDGER_BACKEND)
@@ -254,7 +254,7 @@ def _run_stages(job: BuildJob, run: StageRunner, backend: Backend, reporter: Rep
         graphs, files = _graphs(job, planned, run, digests, reporter)
     bases = {item.plan.name: item.plan.base for item in planned}
     proof = prove(run, references, graphs, bases, {record.path: record for record in files}, backend, reporter)
-    del references  # holds what every case made
+    del references  # holds the outputs of every case
     files += [item.file for item in planned if item.file is not None]
     text = None
     if job.text_encoder is not None:
@@ -323,7 +323,7 @@ def _graphs(
 def _to_trace(
     job: BuildJob, planned: tuple[ResolvedPlan, ...], run: StageRunner, digests: WeightDigests
 ) -> list[ToTrace]:
-    """What graphs are yet to be made of, in the order of `_graphs`."""
+    """Networks and plans whose ONNX graphs do not exist yet, in the order of `_graphs`."""
     model = job.loaded.model
     return [
         ToTrace(model, spec, item.plan)
@@ -352,10 +352,10 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _require_memory(job: BuildJob) -> None:
-    """Refuse at once what the memory that is free cannot hold.
+    """Refuse a build that the free memory cannot hold.
 
     Raises:
-        HostError: says how much is needed and how much is free.
+        HostError: with the bytes that are needed and free.
     """
     sources = [job.loaded.checkpoint.tensors, job.text_encoder.tensors if job.text_encoder else {}]
     # A matrix is read whole as float32 to be stored transposed.
@@ -369,7 +369,7 @@ def _require_memory(job: BuildJob) -> None:
 
 
 def _require_libraries() -> None:
-    """Fail at once, by name, when the exporting half is not installed; a build with nothing to do loads none of it."""
+    """Fail at once if a library for exporting is not installed; imports none, since a build may need none."""
     for module in ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes"):
         if importlib.util.find_spec(module) is None:
             raise HostError(

@@ -1,4 +1,4 @@
-"""A bundle copied with only what a target needs: one folder that holds all its files, shared ones included."""
+"""Copies of a bundle with only the files that a target needs, in one folder, shared files included."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ TARGETS: dict[str, Callable[[PlanRef], bool]] = {
     # ONNX Runtime has no bfloat16 kernels on the CPU (docs/design.md, "ONNX Runtime facts").
     "onnx-cpu": lambda plan: plan.base != "bf16",
 }
-"""What graphs can be packed for, to whether a plan runs there; engine targets are those of the bundle."""
+"""Targets of ONNX graphs, to whether a plan runs there; engine targets are those of the bundle."""
 
 
 def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) -> Manifest:
-    """The manifest of a copy: chosen plans, what they run from, files and ledger entries, all of them its own.
+    """The manifest of a copy: chosen plans, their ONNX graphs or engines, files and ledger entries; no file is shared.
 
     Args:
-        manifest: of the whole bundle.
-        target: a key of `TARGETS`, which keeps graphs alone; an engine target, as `rtx-sm89` or `rtx1.7-sm89`, which
-            keeps its engines in place of graphs; None for all that there is.
-        plans: plans to keep; all when empty.
+        manifest: manifest of the whole bundle.
+        target: a key of `TARGETS`, which keeps only ONNX graphs; an engine target, as `rtx-sm89` or `rtx1.7-sm89`,
+            which keeps its engines instead of ONNX graphs; None for everything.
+        plans: plans to keep; all if empty.
 
     Raises:
         UsageError: no such target or plan, or no plan that runs on the target.
@@ -91,14 +91,14 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
 
 
 def _is_kept(comparison: Comparison, plans: Sequence[str], engines: set[tuple[str, str]]) -> bool:
-    """Whether a copy with these plans, and engines by plan and target, holds what was compared."""
+    """Whether a copy with these plans, and with engines given by plan and target, keeps a comparison."""
     if comparison.target is not None:
         return (comparison.plan, comparison.target) in engines
     return comparison.plan in plans
 
 
 def _engines(manifest: Manifest, target: str | None, plans: Sequence[str]) -> tuple[EngineRecord, ...]:
-    """The engines that a copy keeps: for an engine target, one of each network of every plan that has them all.
+    """The engines that a copy keeps; for an engine target, those of plans that have one of each network.
 
     Raises:
         UsageError: the bundle has no engine for such a target.
@@ -123,19 +123,19 @@ def _engines(manifest: Manifest, target: str | None, plans: Sequence[str]) -> tu
 
 
 def _spellings(target: str) -> set[str]:
-    """`rtx1.7-sm89` and `rtx-sm89`; of a portable one, `portable` too."""
+    """Names that select a target: `rtx1.7-sm89` and `rtx-sm89`; for a portable one also `portable`."""
     parsed = target_from_spelling(target)
     short = f"{parsed.backend}-{parsed.compute_capability}"
     return {target, short} | ({PORTABLE} if parsed.compute_capability == PORTABLE else set())
 
 
 def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> Bundle:
-    """Copy the files that a packed manifest names, hashed on the way, and commit it.
+    """Copy the files of a packed manifest, check their digests, and commit it.
 
     Raises:
         ArtifactError: a file was changed.
-        HostError: no room on the disk, or another build writes there.
-        UsageError: `out` is the bundle itself or holds something else.
+        HostError: too little disk space, or another build writes there.
+        UsageError: `out` is the bundle itself or is not a bundle.
     """
     if bundle.root.resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"--out `{out}` is the bundle itself or inside it", hint="choose another folder")
@@ -147,7 +147,7 @@ def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> B
             for record in manifest.files:
                 source, target = bundle.home(records[record.path]) / record.path, output.root / record.path
                 target.parent.mkdir(exist_ok=True)
-                # Beside what is there: an older copy stays whole, and a hard link keeps what it leads to.
+                # Not written in place: an older copy stays whole, and the target of a hard link is not changed.
                 with atomic_file(target) as written:
                     if _copy(source, written, advance) != record.sha256:
                         raise ArtifactError(
@@ -158,7 +158,7 @@ def pack(bundle: Bundle, manifest: Manifest, out: Path, reporter: Reporter) -> B
 
 
 def _copy(source: Path, written: BinaryIO, advance: Callable[[int], None]) -> str:
-    """Copy a file; the digest of what was copied."""
+    """Copy a file; returns the SHA-256 of the bytes that were copied."""
     digest = hashlib.sha256()
     with source.open("rb") as read:
         while block := read.read(_COPY_BYTES):

@@ -1,4 +1,4 @@
-"""A text encoder goes into a bundle: graphs, tokenizer, chat template, and the proof that the graphs are right."""
+"""Adds a text encoder to a bundle: ONNX graphs, tokenizer, chat template, and their proof."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextParts:
-    """What a text encoder adds to a manifest."""
+    """The parts of a manifest that a text encoder adds."""
 
     record: TextRecord
     files: tuple[FileRecord, ...]
@@ -39,11 +39,11 @@ class TextParts:
 def add_text_encoder(
     run: StageRunner, encoder: TextEncoder, plans: Sequence[PrecisionPlan], backend: Backend, reporter: Reporter
 ) -> TextParts:
-    """Make graphs, tokenizer and template, and compare the graphs with torch float32.
+    """Export ONNX graphs, tokenizer and template, and compare the ONNX graphs with torch float32.
 
     Raises:
-        ArtifactError: a weight is NaN, Inf or out of range, or a layer makes such values in float32.
-        ParityError: a graph is further from torch than its threshold, or a plan does not hold what a layer makes.
+        ArtifactError: a weight is NaN, Inf or out of range, or a layer makes NaN or Inf in float32.
+        ParityError: an ONNX graph is further from torch than its threshold, or a layer's values exceed its plan.
     """
     model = encoder.model
     names = {TEXT_ENCODER: tuple(model.shapes)}
@@ -79,7 +79,7 @@ def add_text_encoder(
 
 
 def _text_stage(run: StageRunner, encoder: TextEncoder) -> Stage:
-    """Tokenizer and chat template."""
+    """The stage with the files of tokenizer and chat template, in this order."""
     data = encoder.tokenizer.read_bytes()
     texts = {"tokenizer.json": data, "chat_template.txt": CHAT_TEMPLATE.encode()}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}

@@ -1,1 +1,1 @@
-"""What a model takes before it runs (forecast) and what it took when it ran (bench)."""
+"""Forecasts the time and memory of a model, and measures them with `bench`."""

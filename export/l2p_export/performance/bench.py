@@ -1,4 +1,4 @@
-"""Seconds and memory of a bundle's networks on this machine, beside the least that its card could take."""
+"""Measures seconds and memory of a bundle's networks on this machine, beside the minimum time of its card."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 STEP = "step"
-"""What the whole denoising call is called beside its networks; the caption network, which runs once a prompt, is in it.
-"""
+"""Name of the whole denoising call among the networks. It includes the caption network, which runs once per prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,8 @@ class Timing:
     """Seconds of one network, all its stripes together, or of the whole call.
 
     Attributes:
-        seconds: one for each run, in order.
-        bound: the least that the card could take; None where that is unknown.
+        seconds: one value per run, in order.
+        bound: minimum time that the card allows; None if that is unknown.
     """
 
     network: str
@@ -48,20 +47,20 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Half of the runs took longer."""
+        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
-        backend: name and version of what ran the networks.
+        backend: name and version of the backend that ran the networks.
         device: the GPU's name, or the host's.
         load_seconds: from opening the bundle to networks that are ready.
-        peak_bytes: most memory that was held: the device's on a GPU, resident memory of the process on the host.
-        networks_stay: whether all networks were in memory at once; otherwise loading them is in the times of a step.
+        peak_bytes: maximum memory in use: of the device on a GPU, resident memory of the process on the host.
+        networks_stay: whether all networks were in memory at once; if not, the times of a step include loading them.
     """
 
     backend: str
@@ -86,18 +85,18 @@ def bench(
     memory_budget_bytes: int | None = None,
     card: Card | None = None,
 ) -> Bench:
-    """Run denoising calls on seeded noise and time them, after one that is not counted.
+    """Time denoising calls on seeded noise, after one call that is not counted.
 
     Args:
-        bundle: what to run.
-        backend: by name, or `auto`.
-        plan: precision plan; the first that runs when None.
+        bundle: the bundle to run.
+        backend: a backend by name, or `auto`.
+        plan: precision plan; the first that runs if None.
         size_px: height and width.
-        caption_tokens: before they are padded.
-        runs: calls to time.
+        caption_tokens: number of caption tokens before padding.
+        runs: number of calls to time.
         reporter: shows the calls.
-        memory_budget_bytes: as `Pipeline.open` takes it.
-        card: whose peaks bound the times; found by the GPU's name when None.
+        memory_budget_bytes: as in `Pipeline.open`.
+        card: card whose peak figures bound the times; found by the GPU's name if None.
 
     Raises:
         UsageError: a size or caption that the model or its engines do not take, or no run.
@@ -140,7 +139,7 @@ def bench(
 
 
 class _Clock:
-    """Seconds of each network in one call, and the most memory that was held."""
+    """Measures the seconds of each network in one call, and the maximum memory in use."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -151,7 +150,7 @@ class _Clock:
     def start_memory(self) -> None:
         self._free_bytes = self._least_free_bytes = self.device.available_bytes()
         if self._on_host:
-            # The kernel forgets the peak so far.
+            # Resets the kernel's peak of resident memory.
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def note(self, network: str, seconds: float) -> None:
@@ -167,7 +166,7 @@ class _Clock:
 
 
 class _TimedEngine:
-    """An engine whose runs are timed to their end on the device; implements `Engine`."""
+    """An engine whose runs are timed until the device has finished; implements `Engine`."""
 
     def __init__(self, engine: Engine, clock: _Clock) -> None:
         self._engine, self._clock = engine, clock
@@ -206,7 +205,7 @@ def _card_of(device: Device) -> Card | None:
 
 
 def _bounds(bundle: Bundle, plan: str, call: CallSize, card: Card | None) -> dict[str, Bound]:
-    """The minimum time of each network; none without a card, or without graphs, whose weights say what is computed."""
+    """The minimum time of each network; empty without a card, or without ONNX graphs, whose weights are needed."""
     manifest = bundle.manifest
     precision = arithmetic(manifest.plan(plan).base)
     if card is None or not card.runs(precision) or not all(manifest.has_graph(network, plan) for network in NETWORKS):

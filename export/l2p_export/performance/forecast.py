@@ -1,4 +1,4 @@
-"""What a build and its images will take, put together for `plan` from headers and profiles; nothing is built or run."""
+"""Forecast of a build and its images for `plan`, from headers and profiles; nothing is built or run."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ from l2p_runtime.memory import CallMemory, call_memory
 from l2p_runtime.requests import check_size
 
 CPU_PRECISIONS = ("fp32", "fp16")
-"""What ONNX Runtime runs on the CPU; it has no BF16 or FP8 matrix products there."""
+"""Precisions that ONNX Runtime runs on the CPU, where it has no BF16 or FP8 matrix products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is planned: a checkpoint's model, or a published one's from its known shapes.
+    """The model of a forecast: a checkpoint's, or a published one from its known shapes.
 
     Attributes:
-        checkpoint: the file; empty when none was given.
-        known_as: the published checkpoint it has the shapes of; empty for another.
-        costs: network to its tensors and operations, a text encoder's among them.
-        reference_bytes: host memory that it takes to run the model in torch, a block at a time.
+        checkpoint: the file; empty if none was given.
+        known_as: the published checkpoint with the same shapes; empty if there is none.
+        costs: network to its tensors and operations, the text encoder included.
+        reference_bytes: host memory for running the model in torch, one block at a time.
     """
 
     checkpoint: str
@@ -87,10 +87,11 @@ class CallForecast:
     """One denoising call.
 
     Attributes:
-        in_profile: whether an engine of one of the profiles takes it.
-        flops: by network, of one forward.
-        total_flops: of one forward and, once a prompt, of the caption network; without a text encoder.
-        memory: beside the weights, by precision.
+        in_profile: whether an engine of one of the profiles takes the image size.
+        flops: operations of one forward, by network.
+        total_flops: operations of one forward and one run of the caption network, which runs once per prompt; without
+            the text encoder.
+        memory: memory in addition to weights, by precision.
     """
 
     call: CallSize
@@ -104,15 +105,15 @@ class CallForecast:
 
 @dataclass(frozen=True, slots=True)
 class BuildForecast:
-    """What a build needs beside what the machine has.
+    """The needs of a build, and the free memory and disk of this machine.
 
     Attributes:
-        each: by precision, built alone.
-        together: all precisions in one build.
-        reference_bytes: host memory beyond the exporter's own, to compare graphs with torch; a build that lacks it
-            leaves that out and says so.
-        memory_bytes: host memory that is free.
-        disk_bytes: disk that is free in the current folder.
+        each: needs of a build with only one precision, by precision.
+        together: needs of one build with all precisions.
+        reference_bytes: host memory beyond the exporter's own, to compare ONNX graphs with torch. A build without it
+            leaves the comparison out and says so.
+        memory_bytes: free host memory.
+        disk_bytes: free disk space in the current folder.
     """
 
     each: Mapping[str, HostNeeds]
@@ -128,9 +129,9 @@ class Placement:
 
     Attributes:
         runs: whether the device runs the precision at all.
-        all_networks: with the weights of all networks in memory.
-        one_network: with one network's weights at a time.
-        instead: the nearest settings that fit, where not all networks do.
+        all_networks: fit with the weights of all networks in memory.
+        one_network: fit with one network's weights at a time.
+        instead: the nearest settings that fit, if all networks together do not.
     """
 
     call: CallSize
@@ -143,7 +144,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class StepBound:
-    """The least time of a denoising step: a bound from the card's peaks, not a measurement."""
+    """Minimum time of a denoising step: a bound from the card's peak figures, not a measurement."""
 
     call: CallSize
     precision: str
@@ -158,9 +159,9 @@ class DeviceForecast:
     """A card, or this machine's processor.
 
     Attributes:
-        card: what is known of it; None where memory alone was given, and for the processor.
-        memory_bytes: all of it.
-        budget_bytes: what is left for weights, buffers and activations.
+        card: figures of the card; None if only its memory was given, and for the processor.
+        memory_bytes: all memory of the device.
+        budget_bytes: memory that is left for weights, buffers and activations.
         bounds: empty for a device of unknown speed.
     """
 
@@ -173,7 +174,7 @@ class DeviceForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """All that `plan` reports."""
+    """Everything that `plan` reports."""
 
     subject: Subject
     precisions: tuple[str, ...]
@@ -188,13 +189,13 @@ class Forecast:
 def read_subject(
     checkpoint: Path | None, profiles: Sequence[str], source: Path | None, text_encoder: Path | None
 ) -> Subject:
-    """Find out what to plan; reads headers, and values only of layers that are compared with a source's.
+    """Read the model to forecast: headers, and values only of layers that are compared with a source's.
 
     Args:
         checkpoint: file or folder; None for the published model of the profile's variant.
-        profiles: names or paths; the variant's own when empty.
+        profiles: names or paths; the variant's own if empty.
         source: latent checkpoint to complete the checkpoint from.
-        text_encoder: its Hugging Face folder; None to leave it out.
+        text_encoder: Hugging Face folder of the text encoder; None to leave it out.
 
     Raises:
         UsageError: neither checkpoint nor profile, or profiles for another patch size.
@@ -236,15 +237,15 @@ def forecast(
     vram_bytes: int | None,
     memory_bytes: int,
 ) -> Forecast:
-    """Work everything out.
+    """Forecast weights, calls, the build, and the fit on CPU and card.
 
     Args:
         subject: the model and its profiles.
-        precisions: of `forecast.PRECISIONS`.
-        sizes_px: (height, width) of images; the profiles' preferred and largest when empty.
-        card: where engines would run, if it is known.
-        vram_bytes: its memory; None without any card.
-        memory_bytes: host memory that is free.
+        precisions: names from `PRECISIONS`.
+        sizes_px: (height, width) of images; if empty, the profiles' preferred and maximum sizes.
+        card: the card that engines would run on, if it is known.
+        vram_bytes: memory of the card; None without any card.
+        memory_bytes: free host memory.
 
     Raises:
         UsageError: a size that the model does not take.
@@ -283,7 +284,7 @@ def _published_model(profiles: Sequence[Profile]) -> Model:
 
 
 def _calls(subject: Subject, sizes_px: Sequence[tuple[int, int]]) -> tuple[CallSize, ...]:
-    """The calls to look at: sizes asked for, with the longest caption, or each profile's usual and largest call."""
+    """The calls to forecast: the given sizes with the longest caption, or each profile's preferred and maximum call."""
     calls = []
     for height, width in sizes_px:
         check_size(subject.spec, height, width)

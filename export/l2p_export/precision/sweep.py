@@ -208,7 +208,7 @@ class _Sweeper:
             yield
 
     def _sample(self, index: int, chosen: Mapping[str, float]) -> tuple[float, float]:
-        """Sums of squares of difference and float32 prediction; starts at the first network with FP8 layers."""
+        """Sums of squares of the difference and of the float32 prediction; starts at the first network with FP8."""
         import numpy as np
 
         expected = sample_values(self._samples, index)

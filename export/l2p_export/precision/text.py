@@ -88,7 +88,7 @@ def plans_by_ranges(
 
 
 def _raised(plan: PrecisionPlan, peaks: Sequence[LayerPeak]) -> PrecisionPlan:
-    """The plan with a float32 rule for each layer whose peak exceeds float16 less a headroom."""
+    """The plan with a float32 rule for each layer whose peak exceeds `FLOAT16_MAX / HEADROOM`."""
     if plan.default != "float16":
         return plan
     if plan.base in PLAIN:

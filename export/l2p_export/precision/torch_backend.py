@@ -1,7 +1,7 @@
 """Backend that runs a bundle's float32 networks in torch, for the runtime's pipeline.
 
-Unlike other backends, it allows changing what layers compute. Weights come from the bundle's float32 ONNX graphs, so
-no checkpoint is needed.
+Unlike other backends, it allows changing what layers compute. Weights come from the bundle's own float32 ONNX graphs,
+so no checkpoint is needed.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class References:
         more: Mapping[str, Mapping[str, NDArray[Any]]],
         observe: Callable[[str, nn.Module], AbstractContextManager[object]],
     ) -> None:
-        """Run all cases and those in `more`, given by inputs, each network in the context that `observe` returns."""
+        """Run all cases, and those in `more` by their inputs, each network in the context that `observe` returns."""
         results = self._run(more, observe)
         self._results = {name: case for name, case in results.items() if name not in more}
 

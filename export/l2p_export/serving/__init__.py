@@ -1,1 +1,1 @@
-"""Model repositories for Triton Inference Server: written from a bundle, and checked without a server."""
+"""Writes model repositories for Triton Inference Server from a bundle, and checks them without a server."""

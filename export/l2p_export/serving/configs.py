@@ -1,4 +1,4 @@
-"""Model configurations as Triton's own protobuf messages; nothing here writes text by hand."""
+"""Model configurations as Triton's own protobuf messages; no text is written by hand."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Placement:
     """Where a model runs and how many requests wait for it.
 
     Attributes:
-        kind: `auto` is a GPU where the server sees one.
-        instances: processes of the model, on each GPU.
-        queue_size: requests that may wait; further ones are refused at once.
-        queue_seconds: how long one may wait.
+        kind: `auto` is a GPU if the server sees one.
+        instances: number of processes of the model, per GPU.
+        queue_size: maximum requests that wait; further ones are refused at once.
+        queue_seconds: maximum seconds that a request waits.
     """
 
     kind: Kind = "auto"
@@ -71,10 +71,10 @@ def image_config(name: str, manifest: Manifest, spec: ServiceSpec, placement: Pl
 
     Args:
         name: one of `IMAGE_MODELS`.
-        manifest: of the bundle.
-        spec: what its service is made of.
-        placement: where it runs.
-        warm_up: what it draws while it is loaded; None for nothing.
+        manifest: manifest of the bundle.
+        spec: settings of its service.
+        placement: where it runs, and its queue.
+        warm_up: size of the image that it draws while it is loaded; None for no image.
 
     Raises:
         HostError: tritonclient is not installed.
@@ -108,7 +108,7 @@ def image_config(name: str, manifest: Manifest, spec: ServiceSpec, placement: Pl
 
 
 def stated(manifest: Manifest) -> dict[str, str]:
-    """What a caller may want to know before it asks: sizes that are possible, and the values of what is left out."""
+    """Parameters for callers: possible image sizes, and the defaults of optional inputs."""
     model, profile, sampling = manifest.model, manifest.profiles[0], manifest.sampling
     return {
         "size_multiple_px": str(model.size_multiple_px),
@@ -122,7 +122,7 @@ def stated(manifest: Manifest) -> dict[str, str]:
 
 
 def warm_up_files(warm_up: WarmUp) -> dict[str, bytes]:
-    """File name to raw little-endian content of what a warm-up request holds."""
+    """File name to raw little-endian bytes of the inputs of a warm-up request."""
     import numpy as np
 
     numbers = {"height": warm_up.height, "width": warm_up.width, "steps": WARM_UP_STEPS}
@@ -134,9 +134,9 @@ def network_config(network: NetworkSpec, records: Sequence[EngineRecord], placem
     """The configuration of one network as TensorRT engines, one for each compute capability.
 
     Args:
-        network: inputs and outputs.
+        network: inputs and outputs of the network.
         records: its engines, all of one plan and library version, with equal profiles.
-        placement: instances and queue; it runs on GPUs alone.
+        placement: instances and queue; it runs only on GPUs.
 
     Raises:
         HostError: tritonclient is not installed.
@@ -154,7 +154,7 @@ def network_config(network: NetworkSpec, records: Sequence[EngineRecord], placem
     profiles = [str(index) for index in range(len(records[0].profiles))]
     group = config.instance_group.add(count=placement.instances, profile=profiles)
     group.kind = group.KIND_GPU
-    # One context that takes the memory of the profile in use, where profiles of 1K and 8K images share an engine.
+    # If profiles of 1K and 8K images share an engine, a context takes only the memory of the profile in use.
     strategy = "ON_PROFILE_CHANGE" if len(profiles) > 1 else "STATIC"
     config.parameters["execution_context_allocation_strategy"].string_value = strategy
     config.version_policy.latest.num_versions = 1
@@ -167,7 +167,7 @@ def plan_file(record: EngineRecord) -> str:
 
 
 def compute_capability(record: EngineRecord) -> str:
-    """As Triton spells it: `8.9`, `12.0`."""
+    """The compute capability as Triton spells it: `8.9`, `12.0`."""
     digits = target_from_spelling(record.target).compute_capability.removeprefix("sm")
     return f"{digits[:-1]}.{digits[-1]}"
 
@@ -198,7 +198,7 @@ def require_client() -> Any:
 def _new(name: str) -> Any:
     config = require_client().ModelConfig()
     config.name = name
-    # Images of unlike size cannot share a batch, and a call of the runtime draws one.
+    # Images of different sizes cannot share a batch, and a call of the runtime draws one.
     config.max_batch_size = 0
     return config
 
@@ -232,7 +232,7 @@ def _place(config: Any, placement: Placement) -> None:
 
 
 def _warm(config: Any, name: str, manifest: Manifest) -> None:
-    # A batch size of 0, the default, makes the server skip the warm-up without a word.
+    # A batch size of 0, the default, makes the server skip the warm-up silently.
     request = config.model_warmup.add(name="least_image", batch_size=1)
     reads_text = name != "l2p_embeddings" and manifest.text is not None
     caption = request.inputs["prompt" if reads_text else "prompt_embeds"]

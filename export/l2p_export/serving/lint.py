@@ -1,6 +1,6 @@
-"""What a server would refuse, hang on or pass over in silence, found without one.
+"""Checks a model repository without a server, for what a server would refuse, hang on or ignore silently.
 
-The protobuf parser sees unknown fields and wrong types. It does not see dims of 0, names that differ from folders,
+The protobuf parser finds unknown fields and wrong types. It does not find dims of 0, names that differ from folders,
 missing files (a Python model without `model.py` makes the server hang for ever), warm-ups that are skipped, or tensors
 that are not the bundle's.
 """
@@ -38,7 +38,7 @@ _TYPE_BYTES |= {"UINT32": 4, "INT32": 4, "FP32": 4, "UINT64": 8, "INT64": 8, "FP
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault: the model, where in it, and what is wrong."""
+    """One fault: the model, the place in it, and what is wrong."""
 
     model: str
     place: str
@@ -46,7 +46,7 @@ class Finding:
 
 
 def lint_repository(root: Path) -> list[Finding]:
-    """Everything wrong with a model repository; empty when a server can start on it.
+    """Everything wrong with a model repository; empty if a server can start on it.
 
     Raises:
         UsageError: no folder, or one without models.
@@ -150,7 +150,7 @@ def _check_instances(_folder: Path, config: Any) -> Iterator[tuple[str, str]]:
         if group.count < 1:
             yield place, f"has count {group.count}, expected 1 or more"
         if config.platform == "tensorrt_plan" and group.kind == group.KIND_CPU:
-            yield place, "is KIND_CPU; TensorRT plans run on GPUs alone"
+            yield place, "is KIND_CPU; TensorRT engines run only on GPUs"
         for profile in group.profile:
             if not profile.isdigit():
                 yield place, f'has profile "{profile}", expected a number'
@@ -205,7 +205,7 @@ def _check_image_model(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
     number = max(versions(folder), default=0)
     path = folder / str(number) / spec.bundle
     if Path(spec.bundle).is_absolute() and not path.exists():
-        return  # a place of the server's machine
+        return  # a path on the server's machine
     try:
         bundle = open_bundle(path)
     except L2PError as error:
@@ -220,7 +220,7 @@ def _check_image_model(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _check_network(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
-    """Tensors, profiles and engines of a network, where a bundle beside it says what they should be."""
+    """Tensors, profiles and engines of a network, if a bundle beside it tells what they must be."""
     if not folder.name.startswith(NETWORK_PREFIX):
         return
     bundle = _bundle_of(folder.parent, config.parameters[DIGEST].string_value)

@@ -1,11 +1,11 @@
-"""A model repository written from a bundle: one folder a model, one rising version a bundle.
+"""Writes a model repository from a bundle: one folder per model, one increasing version per bundle.
 
-    l2p/config.pbtxt            what the server reads
-    l2p/warmup/                 what an instance draws before it is ready
-    l2p/1/model.py, glue.py     what the server runs
-    l2p/1/bundle/               what it runs on
+    l2p/config.pbtxt            configuration of the model
+    l2p/warmup/                 inputs of the image that an instance draws before it is ready
+    l2p/1/model.py, glue.py     code that the server runs
+    l2p/1/bundle/               the bundle that it runs on
 
-A version folder appears whole or not at all, so a server that looks again meanwhile loads the old one or the new one.
+A version folder appears only when it is complete, so a server that polls meanwhile loads the old or the new version.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ _CHECKOUT = Path(__file__).parents[3] / "runtime" / "triton_models"
 
 @dataclass(frozen=True, slots=True)
 class RepositorySpec:
-    """What is to be written.
+    """Settings of a repository.
 
     Attributes:
-        models: of `IMAGE_MODELS` and `networks`; empty for all that the bundle has what for.
-        backend: as `Pipeline.open` takes it.
+        models: names from `IMAGE_MODELS` and `networks`; empty for all that the bundle can serve.
+        backend: as in `Pipeline.open`.
         plan: precision plan; None keeps all and runs the first that the backend runs.
-        memory_budget: as `Pipeline.open` takes it; empty for what the device has free.
-        dtype: of the images.
+        memory_budget: as in `Pipeline.open`; empty for the free memory of the device.
+        dtype: dtype of the images.
         preview_px: longest side of a preview.
-        pixels: the most of one image; None for the largest of the bundle's profiles.
-        steps: the most of one image; None for four times the bundle's default.
-        prompt_bytes: the most of a prompt.
+        pixels: maximum pixels of one image; None for the maximum of the bundle's profiles.
+        steps: maximum steps of one image; None for four times the bundle's default.
+        prompt_bytes: maximum bytes of a prompt.
         placement: where the models run.
-        warm_up: what an instance draws first; None for the least size of the first profile.
+        warm_up: size of the image that an instance draws first; None for the minimum size of the first profile.
         bundle_at: where the server finds the bundle, instead of a copy in each model.
     """
 
@@ -103,7 +103,7 @@ class RepositorySpec:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a repository has now: model to version, the bundle's digest, and models whose version is new."""
+    """The state of a repository: model to version, the bundle's digest, and the models whose version is new."""
 
     root: Path
     digest: str
@@ -114,10 +114,10 @@ class Written:
 def write_repository(
     bundle: Bundle, root: Path, spec: RepositorySpec, reporter: Reporter, *, dry_run: bool = False
 ) -> Written:
-    """Write, or bring up to date, the models of a bundle in a repository; other models there are left alone.
+    """Write or update the models of a bundle in a repository; other models there are not changed.
 
     Raises:
-        UsageError: a model that the bundle has nothing for, or a folder of that name that something else made.
+        UsageError: a model that the bundle cannot serve, or a folder of that name that l2p-export did not write.
         ArtifactError: the bundle is damaged.
         HostError: tritonclient is missing, or the disk is full.
     """
@@ -156,7 +156,7 @@ def write_repository(
 
 
 def template(name: str) -> bytes:
-    """A file of `runtime/triton_models/`, as the wheel or the checkout has it."""
+    """The content of a file of `runtime/triton_models/`, from the wheel or the checkout."""
     for folder in (_TEMPLATES, _CHECKOUT):
         if (folder / name).is_file():
             return (folder / name).read_bytes()
@@ -164,7 +164,7 @@ def template(name: str) -> bytes:
 
 
 def versions(folder: Path) -> list[int]:
-    """The version numbers of a model's folder, least first."""
+    """The version numbers in a model's folder, in increasing order."""
     if not folder.is_dir():
         return []
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -219,7 +219,7 @@ def _configs(
 
 
 def _check_running(spec: RepositorySpec) -> None:
-    """Refuse what the server would find out while it loads."""
+    """Refuse settings that the server would reject while it loads."""
     if spec.backend not in ("auto", *backend_names()):
         raise UsageError(f"there is no backend `{spec.backend}`", hint=f"backends: auto, {', '.join(backend_names())}")
     if spec.memory_budget:
@@ -227,7 +227,7 @@ def _check_running(spec: RepositorySpec) -> None:
 
 
 def _networks(manifest: Manifest, plan: str | None) -> dict[str, list[EngineRecord]]:
-    """Network to its TensorRT engines under one plan, the newest library's; engines of `rtx` are no plans."""
+    """Network to its TensorRT engines under one plan and the newest library; engines of `rtx` are no Triton plans."""
     found: dict[str, list[EngineRecord]] = {}
     targets = {r.target: target_from_spelling(r.target) for r in manifest.engines}
     ours = [record for record in manifest.engines if targets[record.target].backend == "tensorrt"]
@@ -263,7 +263,7 @@ def _fill_image_version(
     if spec.bundle_at is not None:
         return
     if shared is not None and open_bundle(shared).manifest == manifest:
-        # The same content once on the disk, where the file system can.
+        # Hard links, if the file system has them: the content is on the disk once.
         shutil.copytree(shared, version / BUNDLE, copy_function=_link)
     else:
         pack(bundle, manifest, version / BUNDLE, reporter)
@@ -273,7 +273,7 @@ def _fill_network_version(version: Path, bundle: Bundle, records: Sequence[Engin
     digests = {file.path: file.sha256 for file in bundle.manifest.files}
     for record in records:
         written = version / plan_file(record)
-        # The folder of the version is synced with all that is in it.
+        # The folder of the version is synced with everything in it.
         shutil.copyfile(bundle.path(record.engine), written)
         if file_digest(written) != digests[record.engine]:
             raise HostError(f"`{written}` was not written as it was read", hint="check the disk")
@@ -288,7 +288,7 @@ def _link(source: str, target: str) -> str:
 
 
 def _new_version(folder: Path) -> AbstractContextManager[Path]:
-    """A folder to fill; it becomes the next version when that is done."""
+    """A folder to fill, which becomes the next version when the context ends."""
     folder.mkdir(parents=True, exist_ok=True)
     return atomic_folder(folder / str(_latest(folder) + 1))
 
@@ -303,7 +303,7 @@ def _latest(folder: Path) -> int:
 
 
 def _is_current(folder: Path, digest: str, bundle_at: str | None) -> bool:
-    """Whether the latest version is of this bundle, whole, and its code is this installation's."""
+    """Whether the latest version has this bundle, complete, and the code of this installation."""
     config = read_parameters(folder / CONFIG)
     latest = folder / str(_latest(folder))
     if config.get(DIGEST) != digest or not latest.is_dir():
@@ -321,7 +321,7 @@ def _is_current(folder: Path, digest: str, bundle_at: str | None) -> bool:
 
 
 def read_parameters(path: Path) -> dict[str, str]:
-    """The string parameters of a `config.pbtxt`; empty when there is none that can be read."""
+    """The string parameters of a `config.pbtxt`; empty if it cannot be read."""
     from google.protobuf import text_format
 
     from l2p_export.serving.configs import require_client
@@ -345,7 +345,7 @@ def _write_warm_up(folder: Path, warm_up: WarmUp) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace a file whole."""
+    """Replace a file atomically, unless its content is the same."""
     if path.is_file() and path.read_bytes() == data:
         return
     write_bytes(path, data)

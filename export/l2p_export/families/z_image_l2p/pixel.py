@@ -1,4 +1,4 @@
-"""A whole L2P model as one torch module, for training: the five networks as they are exported, called in order."""
+"""Whole L2P model as one torch module, for training: the five exported networks, called in order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Window:
     """Token rows and columns that the head draws; the transformer sees the whole grid.
 
     Attributes:
-        halo_tokens: what the head reads around them; from 3 on they are what the whole image would have there, below
-            it zeros stand for what is missing, as they do around an image.
+        halo_tokens: number of tokens that the head reads on each side. With 3 or more, the pixels are those that the
+            head draws of the whole image. With fewer, zeros replace the missing tokens, as they do around an image.
     """
 
     rows: slice
@@ -33,9 +33,9 @@ class Window:
 
 
 class PixelModel(nn.Module):
-    """Noisy pixels, time and prompt embeddings to x0 - noise, in pixels.
+    """The pixel denoiser: noisy pixels, time and prompt embeddings to x0 - noise.
 
-    Parameters are named `NETWORK.PUBLISHED`; `published_state` takes the network off again.
+    Parameters are named `NETWORK.PUBLISHED`; `published_state` removes the prefix.
     """
 
     def __init__(self, d: Dimensions) -> None:
@@ -56,7 +56,7 @@ class PixelModel(nn.Module):
     ) -> Tensor:
         """image [B,3,H,W], time [B], prompt_embeds [B,T,C], caption_mask [B,T], tables [S,R], to [B,3,H,W].
 
-        With a window, to the pixels of its tokens alone.
+        With a window, the result has only the pixels of its tokens.
         """
         caption_tokens = prompt_embeds.shape[1]
         caption = self.caption(prompt_embeds, caption_mask, rope_cos[-caption_tokens:], rope_sin[-caption_tokens:])
@@ -88,12 +88,16 @@ def _trainable(network: str, d: Dimensions) -> nn.Module:
 
 
 def published_state(module: nn.Module) -> dict[str, Tensor]:
-    """Published name to tensor, of a model whose first name is a network's."""
+    """Published name to tensor, of a module whose parameters are named `NETWORK.PUBLISHED`."""
     return {name.partition(".")[2]: tensor for name, tensor in module.state_dict().items()}
 
 
 def load_published(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Copy what matches by published name and shape; the published names that stay as they are."""
+    """Copy tensors that match by published name and shape.
+
+    Returns:
+        Published names of the tensors that were not changed.
+    """
     kept = []
     with torch.no_grad():
         for name, tensor in published_state(module).items():
