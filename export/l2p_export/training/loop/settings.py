@@ -36,8 +36,8 @@ def require_settings(folder: Path, settings: Mapping[str, object], name: str = "
     differing = differing_settings(before, wanted)
     if differing:
         raise UsageError(
-            f"`{folder}` was begun with other settings: {'; '.join(differing)}",
-            hint="give the settings it began with, or another folder",
+            f"`{folder}` was started with other settings: {'; '.join(differing)}",
+            hint="give the settings that it began with, or another folder",
         )
 
 
