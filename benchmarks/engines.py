@@ -1,11 +1,11 @@
-"""What TensorRT for RTX engines take: two profiles in one engine, a shared trunk, and the published size.
+"""Sizes, build times and memory of TensorRT for RTX engines: two profiles in one, a shared trunk, the published size.
 
     python benchmarks/engines.py profiles [FOLDER]    one engine with two profiles against two engines
     python benchmarks/engines.py trunk [FOLDER]       4k, 8k and 10k adapters of one source in one store
     python benchmarks/engines.py full [FOLDER]        6.21 billion random weights in FP16: needs 38 GB of disk
-    python benchmarks/engines.py float8 [FOLDER]      the same with block linears in FP8: needs 28 GB of disk
+    python benchmarks/engines.py float8 [FOLDER]      the same with linear layers of blocks in FP8: needs 28 GB of disk
 
-Everything is built for sm89, which needs no GPU. Memory is anonymous memory of the command and of its workers together.
+Everything is built for sm89, which needs no GPU. Memory is the anonymous memory of the command and its workers.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _HEADS = (
 
 
 def main() -> None:
-    """Run one of the four."""
+    """Run one of the four benchmarks."""
     what, folder = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
     with tempfile.TemporaryDirectory(dir=folder) as name:
         {"profiles": profiles, "trunk": trunk, "full": full, "float8": float8}[what](Path(name))
 
 
 def profiles(root: Path) -> None:
-    """The 4k and 8k-zeroshot profiles of one model, in one engine and in two."""
+    """Build the 4k and 8k-zeroshot profiles of one model into one engine and into two."""
     print("| network | both in one: MB, s | 4k: MB, s | 8k-zeroshot: MB, s | two engines: MB, s |\n|" + " --- |" * 5)
     columns = []
     for names in (("4k", "8k-zeroshot"), ("4k",), ("8k-zeroshot",)):
@@ -66,7 +66,7 @@ def profiles(root: Path) -> None:
 
 
 def trunk(root: Path) -> None:
-    """Three adapters of one source: the trunk's graph and engine are made once."""
+    """Build three adapters of one source: the trunk's ONNX graph and engine are built once."""
     total = shared = 0
     for name, patch in (("4k", 64), ("8k", 128), ("10k", 160)):
         checkpoint = root / f"{name}.safetensors"
@@ -81,10 +81,10 @@ def trunk(root: Path) -> None:
 
 
 def full(root: Path) -> None:
-    """The published size in FP16."""
+    """Build engines of the published size in FP16."""
     checkpoint, out = write_random(root / "random_4k.safetensors"), root / "bundle"
     command = _command(root, out, checkpoint, ("4k",), "fp16")
-    # Graphs first: then what is measured is the engines alone.
+    # ONNX graphs first, so that the second run measures only engines.
     graphs = run_measured([part for part in command if part not in {"--target", TARGET}])
     peak = graphs.whole.peak_bytes / 2**30
     print(f"graphs: exit code {graphs.code}, {graphs.whole.seconds:.0f} s, peak anonymous {peak:.2f} GiB", flush=True)
@@ -113,7 +113,7 @@ def full(root: Path) -> None:
 
 
 def float8(root: Path) -> None:
-    """The same weights with every block linear in float8; the head, which stays in float16, is left out."""
+    """Build the same weights with all linear layers of blocks in FP8, without the head, which stays in FP16."""
     loaded = load_model(write_random(root / "random_4k.safetensors"))
     model, profile, plan = loaded.model, load_profile("4k"), plain_plan(loaded.model, "fp16")
     print(_HEADS, flush=True)
@@ -152,7 +152,7 @@ def _build(root: Path, out: Path, checkpoint: Path | None, names: tuple[str, ...
 
 
 def _engines(store: Path, bundle: Path) -> dict[str, tuple[int, float]]:
-    """Network to the bytes and seconds of its engine in a bundle."""
+    """Network to (bytes, seconds) of its engine in a bundle."""
     manifest = json.loads((bundle / "bundle.json").read_bytes())
     wanted = {record["engine"]: record["network"] for record in manifest["engines"]}
     return {

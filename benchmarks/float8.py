@@ -1,4 +1,4 @@
-"""FP16 graphs with every block linear in float8, Q/DQ with fixed scales: for sizes and memory, not for accuracy."""
+"""Converts FP16 ONNX graphs to FP8 Q/DQ with one fixed scale: for sizes and memory, not for accuracy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ _DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 
 def write_float8(graph: Path, weights: Path, folder: Path) -> tuple[Path, Path]:
-    """Write a float8 copy of a graph and of its weights; nothing larger than 64 MiB is held.
+    """Write an FP8 copy of an ONNX graph and of its weights, in chunks of at most 64 MiB.
 
     Args:
-        graph: the `.onnx` of an FP16 plan.
-        weights: its `.safetensors`.
-        folder: where both copies go.
+        graph: the `.onnx` file of an FP16 plan.
+        weights: its `.safetensors` file.
+        folder: folder of both copies.
+
+    Returns:
+        Paths of the ONNX graph and the weights.
     """
     model, source = onnx.load(graph, load_external_data=False), open_tensorfile(weights)
     eighths = {name for name in source.tensors if all(map(_BLOCK_LINEAR.fullmatch, published_names(name)))}
@@ -63,7 +66,7 @@ def _rounded(block: bytes) -> bytes:
 
 
 def _quantize(model: onnx.ModelProto, eighths: set[str]) -> None:
-    """Round the input of each product, and widen its weight, with one scale for all."""
+    """Insert Q/DQ at the input of each linear layer and DQ at its weight, with one scale for all."""
     model.graph.initializer.append(numpy_helper.from_array(np.array(_SCALE, np.float16), "l2p/scale"))
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:

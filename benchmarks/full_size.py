@@ -1,9 +1,8 @@
-"""Builds BF16 and FP16 graphs of a checkpoint with the published 4k header, zero-filled and sparse.
+"""Builds BF16 and FP16 ONNX graphs of a sparse, zero-filled checkpoint with the published 4k header.
 
-Prints seconds and peak anonymous memory of every stage, the bytes written, and the same for a build that finds all
-done.
-Goals: 2 GiB in all, 60 s and 1 GiB for tracing, 2 s for a build with nothing to do. Needs 26 GB of disk; the folder
-given, or a temporary one, is emptied of what was built.
+Prints seconds and peak anonymous memory of every stage, the bytes written, and the same for a second build with
+nothing to do. Goals: 2 GiB in all, 60 s and 1 GiB for tracing, 2 s for a build with nothing to do. Needs 26 GB of disk
+in FOLDER, or in a temporary folder; the files are removed at the end.
 
     python benchmarks/full_size.py [FOLDER]
 """
@@ -24,7 +23,7 @@ VARIANT = "4k"
 
 
 def main() -> None:
-    """Build twice and print what it took."""
+    """Build twice and print seconds and memory."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         checkpoint = write_sparse(Path(name) / "l2p_4k_sft.safetensors")
         out = Path(name) / "full.bundle"
@@ -41,7 +40,7 @@ def main() -> None:
 
 
 def write_sparse(path: Path) -> Path:
-    """The published header over zeros that take no disk: layers 5 to 24 in F32, the rest in BF16.
+    """Write the published header and a hole of zeros: layers 5 to 24 in F32, the rest in BF16.
 
     Source: docs/model.md, "Checkpoints".
     """

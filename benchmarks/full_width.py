@@ -1,9 +1,9 @@
-"""What FP16 or FP8 costs at the published size: 6.21 billion seeded random weights, each network against torch.
+"""Cost and error of FP16 or FP8 at the published size: 6.21 billion random weights, each network against torch.
 
-Writes a 4k checkpoint of random weights in BF16 (12.4 GB), builds its graphs in one precision (12.4 GB in FP16), and
-prints seconds and peak anonymous memory of every stage, and the build's ledger at 1024 x 1024: torch float32 block by
-block, ONNX Runtime network by network. Then one denoising call through `Pipeline` under a memory budget that does not
-hold the networks together, against the same reference. Goal: 3 GiB for statistics, plan and graphs of FP8 (issue 7).
+Writes a 4k checkpoint of seeded random weights in BF16 (12.4 GB) and builds its ONNX graphs in one precision (12.4 GB
+in FP16). Prints seconds and peak anonymous memory of every stage, and the build's ledger at 1024 x 1024: torch float32
+block by block, ONNX Runtime network by network. Then runs one denoising call of `Pipeline` with a memory budget that
+does not hold all networks, against the same reference. Goal: 3 GiB for statistics, plan and ONNX graphs of FP8.
 
     python benchmarks/full_width.py [--precision fp8] [FOLDER]
 """
@@ -30,13 +30,13 @@ from l2p_runtime.bundle import open_bundle
 from l2p_runtime.tensorfile import header_bytes
 
 CASE = Case("1024x1024", 16, 16, 128, stored=False)
-"""256 image tokens of 64 px patches: the smallest corner of the 4k profile."""
+"""256 image tokens of 64 px patches: the minimum corner of the 4k profile."""
 BUDGET = "9GiB"
 CHUNK_VALUES = 1 << 24
 
 
 def main() -> None:
-    """Write, build, compare."""
+    """Write the checkpoint, build it, and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--precision", default="fp16")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def write_random(path: Path) -> Path:
-    """Weights that keep the variance of what passes through them, gains near 1, small biases."""
+    """Write weights that keep the variance of activations, gains near 1 and small biases."""
     shapes = expected_shapes(published_dimensions("4k"))
     header, _ = header_bytes([(name, "BF16", shape) for name, shape in shapes.items()])
     with path.open("wb") as file:

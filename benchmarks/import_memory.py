@@ -1,7 +1,6 @@
 """Peak anonymous memory and seconds of `l2p-export import` on a sparse checkpoint of 2 GB. Goal: under 300 MB.
 
-Anonymous memory is what the process itself holds; mapped pages of the checkpoint can be dropped by the kernel at any
-time and do not count.
+Anonymous memory is not backed by files. Mapped pages of the checkpoint do not count, because the kernel can drop them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What fewer tokens save: one block of the published width at the tokens of a 4096 x 4096 image, latent and pixel.
+"""Time saved by fewer tokens: one block of the published width, with latent and pixel tokens of a 4096 x 4096 image.
 
-The latent source cuts that image into 65,536 tokens, the 4k variant into 4,096; both read 64 caption tokens. Prints
-seconds of each, what is saved, and beside it the arithmetic and the paper's figure (docs/model.md, "Operations"). A run
-takes about fifteen minutes on two cores; `--tokens` takes other counts.
+The latent source splits that image into 65,536 tokens, the 4k variant into 4,096; both read 64 caption tokens. Prints
+seconds of each and the saved share, measured, by FLOPs, and in the paper (docs/model.md, "Operations"). A run takes
+about fifteen minutes on two cores; `--tokens` sets other counts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _block(dtype: torch.dtype) -> Block:
 
 @torch.no_grad()
 def _seconds(block: Block, tokens: int, dtype: torch.dtype) -> float:
-    """Best of three for short runs, one for long ones; a small call first warms the libraries up."""
+    """Minimum of three runs, or one run if it is long, after a small warm-up call."""
     sizes = published_dimensions("4k")
     modulation = torch.randn(1, sizes.time_width).to(dtype)
 
@@ -66,7 +66,7 @@ def _seconds(block: Block, tokens: int, dtype: torch.dtype) -> float:
 
 
 def _flops(tokens: int) -> float:
-    """Multiply-adds count two: seven matrices on every token, and attention of every token to every other."""
+    """FLOPs of a block, 2 per multiply-add: seven matrices per token, and attention between all tokens."""
     d = published_dimensions("4k")
     matrices = 4 * d.width**2 + 3 * d.width * d.ffn_width
     return 2.0 * tokens * matrices + 4.0 * tokens**2 * d.width

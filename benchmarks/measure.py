@@ -1,4 +1,4 @@
-"""A command's anonymous memory while it runs, whole and by the stages that it tells on stderr."""
+"""Measures a command's time and anonymous memory, in total and per stage that it reports on stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Figures:
 
 @dataclass
 class Measured:
-    """A command that ended: its code, the whole, its stages by title, and what it wrote."""
+    """Result of a command: exit code, total figures, figures per stage, and lines of stderr."""
 
     code: int
     whole: Figures
@@ -29,7 +29,7 @@ class Measured:
 
 
 def run_measured(command: list[str]) -> Measured:
-    """Run a command and read its memory a hundred times a second."""
+    """Run a command and sample its memory a hundred times per second."""
     measured = Measured(-1, Figures())
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -50,7 +50,7 @@ def run_measured(command: list[str]) -> Measured:
 
 
 def tree_anonymous_bytes(pid: int) -> int:
-    """Memory of a process and of those that it started, that no file backs."""
+    """Anonymous memory of a process and its descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
     except OSError:
@@ -59,7 +59,7 @@ def tree_anonymous_bytes(pid: int) -> int:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Memory of a process that no file backs."""
+    """Anonymous memory of a process: pages that no file backs."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:

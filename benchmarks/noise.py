@@ -1,6 +1,6 @@
 """Times the noise of one 4096 x 4096 image: the native kernel with one and two threads, and NumPy.
 
-Run `python benchmarks/noise.py`; it prints a Markdown table of the best of three runs each.
+Run `python benchmarks/noise.py`; it prints a Markdown table of the minimum of three runs each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUNS = 3
 
 def main() -> int:
     """Print the table."""
-    # Written once before the clock starts, so that the system's first handing out of pages is not timed.
+    # Written once before timing, so that page faults are not timed.
     out = np.zeros((3, SIDE, SIDE), np.float32)
     out.fill(1)
     window: dict[str, Any] = {"rows": (0, SIDE), "cols": (0, SIDE), "out": out}

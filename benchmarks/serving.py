@@ -1,10 +1,10 @@
-"""What a Triton server adds to the pipeline's own time: one image over shared memory, gRPC and HTTP.
+"""Latency that a Triton server adds to the pipeline: one image over shared memory, gRPC and HTTP.
 
 Run `python benchmarks/serving.py BUNDLE [--size 4096x4096] [--images 3] [--way shared] [--made-up]`; it starts a real
-server on this machine and prints a Markdown table. `draw` is the pipeline's own time as the server reports it, `added`
-is what the client waited beyond it, and `server` is the server's own count of the time in the model
-(`nv_inference_compute_infer_duration_us`). With `--made-up` the models answer with noise that they do not draw: what is
-added does not depend on it, and there is time for many images.
+server on this machine and prints a Markdown table. `draw` is the pipeline's time as the server reports it. `added` is
+the time that the client waited beyond it. The last column compares the server's metric of time in the model
+(`nv_inference_compute_infer_duration_us`) with `draw`. With `--made-up`, models return stored noise instead of drawing:
+the added time is the same, and a run measures more images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.triton_server import Server, serve
 MODEL = "l2p_embeddings"
 WAYS = {"shared": "gRPC, shared memory", "grpc": "gRPC", "http": "HTTP"}
 COUNTED_SECONDS = 0.3
-"""The server counts a request after it has answered."""
+"""Wait before reading metrics: the server counts a request after its response."""
 BUSY = "nv_inference_compute_infer_duration_us"
 
 MADE_UP = """
@@ -55,15 +55,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--size", default="4096x4096", help="WIDTHxHEIGHT")
-    parser.add_argument("--images", type=int, default=3, help="of each way, after one that is not counted")
-    parser.add_argument("--way", choices=WAYS, action="append", help="only this one; repeatable")
-    parser.add_argument("--made-up", action="store_true", help="answer with noise instead of drawing")
+    parser.add_argument("--images", type=int, default=3, help="timed images per transport, after one warm-up")
+    parser.add_argument("--way", choices=WAYS, action="append", help="only this transport; repeatable")
+    parser.add_argument("--made-up", action="store_true", help="return stored noise instead of drawing")
     options = parser.parse_args()
     height, width = parse_size(options.size)
     bundle = open_bundle(options.bundle)
     embeds = np.random.default_rng(7).standard_normal((8, bundle.manifest.model.caption_width)).astype(np.float32)
     asked = {"prompt_embeds": embeds, "height": height, "width": width, "steps": 1, "guidance": 1.0}
-    print(f"| {width} x {height} uint8 | wait s | draw s | added ms, least | median | server's count beyond draw, ms |")
+    print(
+        f"| {width} x {height} uint8 | wait s | draw s | added ms, minimum | median | server's metric beyond draw, ms |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as work:
         repository = Path(work) / "repository"
@@ -81,7 +83,7 @@ def main() -> int:
                 url = server.http if way == "http" else server.grpc
                 _print_row(WAYS[way], server, url, shared=way == "shared", images=options.images, asked=asked)
     copies = [_copy_ms(height, width) for _ in range(10)]
-    print(f"\nOne copy of such an image takes {min(copies):.0f} ms here at least, {np.median(copies):.0f} ms usually.")
+    print(f"\nOne copy of such an image takes {min(copies):.0f} ms (minimum), {np.median(copies):.0f} ms (median).")
     return 0
 
 

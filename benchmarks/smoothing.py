@@ -1,7 +1,7 @@
-"""Whether smoothing pays before FP8: channels of a product's inputs divided by s, its weights times s, then rounded.
+"""Effect of SmoothQuant before FP8: inputs of a linear layer divided by s per channel, weights times s, then rounded.
 
 SmoothQuant (Xiao et al. 2022, equation 4) moves s = amax(x)^a / amax(w)^(1 - a) of each channel from the inputs into
-the layer before. It is measured here on a demo's bundle, in torch, on renders of the small world under noise.
+the layer before. This script measures it in torch on a bundle of the demo, on noisy renders of the small world.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ Case: TypeAlias = dict[str, NDArray[Any]]
 
 
 def main() -> None:
-    """Print the error of the prediction, and of each kind of product alone, with and without smoothing."""
+    """Print the error of the prediction, and of each kind of linear layer, with and without smoothing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--count", type=int, default=8, help="captions to measure on; as many others set the scales")
+    parser.add_argument(
+        "--count", type=int, default=8, help="captions to measure on; the same number of others sets the scales"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     bundle = open_bundle(options.bundle)
@@ -65,7 +67,7 @@ def main() -> None:
     run = partial(_run, networks, backend.device)
     peaks = _peaks(linears, cases[:half], run)
     wanted = [run(case) for case in cases[half:]]
-    print(f"{len(linears)} products, {half} calls at {SIZE_PX}x{SIZE_PX}; relative errors, of products the mean")
+    print(f"{len(linears)} linear layers, {half} calls at {SIZE_PX}x{SIZE_PX}; relative errors, mean over layers")
     for alpha in ALPHAS:
         with _rounding(linears, peaks, alpha) as errors:
             found = [run(case) for case in cases[half:]]
@@ -109,7 +111,7 @@ def _run(networks: TorchNetworks, device: Any, case: Case) -> NDArray[np.float64
 
 
 def _peaks(linears: Mapping[str, nn.Linear], cases: list[Case], run: Any) -> dict[str, Tensor]:
-    """Layer to the largest magnitude of each channel that it reads."""
+    """Layer to the maximum magnitude of each of its input channels."""
     peaks: dict[str, Tensor] = {}
 
     def look(layer: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -129,7 +131,7 @@ def _peaks(linears: Mapping[str, nn.Linear], cases: list[Case], run: Any) -> dic
 def _rounding(
     linears: Mapping[str, nn.Linear], peaks: Mapping[str, Tensor], alpha: float | None
 ) -> Iterator[dict[str, list[float]]]:
-    """All products in FP8 while this lasts; layer to the relative errors of what it makes of its own inputs."""
+    """Context with all linear layers in FP8; yields layer to the relative errors of its output for its own inputs."""
     errors: dict[str, list[float]] = {layer: [] for layer in linears}
 
     def product(layer: str, smooth: Tensor, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

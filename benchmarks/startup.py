@@ -1,4 +1,4 @@
-"""Seconds to import the runtime and to show help, in fresh processes. Goals: 0.10 and 0.15 s."""
+"""Times the import of the runtime and `--help` in fresh processes. Goals: 0.10 and 0.15 s."""
 
 from __future__ import annotations
 

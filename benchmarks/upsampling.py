@@ -1,15 +1,15 @@
-"""Nearest x2 upsampling and a 3x3 convolution as four 2x2 convolutions at the lower size: milliseconds and bytes.
+"""Times nearest x2 upsampling with a 3x3 convolution against equal forms with convolutions at the lower resolution.
 
-    python benchmarks/upsampling.py stages VARIANT                    each level of a pixel head alone, float32
+    python benchmarks/upsampling.py stages VARIANT                    each level of a pixel head, float32
     python benchmarks/upsampling.py head VARIANT PLAN HEIGHTxWIDTH    the whole head
     python benchmarks/upsampling.py engine VARIANT PLAN               the head as an engine for sm89; needs no GPU
 
 A variant is `1k` or `4k`, at the published widths, or `demo-1k` or `demo-4k`, at a quarter of them; weights are seeded.
-A plan is `fp32` or `fp16`. `--graphs FOLDER` keeps graphs and finds them again: a trace takes a minute.
+A plan is `fp32` or `fp16`. `--graphs FOLDER` caches ONNX graphs, since a trace takes a minute.
 
-Calls are on one thread, the forms in turn in each round; milliseconds are the process's own processor time, which other
-work on the machine stretches less than the clock. MiB are the most anonymous memory during the first call of a process
-of its own, over what it held before. Every run first compares the forms on numbers that need no rounding.
+Calls run on one thread, with all forms in turn in each round. Milliseconds are CPU time of the process, which other
+work on the machine affects less than wall time. MiB are the peak of anonymous memory that the first call adds, in a
+process of its own. Every run first compares the forms on numbers that need no rounding.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ Call = Callable[[], Array]
 
 LIBRARIES = ("onnx", "torch")
 STAGE_SIDE_PX = 1024
-COLUMNS = "| form | least ms | median ms | of the original | MiB | relative error |\n|" + " --- |" * 6
+COLUMNS = "| form | minimum ms | median ms | of the original | MiB | relative error |\n|" + " --- |" * 6
 
 
 def main() -> None:
-    """Compare the forms, then measure what is asked for."""
+    """Compare the forms, then run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("stages", "head", "engine"))
     parser.add_argument("variant", choices=("1k", "4k", "demo-1k", "demo-4k"))
@@ -84,10 +84,10 @@ def main() -> None:
 
 
 def check_equal() -> None:
-    """Sums of small whole numbers are exact: every form gives the same bits, borders and odd sizes included.
+    """Check that all forms give equal bits on small integers, whose sums are exact, including borders and odd sizes.
 
     Raises:
-        AssertionError: one does not.
+        AssertionError: a form differs.
     """
     random = np.random.default_rng(0)
     for channels, up, height, width in ((32, 16, 3, 5), (16, 32, 4, 1), (3, 5, 1, 2), (8, 8, 6, 7)):
@@ -103,7 +103,7 @@ def check_equal() -> None:
 
 
 def stages(options: argparse.Namespace, scratch: Path) -> None:
-    """Each level alone, at the size that it has in an image of 1024 x 1024."""
+    """Measure each level by itself, at its size in an image of 1024 x 1024."""
     d = _dimensions(options.variant)
     side, channels = STAGE_SIDE_PX >> len(d.levels), d.bottleneck
     for level in reversed(d.levels):
@@ -124,7 +124,7 @@ def stages(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def head(options: argparse.Namespace, scratch: Path) -> None:
-    """The whole head; errors are against the float32 graph as it is."""
+    """Measure the whole head; errors are against the unchanged float32 ONNX graph."""
     d = _dimensions(options.variant)
     height, width = map(int, options.size.split("x"))
     random = np.random.default_rng(1)
@@ -142,7 +142,7 @@ def head(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def engine(options: argparse.Namespace, scratch: Path) -> None:
-    """The head of each form as a TensorRT for RTX engine, built ahead of time."""
+    """Build the head of each form as a TensorRT for RTX engine."""
     model = Z_IMAGE_L2P.model(expected_shapes(_dimensions(options.variant)))
     spec = next(spec for spec in model.networks if spec.name == "head")
     shapes = engine_profiles(spec, model.spec, [load_profile(options.variant.removeprefix("demo-"))])
@@ -207,7 +207,7 @@ def _watch(peak: list[int], done: threading.Event) -> None:
 
 
 def _session(model: bytes | str) -> Any:
-    """A session as the runtime opens it for small graphs, on one thread."""
+    """An ONNX Runtime session with the runtime's options for small ONNX graphs, on one thread."""
     import onnxruntime as ort
 
     options = make_options(ort)
@@ -256,7 +256,7 @@ class _Upsampling(nn.Module):
         self.form, self.bias = form, torch.as_tensor(bias)
         kernels = four_kernels(weight)
         if form == "stacked":
-            # `pixel_shuffle` wants the four of a channel behind each other.
+            # `pixel_shuffle` expects the four kernels of a channel next to each other.
             kernels = stacked_kernel(weight).transpose(2, 0, 1, 3, 4, 5).reshape(-1, weight.shape[1], 2, 2)
             self.bias = self.bias.repeat_interleave(4)
         made = {"original": weight, "transposed": transposed_kernel(weight)}.get(form, kernels)
@@ -284,7 +284,7 @@ def _form_of_graph(options: argparse.Namespace, form: str, scratch: Path) -> Pat
 
 
 def _graph(variant: str, plan: str, folder: Path) -> Path:
-    """The head's graph as a build writes it."""
+    """The head's ONNX graph as a build writes it."""
     folder = folder / f"{variant}.{plan}"
     if not list(folder.glob("head.*.onnx")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def _graph(variant: str, plan: str, folder: Path) -> Path:
 
 
 def _tensors(variant: str) -> Mapping[str, TensorSource]:
-    """Seeded tensors of the head that keep the variance of what passes through them."""
+    """Seeded tensors of the head that keep the variance of activations."""
     tensors: dict[str, TensorSource] = {}
     for name, shape in network_shapes("head", _dimensions(variant)).items():
         values = _normal(np.random.default_rng(zlib.crc32(name.encode())), *shape)

@@ -1,8 +1,9 @@
-"""Nearest x2 upsampling and a 3x3 convolution, written as convolutions at the lower size; equal but for rounding.
+"""Nearest x2 upsampling with a 3x3 convolution, as convolutions at the lower resolution; equal up to rounding.
 
-Of three neighbouring rows of an upsampled image two come from one row, so three taps become two: for an even row of
-the output w0 and w1 + w2, which read the row above and the row itself, for an odd one w0 + w1 and w2, which read the
-row itself and the one below. The same holds for columns. Zeros around the upsampled image are zeros around the image.
+Two of three neighbouring rows of an upsampled image are copies of one row, so three taps become two. For an even output
+row these are w0 and w1 + w2, which read the row above and the row itself. For an odd one they are w0 + w1 and w2, which
+read the row itself and the row below. The same holds for columns. Zero padding of the upsampled image equals zero
+padding of the image.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 FORMS = ("original", "four", "stacked", "transposed")
-"""As it is; four 2x2 convolutions whose results are interleaved; one 2x2 convolution of four times the channels and one
-more row and column, interleaved and cut; and a transposed 4x4 convolution of stride 2."""
+"""The original; four 2x2 convolutions with interleaved results; one 2x2 convolution of four times the channels and one
+more row and column, interleaved and cropped; a transposed 4x4 convolution of stride 2."""
 
 _PARITIES = tuple(product((0, 1), repeat=2))
 _PAIRS = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float64)
@@ -36,26 +37,26 @@ def four_kernels(weight: Weights) -> Weights:
 
 
 def stacked_kernel(weight: Weights) -> Weights:
-    """[out,in,3,3] to [2,2,out,in,2,2], in the order in which windows give rows: that of an odd row first.
+    """[out,in,3,3] to [2,2,out,in,2,2], in the order in which windows produce rows: the kernel of an odd row first.
 
-    Window i reads rows i - 1 and i; it makes row 2i - 1 of the output, which is odd, and row 2i.
+    Window i reads rows i - 1 and i; it produces output rows 2i - 1, which is odd, and 2i.
     """
     return four_kernels(weight)[::-1, ::-1]
 
 
 def transposed_kernel(weight: Weights) -> Weights:
-    """[out,in,3,3] to [in,out,4,4]: what a pixel adds to the 4 x 4 pixels of the output around it."""
+    """[out,in,3,3] to [in,out,4,4]: the contribution of a pixel to the 4 x 4 output pixels around it."""
     sums: Weights = np.einsum("pk,ql,oikl->iopq", _SPREAD, _SPREAD, weight.astype(np.float64))
     return sums.astype(weight.dtype)
 
 
 def rewrite(model: onnx.ModelProto, form: str) -> onnx.ModelProto:
-    """A copy in which every convolution of an upsampled image has another form; weights must be in the model.
+    """Copy a model with every convolution of an upsampled image in another form; weights must be in the model.
 
-    Weights of lower precision are summed as they are stored, and the sums are rounded again.
+    Kernel sums are computed in float64 and rounded to the dtype of the stored weights.
 
     Args:
-        model: a graph with nearest x2 `Resize` before 3x3 convolutions.
+        model: an ONNX model with nearest x2 `Resize` before 3x3 convolutions.
         form: one of `FORMS`.
     """
     if form == "original":
@@ -84,7 +85,7 @@ def rewrite(model: onnx.ModelProto, form: str) -> onnx.ModelProto:
 
 
 def stage_model(weight: Weights, bias: Weights) -> onnx.ModelProto:
-    """One stage alone, x [B,in,h,w] to y [B,out,2h,2w]."""
+    """Model of one upsampling level, x [B,in,h,w] to y [B,out,2h,2w]."""
     up, channels = weight.shape[:2]
     resize = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
     nodes = [

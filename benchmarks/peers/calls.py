@@ -1,4 +1,4 @@
-"""FP8 of other tools beside ours, on the same small model: what the scripts of this folder share.
+"""Shared parts of the scripts that compare FP8 of other tools with ours, on the same small model.
 
 `make bench-peers` runs all of it. By hand, each tool in an environment of its own:
 
@@ -7,9 +7,9 @@
     PYTHONPATH=$OURS TORCHAO/bin/python benchmarks/peers/torchao_peer.py FOLDER
     python benchmarks/peers/compare.py FOLDER                                  the project's environment; the tables
 
-with OURS=export:runtime:calib:engines; the Makefile says what the other two environments hold. What is measured is the
-relative error of our ledger, against float32 on the same inputs: each network alone, and all in a row. This module
-needs nothing but NumPy.
+with OURS=export:runtime:calib:engines; the Makefile lists the packages of the other two environments. The error is the
+relative error of our ledger, against float32 on the same inputs: each network by itself, and all in sequence. This
+module needs only NumPy.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ Call = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How the weights of one network are stored.
+    """Storage of the weights of one network.
 
     Attributes:
         network: its name.
-        size_bytes: of all its tensors, scales included.
-        linear: numbers in matrices that values are multiplied by.
-        linear_eighths: those of them that are rounded to 8 bits.
-        linear_stored: those of them that are stored so; others are rounded when a graph is loaded.
-        convolution: numbers in the kernels of convolutions.
-        convolution_eighths: those of them that are rounded to 8 bits.
-        products_eighths: products of two values, as in attention, of numbers in 8 bits.
+        size_bytes: of all its tensors, including scales.
+        linear: number of weights of linear layers.
+        linear_eighths: of these, weights quantized to 8 bits.
+        linear_stored: of these, weights stored in 8 bits; the others are quantized when an ONNX graph is loaded.
+        convolution: number of weights of convolutions.
+        convolution_eighths: of these, weights quantized to 8 bits.
+        products_eighths: matrix products of two activations, as in attention, with 8-bit inputs.
     """
 
     network: str
@@ -74,7 +74,7 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one tool, in one setting, made of the networks."""
+    """Errors and storage of all networks for one tool in one setting."""
 
     tool: str
     errors: tuple[Errors, ...]
@@ -82,20 +82,20 @@ class Result:
 
 
 def read_calls(folder: Path) -> dict[str, Call]:
-    """Every call of a folder: inputs of the networks and, as `network.output`, what float32 made of them."""
+    """Read all calls of a folder: inputs of the networks and, as `network.output`, their float32 outputs."""
     paths = sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem))
     files = {path.stem: open_tensorfile(path) for path in paths}
     return {name: {key: np.array(file.read(key)) for key in file.tensors} for name, file in files.items()}
 
 
 def measure(bundle: Bundle, calls: Mapping[str, Call], load: Callable[[str], Engine]) -> tuple[Errors, ...]:
-    """Run every call on what `load` gives for each network, and compare as a build's ledger does.
+    """Run every call on the engines that `load` returns, and compare as a build's ledger does.
 
     Raises:
         ParityError: an output holds NaN or Inf, or has another shape.
     """
     specs = {network: bundle.manifest.network(network) for network in NETWORKS}
-    # Only the figures are wanted; the gate of `fp8-plain` lets everything through.
+    # Only the figures are used; `fp8-plain` has no threshold that fails.
     entries = compare_networks("peers", "fp8-plain", specs, calls, load, HostDevice(), lambda done: None)
     found: dict[str, list[float]] = {}
     for entry in entries:
@@ -106,13 +106,13 @@ def measure(bundle: Bundle, calls: Mapping[str, Call], load: Callable[[str], Eng
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write what one tool did, for `compare.py`."""
+    """Write the result of one tool, for `compare.py`."""
     path = folder / RESULTS / f"{result.tool.replace(' ', '-')}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(to_json(result)), encoding="utf-8")
 
 
 def read_results(folder: Path) -> list[Result]:
-    """What all tools did, by name."""
+    """Read the results of all tools, sorted by name."""
     paths = sorted((folder / RESULTS).glob("*.json"))
     return [from_json(Result, json.loads(path.read_bytes()), path.stem) for path in paths]

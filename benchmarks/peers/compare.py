@@ -1,9 +1,9 @@
-"""The tables of the peers: error, bytes and share of weights in 8 bits; `calls.py` tells what runs before.
+"""Compares the tools: error, bytes and share of weights in 8 bits. `calls.py` lists the scripts to run before.
 
     python benchmarks/peers/compare.py FOLDER
 
-Runs our graphs and modelopt's in the same ONNX Runtime, opened as the runtime opens graphs, and adds what torchao's
-script has written. Then it tells which graphs ONNX Runtime opens without that, with its own rewriting of Q/DQ.
+Runs our ONNX graphs and modelopt's in the same ONNX Runtime with our runtime's session options, and adds the results of
+torchao's script. Then lists the ONNX graphs that ONNX Runtime refuses with its default options.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from l2p_runtime.contract import NETWORKS
 
 EIGHTHS = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 _PASSED = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape"}
-"""Operators between a stored weight and the product that reads it."""
+"""Operators between a stored weight and the MatMul, Gemm or Conv that reads it."""
 
 
 def main() -> None:
-    """Run what is graphs, and print the tables."""
+    """Run the ONNX graphs and print the tables."""
     folder = Path(sys.argv[1])
     bundle, calls = open_bundle(folder / BUNDLE), read_calls(folder / TEST)
     tools = {"ours, fp32": _bundled(bundle, "fp32")}
@@ -79,7 +79,7 @@ def _ours(folder: Path) -> Callable[[str], tuple[Path, Path]]:
 
 
 def _theirs(folder: Path) -> Callable[[str], tuple[Path, Path]]:
-    """Their graphs hold their weights."""
+    """Their ONNX graphs contain their weights."""
     return lambda network: (folder / f"{network}.onnx", folder / f"{network}.onnx")
 
 
@@ -107,7 +107,7 @@ def _stored(network: str, path: Path) -> Stored:
 def _source(
     name: str, tensors: dict[str, onnx.TensorProto], makers: dict[str, onnx.NodeProto]
 ) -> onnx.TensorProto | None:
-    """The stored weight that a value is made of, if it is."""
+    """The stored weight that a value is derived from, or None."""
     while name not in tensors:
         node = makers.get(name)
         if node is None or node.op_type not in _PASSED:
@@ -117,7 +117,7 @@ def _source(
 
 
 def _is_rounded(name: str, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether a value comes out of 8 bits."""
+    """True if a value is dequantized from 8 bits."""
     while (node := makers.get(name)) is not None and node.op_type in _PASSED:
         if node.op_type == "DequantizeLinear":
             return True
@@ -140,11 +140,11 @@ def _refusal(path: Path) -> str:
 
 
 def _print_tables(results: list[Result]) -> None:
-    print("\nrelative error in per cent, mean and worst call\n")
+    print("\nrelative error in per cent, mean and maximum over calls\n")
     _print_table([*NETWORKS, END_TO_END], ((result.tool, _errors(result)) for result in results))
     print("\nbytes of weights\n")
     _print_table([*NETWORKS, "all"], ((result.tool, _bytes(result)) for result in results))
-    print("\nlinear weights in 8 bits (stored so), weights of convolutions, products of two values\n")
+    print("\nlinear weights in 8 bits (stored so), weights of convolutions, matrix products of two activations\n")
     _print_table(NETWORKS, ((result.tool, [_shares(stored) for stored in result.stored]) for result in results))
 
 

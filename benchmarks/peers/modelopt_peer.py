@@ -1,9 +1,9 @@
-"""nvidia-modelopt's ONNX quantization to FP8, of the float32 graphs of a work folder; `calls.py` tells how to run it.
+"""Quantizes the float32 ONNX graphs of a work folder to FP8 with nvidia-modelopt; `calls.py` says how to run it.
 
     PYTHONPATH=export:runtime:calib:engines PYTHON benchmarks/peers/modelopt_peer.py FOLDER
 
-It calibrates on the calls that our statistics come from and writes FOLDER/modelopt/SETTING/NETWORK.onnx, for
-`compare.py` to run. Only inputs, method and paths are given: all else is what modelopt chooses by itself.
+It calibrates on the same calls as our statistics and writes FOLDER/modelopt/SETTING/NETWORK.onnx for `compare.py`. Only
+inputs, method and paths are set; all other options are modelopt's defaults.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from l2p_export.proof.cases import network_inputs
 from l2p_runtime.contract import NETWORKS
 
 SETTINGS = {"entropy": "its default", "max": "the largest value"}
-"""Methods that scales of inputs are chosen by."""
+"""Calibration methods for scales of inputs."""
 
 
 class Calls(CalibrationDataReader):
-    """Calls one by one: modelopt's own reader cuts every input along its first axis, which rotary tables have not."""
+    """Reads calls one by one; modelopt's reader splits inputs along a batch axis, which rotary tables do not have."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
         self.rewind()
 
     def get_next(self) -> Call | None:
-        """The next call; none at the end."""
+        """The next call; None at the end."""
         return next(self.left, None)
 
     def get_first(self) -> Call:
-        """The first call, without moving on."""
+        """The first call, without advancing."""
         return self.calls[0]
 
     def rewind(self) -> None:
-        """Begin again."""
+        """Start again at the first call."""
         self.left = iter(self.calls)
 
 

@@ -1,16 +1,16 @@
-"""What the peers are given: a bundle of the demo's 1k variant, denoising calls of it, and its graphs in float32.
+"""Prepares the inputs of all tools: a bundle of the demo's 1k variant, denoising calls, and float32 ONNX graphs.
 
     python benchmarks/peers/prepare.py FOLDER
 
 Runs in the project's environment and writes
 
     FOLDER/demo.bundle            the plan `fp32`
-    FOLDER/calibration, test      `N.safetensors`, one a call: inputs, and what each float32 graph makes of them
-    FOLDER/graphs/NETWORK.onnx    the `fp32` plan's graph with its weights inside
-    FOLDER/ours/PLAN/NETWORK      graph and weights under `fp16`, `fp8` and `fp8-plain`
+    FOLDER/calibration, test      `N.safetensors`, one per call: inputs, and outputs of each float32 ONNX graph
+    FOLDER/graphs/NETWORK.onnx    the `fp32` plan's ONNX graph with its weights inside
+    FOLDER/ours/PLAN/NETWORK      ONNX graph and weights under `fp16`, `fp8` and `fp8-plain`
 
-All tools choose their scales from the calls in `calibration` and are judged on those in `test`, of other prompts and
-other noise. `calls.py` tells how to run the rest.
+All tools choose their scales from the calls in `calibration` and are measured on those in `test`, which have other
+prompts and noise. `calls.py` says how to run the other scripts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PROMPTS = {
         "a yellow circle above a blue circle on a white background",
     ),
 }
-"""Four calls at different timesteps are made of each."""
+"""Each gives four calls at different timesteps."""
 
 SEEDS = {CALIBRATION: 0, TEST: 1000}
 SIZE = (128, 128)
@@ -71,12 +71,11 @@ batch = { min = 1, opt = 1, max = 1 }
 positions = "native"
 sampling = { steps = 20, guidance = 2.0, shift = 3.0 }
 """
-"""The graphs are those of `1k`, which takes any size; a build proves them at the corners of its profile, and these are
-smaller."""
+"""ONNX graphs do not depend on the profile, and a build verifies them at its corners; these are smaller than `1k`'s."""
 
 
 def main() -> None:
-    """Write the folder."""
+    """Write the work folder."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     bundle = _built(folder)
@@ -95,7 +94,7 @@ def _built(folder: Path) -> Bundle:
 
 
 def _write_calls(bundle: Bundle, folder: Path, kind: str) -> None:
-    """Draw, run the float32 graphs and keep all that they read and make; writes the statistics of it too."""
+    """Draw with the float32 ONNX graphs, and store their inputs, outputs and statistics."""
     prompts, to = folder / f"{kind}.txt", folder / kind
     prompts.write_text("\n".join(PROMPTS[kind]) + "\n", encoding="utf-8")
     to.mkdir(exist_ok=True)
@@ -113,7 +112,7 @@ def _write_calls(bundle: Bundle, folder: Path, kind: str) -> None:
 
 
 def _write_ours(bundle: Bundle, statistics: Statistics, folder: Path) -> None:
-    """As a build makes them, from these calls alone: a build adds its proof's cases, and what they show must pass."""
+    """Export as a build does, but with statistics of only these calls; a build adds the cases of its proof."""
     with tempfile.TemporaryDirectory() as scratch:
         demo = demo_model(bundle.manifest.model.patch_px, Path(scratch))
         loaded = load_model(demo.checkpoint, demo.source)

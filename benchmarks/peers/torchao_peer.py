@@ -1,9 +1,9 @@
-"""torchao's weight-only quantization of the torch networks of a work folder; `calls.py` tells how to run it.
+"""Quantizes the torch networks of a work folder with torchao, weights only; `calls.py` says how to run it.
 
     PYTHONPATH=export:runtime:calib:engines PYTHON benchmarks/peers/torchao_peer.py FOLDER
 
-Runs the test calls and writes what came of them to FOLDER/results, for `compare.py`. Every `nn.Linear` is quantized, as
-torchao does by itself; nothing is calibrated, since inputs are not rounded.
+Runs the test calls and writes the results to FOLDER/results, for `compare.py`. Every `nn.Linear` is quantized, which is
+torchao's default. Nothing is calibrated, because inputs are not quantized.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _stored(network: str, module: nn.Module) -> Stored:
 
 
 def _parts(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that a quantized one consists of: numbers and scales."""
+    """The plain tensors of a quantized one: values and scales."""
     if not isinstance(value, TorchAOBaseTensor):
         yield value
         return

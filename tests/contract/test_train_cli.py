@@ -233,7 +233,7 @@ def test_a_terminated_run_goes_on(folder: Path, tmp_path: Path) -> None:
     running.send_signal(signal.SIGTERM)
     _, message = running.communicate(timeout=120)
     assert running.returncode == 143, message
-    assert b"the same command goes on from there" in message
+    assert b"the same command resumes from there" in message
     steps = progress.read_text().count("\n") - 1
     states = [path.name for path in (tmp_path / "a.training").glob("step-*")]
     assert states == [f"step-{steps:08}"]

@@ -1,12 +1,12 @@
-"""Images in the folders that the public benchmark scripts read; nothing is judged here, and any prompts will do.
+"""Writes images into the folders that public benchmark scripts read. Nothing is judged; any prompts work.
 
 GenEval (github.com/djghosh13/geneval, evaluation/evaluate_images.py at 16f1681): folders named by a number hold the
 prompt's line as `metadata.jsonl`, of which `prompt`, `tag`, `include` and `exclude` are read, and `samples/NUMBER.png`
-of any size. It passes over whatever else lies there.
+of any size. The script ignores other files.
 
-DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py at 025f650): one file for each prompt file,
-named as that one up to the first dot, with `--pic-num` (4 in its dist_eval.sh) squares of `--resolution` pixels in a
-grid of 2 x 2. It says `Failed filename` to other files, its own results among them, and passes over them.
+DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py at 025f650): one file per prompt file,
+with the same name up to the first dot. It holds `--pic-num` (4 in its dist_eval.sh) squares of `--resolution` pixels in
+a grid of 2 x 2. For other files, its own results among them, the script prints `Failed filename` and ignores them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _READ_BY_GENEVAL = ("prompt", "tag")
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One file: the images of one prompt, side by side where there are several.
+    """One image file: the images of one prompt, in a grid if there are several.
 
     Attributes:
-        name: where in the folder, with slashes.
-        place: where the prompt stands, as users know it.
+        name: path in the folder, with slashes.
+        place: source of the prompt, for error messages.
         text: the prompt.
-        seeds: of its images, one or `GRID_IMAGES`.
+        seeds: one per image: one or `GRID_IMAGES`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a benchmark's folder holds: pictures to draw, and the text of other files by name."""
+    """Contents of a benchmark's folder: pictures to draw, and the text of other files by name."""
 
     benchmark: str
     pictures: tuple[Picture, ...]
@@ -72,13 +72,13 @@ class Layout:
 
 
 def read_layout(benchmark: str, prompts: Path, images_per_prompt: int, seed: int) -> Layout:
-    """Lay out a benchmark's prompts.
+    """Read a benchmark's prompts and lay out its folder.
 
     Args:
         benchmark: one of `LAYOUTS`.
         prompts: GenEval's `evaluation_metadata.jsonl`, or DPG-Bench's folder of text files.
         images_per_prompt: images of each; DPG-Bench takes 4.
-        seed: of the first image; each next one has the next.
+        seed: of the first image; it increases by 1 per image.
 
     Raises:
         UsageError: no such benchmark, prompts that are absent, empty or not in its format, another count than it takes,
@@ -95,10 +95,10 @@ def read_layout(benchmark: str, prompts: Path, images_per_prompt: int, seed: int
 
 
 def check_size(layout: Layout, height_px: int, width_px: int) -> None:
-    """Refuse a size that a benchmark's script would cut wrongly.
+    """Refuse a size that a benchmark's script would crop wrongly.
 
     Raises:
-        UsageError: DPG-Bench and no square.
+        UsageError: DPG-Bench with images that are not square.
     """
     if layout.benchmark == "dpg" and height_px != width_px:
         raise UsageError(
@@ -108,13 +108,13 @@ def check_size(layout: Layout, height_px: int, width_px: int) -> None:
 
 
 def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) -> int:
-    """Draw what a folder lacks; a stopped run goes on with the next picture.
+    """Draw the pictures that a folder lacks; a stopped run resumes with the next picture.
 
     Args:
-        layout: what it is to hold.
+        layout: contents of the folder.
         drawer: the model.
         out: the folder.
-        reporter: told of images.
+        reporter: gets the number of images.
 
     Returns:
         Images drawn by this call.
@@ -144,7 +144,7 @@ def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) 
 
 
 def _geneval(path: Path, images_per_prompt: int, seed: int) -> Layout:
-    """A folder for each line of a JSON Lines file."""
+    """One folder per line of a JSON Lines file."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -183,7 +183,7 @@ def _geneval_prompt(line: str, place: str) -> str:
 
 
 def _dpg(folder: Path, images_per_prompt: int, seed: int) -> Layout:
-    """A grid for each text file of a folder, in order of names."""
+    """One grid per text file of a folder, sorted by name."""
     hint = "give DPG-Bench's folder of prompts, one .txt file each"
     if images_per_prompt != GRID_IMAGES:
         raise UsageError(f"images per prompt are {images_per_prompt}, DPG-Bench takes a grid of {GRID_IMAGES}")

@@ -1,4 +1,4 @@
-"""What precision plans do to pictures: those of each plan beside the float32 plan's, or the first's, and a judge."""
+"""Compares the pictures of precision plans with those of the float32 plan, or of the first plan, and judges them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
     from l2p_runtime.progress import Reporter
 
-"""The plan that others are compared with where a bundle has it."""
-
 SCORE_KEPT = 0.98
-"""Of the pictures that are right under the first plan; one of few may fall to the other side of a bound."""
+"""Minimum share of the pictures right under the first plan that must stay right; one picture may always be lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class PictureJob:
-    """Pictures that are to be drawn and compared.
+    """Pictures to draw and compare.
 
     Attributes:
-        backend: the one that draws them all, by name.
+        backend: name of the backend that draws all of them.
         first: the plan that others are compared with.
-        others: those.
+        others: plans that are compared with it.
         count: pictures of each plan.
         size_px: height and width; None for the model's preferred size.
     """
@@ -48,12 +46,12 @@ class PictureJob:
 
 @dataclass(frozen=True, slots=True)
 class PictureComparison:
-    """What pictures under one plan came to.
+    """Scores of the pictures under one plan.
 
     Attributes:
         right: pictures that show their prompts.
-        right_first: those of the first plan that do.
-        psnr_db: of each picture, to the first plan's.
+        right_first: pictures of the first plan that show their prompts.
+        psnr_db: of each picture, against the first plan's.
     """
 
     right: int
@@ -64,13 +62,13 @@ class PictureComparison:
 def check_pictures(
     bundle: Bundle, backend: str, plan: str | None, count: int, size_px: tuple[int, int] | None
 ) -> PictureJob:
-    """Check what can be compared; draws nothing.
+    """Check what can be compared, without drawing.
 
     Args:
         bundle: the bundle.
         backend: a backend by name, or `auto`.
-        plan: only this one, beside the plan it is compared with; None for all that the backend has files for.
-        count: captions, one picture of each under each plan.
+        plan: compare only this plan with the first; None for all plans that the backend has files for.
+        count: number of captions; each plan draws one picture of each.
         size_px: height and width; None for the model's preferred size.
 
     Raises:
@@ -96,13 +94,16 @@ def check_pictures(
 def compare_pictures(bundle: Bundle, asked: PictureJob, reporter: Reporter) -> list[LedgerEntry]:
     """Draw held-out captions of the small world under each plan, with the same seeds, and judge them.
 
-    The first plan's pictures are held in memory, each of another plan until it was compared. What the backend does not
-    run is listed as not run.
+    The first plan's pictures stay in memory; a picture of another plan stays until it is compared. Plans that the
+    backend does not run are listed as not run.
 
     Args:
-        bundle: with a text encoder.
-        asked: of `check_pictures`.
-        reporter: shows the pictures.
+        bundle: a bundle with a text encoder.
+        asked: the job from `check_pictures`.
+        reporter: gets the number of pictures.
+
+    Returns:
+        One entry per plan other than the first.
     """
     prompts = world_prompts(asked.count, 0, held_out=True)
 
@@ -137,7 +138,7 @@ def compare_pictures(bundle: Bundle, asked: PictureJob, reporter: Reporter) -> l
 
 
 def entry_of(comparison: Comparison, case: str, shown: PictureComparison) -> LedgerEntry:
-    """The entry of one plan: passed where nearly as many pictures are right as under the first."""
+    """Ledger entry of one plan: passed if nearly as many pictures are right as under the first plan."""
     decibels = sorted(shown.psnr_db)
     lost = shown.right_first - shown.right
     return LedgerEntry(

@@ -1,6 +1,6 @@
-"""Scores a model on the small world: what the judge says, by category and by part, and how far it is from renders.
+"""Scores a model on the small world: verdicts of the judge by category and part, and a Frechet distance to renders.
 
-Images are judged as they come, so that memory holds one at a time; a folder keeps them, and a stopped run goes on.
+Each image is judged when it is drawn, so memory holds one at a time. A folder keeps them; a stopped run resumes there.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ if TYPE_CHECKING:
 SCORES_NAME, ROWS_NAME, SHEET_NAME = "scores.json", "rows.jsonl", "contact.png"
 
 PARTS = ("background", "colours", "shapes", "relation", "object count")
-"""Parts of a caption, as the judge tells them apart."""
+"""Parts of a caption that the judge checks separately."""
 
 SHEET_IMAGES, SHEET_COLUMNS, SHEET_PX, FRAME_PX = 64, 8, 128, 4
-"""The first so many images are on the contact sheet, shrunk to fit a square, in a frame."""
+"""The contact sheet: number of images, columns, side of the square that each fits into, and width of its frame."""
 
 RIGHT, WRONG = (44, 160, 44), (214, 39, 40)
-"""Frame of an image that passed, and of one that did not."""
+"""Frame colours of an image that passed, and of one that failed."""
 
 _Z = 1.959963984540054
-"""Half width of the middle 95 % of a normal distribution, in standard deviations."""
+"""Half width of the central 95 % interval of a normal distribution, in standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One image to draw: what is asked for, what that means, and the seed of its noise."""
+    """One image to draw: its caption, the parsed caption, and the seed of its noise."""
 
     text: str
     description: Description
@@ -67,21 +67,21 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How many of `count` images passed."""
+    """Number of images that passed, of `count`."""
 
     passed: int
     count: int
 
     @property
     def share(self) -> float | None:
-        """From 0 to 1; None of no image."""
+        """Passed share, 0 to 1; None without images."""
         return self.passed / self.count if self.count else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the share (Wilson 1927); None of no image.
+        """Wilson's 95 % interval of the share (Wilson 1927); None without images.
 
-        It stays within 0 and 1 and is wide where images are few, where the plain one shrinks to nothing at 0 and 1.
+        It stays within 0 and 1 and is wide for few images. The normal approximation has width 0 at shares of 0 and 1.
         """
         if not self.count:
             return None
@@ -93,7 +93,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the judge said of one image; `parts` holds only what its caption speaks of."""
+    """Verdict of the judge on one image; `parts` holds only the parts that its caption has."""
 
     prompt: Prompt
     passed: bool
@@ -108,7 +108,7 @@ class Frechet:
     Attributes:
         images: in each set.
         to_renders: from the drawn images to renders of their descriptions; None with too few images.
-        between_renders: from these renders to others of the same descriptions: what a perfect model gets at this count.
+        between_renders: from these renders to others of the same descriptions; a perfect model reaches this distance.
     """
 
     images: int
@@ -121,10 +121,10 @@ class Evaluation:
     """Scores of a set of images.
 
     Attributes:
-        rows: one an image, in order.
+        rows: one per image, in order.
         overall: all images.
         categories: kind of caption to its images.
-        parts: part of a caption to the images whose captions speak of it.
+        parts: part of a caption to the images whose captions have it.
         sheet: pixels [H,W,3] of the first images in green and red frames.
     """
 
@@ -137,12 +137,12 @@ class Evaluation:
 
 
 def world_prompts(count: int, seed: int, *, held_out: bool) -> tuple[Prompt, ...]:
-    """Captions of the small world, said the plain way; equal seeds give equal captions.
+    """Random captions of the small world in their plain wording; equal seeds give equal captions.
 
     Args:
-        count: captions.
-        seed: of the captions and of the first image's noise; each next image has the next.
-        held_out: from the combinations that training never shows, instead of those that it does.
+        count: number of captions.
+        seed: of the captions and of the first image's noise; the noise seed increases by 1 per image.
+        held_out: use the held-out combinations instead of the training combinations.
 
     Raises:
         UsageError: a seed out of range.
@@ -154,15 +154,15 @@ def world_prompts(count: int, seed: int, *, held_out: bool) -> tuple[Prompt, ...
 
 
 def file_prompts(path: Path, images_per_prompt: int, seed: int) -> tuple[Prompt, ...]:
-    """Captions of the small world from a text file, one a line.
+    """Captions of the small world from a text file, one per line.
 
     Args:
-        path: UTF-8; empty lines and lines that begin with # are left out.
-        images_per_prompt: images of each, next to each other.
-        seed: of the first image; each next one has the next.
+        path: UTF-8; empty lines and lines that begin with # are ignored.
+        images_per_prompt: images of each caption, in consecutive order.
+        seed: of the first image; it increases by 1 per image.
 
     Raises:
-        UsageError: no such file, no prompt in it, a line that says what the small world does not have, or a seed out of
+        UsageError: no such file, no prompt in it, a line that is not a caption of the small world, or a seed out of
             range.
     """
     texts = read_prompts(path, PROMPTS_BYTES_MAX)
@@ -186,16 +186,16 @@ def file_prompts(path: Path, images_per_prompt: int, seed: int) -> tuple[Prompt,
 def draw_all(
     drawer: Drawer, prompts: Sequence[Prompt], out: Path | None, reporter: Reporter
 ) -> Iterator[NDArray[np.uint8]]:
-    """Give the image [H,W,3] of each prompt, in order.
+    """Yield the image [H,W,3] of each prompt, in order.
 
-    With a folder, images that it has are read, others are drawn and kept there as a corpus; it is written to as the
-    images are asked for.
+    With a folder, the images that it holds are read. The others are drawn, and written there as a corpus one by one as
+    they are consumed.
 
     Args:
         drawer: the model.
         prompts: what to draw.
         out: the folder, or None to keep nothing.
-        reporter: told of images.
+        reporter: gets the number of images.
 
     Raises:
         UsageError: the folder holds images of other settings.
@@ -238,8 +238,8 @@ def evaluate(prompts: Sequence[Prompt], images: Iterable[NDArray[np.uint8]]) -> 
         images: sRGB pixels [H,W,3] of each, all of one size.
 
     Raises:
-        UsageError: no image, or what is no image.
-        ValueError: another number of images than of prompts.
+        UsageError: no image, or an array that is not an image.
+        ValueError: the numbers of images and prompts differ.
     """
     if not prompts:
         raise UsageError("there is no image to score", hint="give at least one prompt")
@@ -268,7 +268,7 @@ def evaluate(prompts: Sequence[Prompt], images: Iterable[NDArray[np.uint8]]) -> 
 
 
 def scores_json(evaluation: Evaluation) -> dict[str, object]:
-    """All figures of an evaluation, as JSON takes them."""
+    """All figures of an evaluation as JSON values."""
     frechet = evaluation.frechet
     return {
         "overall": _score_json(evaluation.overall),
@@ -286,17 +286,17 @@ def scores_json(evaluation: Evaluation) -> dict[str, object]:
 
 
 def frechet_reason(frechet: Frechet) -> str:
-    """Why there is no distance; empty if there is one."""
+    """Reason why there is no distance; empty if there is one."""
     if frechet.to_renders is not None:
         return ""
     return f"not enough images: {frechet.images}, wanted more than the {DIMENSIONS} features"
 
 
 def write_evaluation(out: Path, evaluation: Evaluation, scores: Mapping[str, object]) -> None:
-    """Write `scores.json`, `rows.jsonl` (line by line with `metadata.jsonl`) and the contact sheet, each whole.
+    """Write `scores.json`, `rows.jsonl` (in the order of `metadata.jsonl`) and the contact sheet, each atomically.
 
     Raises:
-        HostError: the disk is full or refuses.
+        HostError: the files cannot be written.
     """
     rows = [
         {
@@ -320,7 +320,7 @@ def _parts(verdict: Verdict) -> dict[str, bool]:
 
 
 def _categories(description: Description) -> dict[str, bool]:
-    """Every category, and whether a description belongs to it."""
+    """Each category to whether a description belongs to it."""
     objects, named, held_out = len(description.things), description.background is not None, description.held_out
     return {
         "one object": objects == 1,
@@ -347,17 +347,17 @@ def _draw(draw: Draw, prompts: Sequence[Prompt]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _render(prompt: Prompt, height: int, width: int, which: int) -> NDArray[np.uint8]:
-    """A real image of a prompt's description, with places of its own."""
+    """Render a prompt's description at random positions; `which` selects them."""
     short = min(height, width)
     scene = place(prompt.description, np.random.default_rng([prompt.seed, which]), (height / short, width / short))
     return render(scene, height, width)
 
 
 def _tile(image: NDArray[np.uint8], *, passed: bool) -> NDArray[np.uint8]:
-    """An image, shrunk by a whole factor if it is large, in its frame."""
+    """An image in its frame, downscaled by an integer factor if it is large."""
     factor = math.ceil(max(image.shape[:2]) / SHEET_PX)
     height, width = max(1, image.shape[0] // factor), max(1, image.shape[1] // factor)
-    # A side that is shorter than the factor is averaged whole.
+    # A side shorter than the factor is averaged to one pixel.
     down, across = (min(factor, size) for size in image.shape[:2])
     squares = image[: height * down, : width * across].reshape(height, down, width, across, 3)
     tile = np.empty((height + 2 * FRAME_PX, width + 2 * FRAME_PX, 3), np.uint8)
@@ -367,7 +367,7 @@ def _tile(image: NDArray[np.uint8], *, passed: bool) -> NDArray[np.uint8]:
 
 
 def _sheet(tiles: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Tiles of one size in rows of `SHEET_COLUMNS`, white where the last row ends early."""
+    """Tiles of one size in rows of `SHEET_COLUMNS`; the rest of the last row is white."""
     height, width = tiles[0].shape[:2]
     columns = min(SHEET_COLUMNS, len(tiles))
     sheet = np.full((math.ceil(len(tiles) / columns) * height, columns * width, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Flow matching: the noise levels that training draws, and the Euler steps that a sampler takes.
+"""Flow matching: random sigmas for training, and an Euler sampler.
 
 Source: docs/model.md, "Schedule and sampler".
 """
@@ -18,15 +18,18 @@ from l2p_runtime.schedule import sigmas
 def sample(
     predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, steps: int, guidance: float, shift: float
 ) -> Tensor:
-    """Go from noise [B,C,H,W] at sigma 1 to a clean sample of the same shape.
+    """Sample with Euler steps, from noise [B,C,H,W] at sigma 1.
 
     Args:
-        predict: (mixed, time [B], with the caption or without) to x0 - noise.
+        predict: (mixed, time [B], whether with the caption) to x0 - noise.
         noise: unit normal values.
-        steps: calls with the caption.
+        steps: number of steps, each with one call with the caption.
         guidance: s in v_without + s (v_with - v_without); 1 makes no calls without a caption
             (docs/model.md, "Schedule and sampler").
-        shift: of the schedule.
+        shift: of the sigma schedule.
+
+    Returns:
+        The clean sample [B,C,H,W].
     """
     x, levels = noise, sigmas(steps, shift)
     for level, following in itertools.pairwise(levels):
@@ -40,7 +43,7 @@ def sample(
 
 
 def draw_sigmas(count: int, shift: float, draws: torch.Generator) -> Tensor:
-    """Noise levels [count], one from each of `count` equal parts of (0, 1], shifted as a sampler's schedule is."""
+    """Stratified random sigmas [count]: one from each of `count` equal parts of (0, 1], shifted like a sampler's."""
     u = (torch.randperm(count, generator=draws) + torch.rand(count, generator=draws)) / count
     u = 1 - u
     return shift * u / (1 + (shift - 1) * u)

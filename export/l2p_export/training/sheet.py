@@ -1,4 +1,4 @@
-"""What a run shows while it learns: a sheet of samples, the judge's score beside the step, and a plot of both."""
+"""Progress of a training run: a sheet of samples, the judge's score per step, and a plot of loss and scores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHEET_COLUMNS = 8
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """What is drawn at each saved state: as many training captions as held-out ones, with fixed noise."""
+    """Samples to draw at each saved state: half training captions, half held-out captions, with fixed noise."""
 
     count: int = 32
     size_px: int = 128
@@ -39,10 +39,10 @@ class SampleSpec:
     shift: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check that there is something to judge, and what judges it.
+        """Check the number of samples and the libraries.
 
         Raises:
-            UsageError: fewer than two, which are no half of each.
+            UsageError: fewer than two samples, so not one of each half.
             HostError: scikit-image or matplotlib is not installed.
         """
         if self.count < 2:
@@ -82,7 +82,14 @@ def write_plot(folder: Path) -> None:
 
 
 def show_samples(folder: Path, step: int, images: NDArray[np.uint8], descriptions: Sequence[Description]) -> None:
-    """Write the sheet, add the score, draw the plot."""
+    """Write the sheet of samples, append the score to `scores.csv`, and draw the plot.
+
+    Args:
+        folder: of the run.
+        step: optimizer steps so far.
+        images: uint8 [N,H,W,3]; the first half is of training captions.
+        descriptions: one per image.
+    """
     from PIL import Image
 
     passed = np.array(
@@ -104,7 +111,7 @@ def show_samples(folder: Path, step: int, images: NDArray[np.uint8], description
 
 
 def sample_descriptions(count: int) -> list[Description]:
-    """As many training captions as held-out ones, the same at every call."""
+    """`count` descriptions, the same at every call: the first half training, the rest held-out combinations."""
     random = np.random.default_rng(5)
     half = count // 2
     return [draw_description(random) for _ in range(half)] + [

@@ -302,11 +302,13 @@ def _faults(found: Found, given: tuple[Seen | None, ...], description: Descripti
     faults += [f"{_name(seen)} too many" for seen in found.objects if not any(seen is one for one in given)]
     if description.relation is not None and None not in given and _relation(given) != description.relation:
         first, second = (f"the {thing.colour} {thing.shape}" for thing in description.things)
-        where, wanted = (PHRASES[name][0] if name else "aslant of" for name in (_relation(given), description.relation))
+        where, wanted = (
+            PHRASES[name][0] if name else "diagonal to" for name in (_relation(given), description.relation)
+        )
         faults.append(f"{first} is {where} {second} where {wanted} was wanted")
     return faults
 
 
 def _name(thing: Thing | Seen) -> str:
     colour = f"a {thing.colour}" if thing.colour is not None else "an oddly coloured"
-    return f"{colour} {thing.shape or 'blob'}"
+    return f"{colour} {thing.shape or 'object of unknown shape'}"

@@ -62,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a caption says.
+    """Content of a caption.
 
     Attributes:
         things: one or two different things.

@@ -1,9 +1,9 @@
-"""A corpus on disk: PNG images, and one JSON line for each with its prompt and seed.
+"""A corpus on disk: PNG images, and one JSON line per image with its prompt and seed.
 
     DIR/metadata.jsonl     {"file_name": "images/000000.png", "text": "a red circle", "seed": 7, "sha256": "..."}
     DIR/images/*.png
 
-The file names follow Hugging Face's image folders, so other tools read a corpus as it is.
+The file names follow Hugging Face's ImageFolder format, so other tools can read a corpus.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 METADATA_NAME, IMAGES_NAME = "metadata.jsonl", "images"
 SHARD_IMAGES = 10_000
-"""Images a folder, so that no folder grows without bound: `images/00`, `images/01` and on."""
+"""Maximum images per folder: `images/00`, `images/01` and so on."""
 
 TEXT_CHARACTERS_MAX = 1 << 16
 PIXELS_MAX = 1 << 28
 KEPT_BYTES = 1 << 30
-"""Of images that training has read, in the memory of each process."""
+"""Maximum bytes of decoded training images that each process keeps in memory."""
 
 PROMPTS_BYTES_MAX = 64 << 20
-"""Of a file of prompts to draw."""
+"""Maximum size of a prompt file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image of a corpus; `seed` is of the noise that drew it, None for an image that no model drew."""
+    """One image of a corpus; `seed` is that of its noise, None for an image that no model drew."""
 
     file_name: str
     text: str
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A checked corpus: every row is readable and names a file that is there."""
+    """A checked corpus: every row is valid and names an existing file."""
 
     folder: Path
     rows: tuple[Row, ...]
@@ -63,8 +63,8 @@ def open_corpus(folder: Path) -> Corpus:
     """Read a corpus's rows.
 
     Raises:
-        UsageError: no corpus there.
-        ArtifactError: a row is damaged, leaves the folder or names a file that is absent; says which rows.
+        UsageError: the folder is not a corpus.
+        ArtifactError: a row is damaged, points outside of the folder or names a missing file; lists the rows.
     """
     path = folder / METADATA_NAME
     if not path.is_file():
@@ -86,7 +86,7 @@ def open_corpus(folder: Path) -> Corpus:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ArtifactError(
             f"`{path}`: {'; '.join(faults[:5])}{more}",
-            hint="the corpus command that wrote it goes on where it stopped, or take these lines out",
+            hint="run the corpus command that wrote it again, which resumes, or remove these lines",
         )
     if not rows:
         raise ArtifactError(f"`{path}` lists no image", hint="write a corpus with `train corpus`")
@@ -94,10 +94,10 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def read_image(corpus: Corpus, row: Row) -> NDArray[np.uint8]:
-    """Pixels [H,W,3] of one row.
+    """uint8 pixels [H,W,3] of one row.
 
     Raises:
-        ArtifactError: damaged, changed since it was written, or absurdly large.
+        ArtifactError: damaged, changed since it was written, or larger than `PIXELS_MAX`.
     """
     path, again = corpus.folder / row.file_name, "draw the corpus again"
     try:
@@ -110,10 +110,10 @@ def read_image(corpus: Corpus, row: Row) -> NDArray[np.uint8]:
 
 
 def decode_image(data: bytes, name: str, hint: str) -> NDArray[np.uint8]:
-    """Pixels [H,W,3] of an image file, named in errors.
+    """uint8 pixels [H,W,3] of an image file; `name` and `hint` are for errors.
 
     Raises:
-        ArtifactError: damaged, no image, or absurdly large.
+        ArtifactError: damaged, not an image, or larger than `PIXELS_MAX`.
     """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -128,10 +128,10 @@ def decode_image(data: bytes, name: str, hint: str) -> NDArray[np.uint8]:
 
 
 def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, seed: int | None) -> Row:
-    """Write one PNG into its place, whole or not at all, and return its row.
+    """Write one PNG atomically, and return its row.
 
     Raises:
-        HostError: the disk is full or refuses.
+        HostError: the file cannot be written.
     """
     from PIL import Image
 
@@ -149,10 +149,10 @@ def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, 
 
 
 def append_rows(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to the metadata, after their images were written.
+    """Append rows to the metadata; their images must be written before.
 
     Raises:
-        HostError: the disk is full or refuses.
+        HostError: the file cannot be written.
     """
     text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
     try:
@@ -166,10 +166,10 @@ def append_rows(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def written_rows(folder: Path) -> int:
-    """How many whole rows a corpus has so far; a row that a kill cut off is removed.
+    """Number of complete rows that a corpus has so far; a row truncated by a kill is removed.
 
     Raises:
-        HostError: the folder refuses.
+        HostError: the file cannot be written.
     """
     path = folder / METADATA_NAME
     if not path.is_file():
@@ -182,11 +182,11 @@ def written_rows(folder: Path) -> int:
 
 
 def next_image(folder: Path) -> int:
-    """Number of the image after a corpus's last row, where images may have been left out; see `written_rows`.
+    """Number of the image after a corpus's last row, also if images were dropped; see `written_rows`.
 
     Raises:
-        ArtifactError: the last row names no numbered image.
-        HostError: the folder refuses.
+        ArtifactError: the last row does not name a numbered image.
+        HostError: the file cannot be written.
     """
     if not written_rows(folder):
         return 0
@@ -195,15 +195,15 @@ def next_image(folder: Path) -> int:
         return int(Path(_row(line).file_name).stem) + 1
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise ArtifactError(
-            f"`{folder / METADATA_NAME}`: the last line is damaged: {error}", hint="take it out, then again"
+            f"`{folder / METADATA_NAME}`: the last line is damaged: {error}", hint="remove that line, then run again"
         ) from error
 
 
 def corpus_images(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> int:
-    """How many images a corpus will have.
+    """Number of images that a corpus will have.
 
     Raises:
-        UsageError: none, or seeds that run out of range.
+        UsageError: none, or seeds out of range.
     """
     total = len(prompts) * seeds_per_prompt
     if total < 1:

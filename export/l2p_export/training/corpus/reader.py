@@ -1,4 +1,4 @@
-"""Reads training images as float32 squares, from files or rendered scenes."""
+"""Reads training images as float32 squares, from files or from rendered scenes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 Images = Corpus | RenderedScenes
-"""What a transfer learns from: files, or scenes that are rendered at every step."""
+"""Training images of a transfer: files, or scenes that are rendered at every step."""
 
 
 def image_reader(images: Images, device: torch.device) -> Callable[[Sequence[int], int], Tensor]:
-    """A function from places of images and the side of a square to their values [N,3,S,S] from -1 to 1, on a device.
+    """Make a function from image indices and a side S to float32 values [N,3,S,S] from -1 to 1, on a device.
 
-    Files are read once, as long as `KEPT_BYTES` hold what was read.
+    Files are read once and kept in memory, up to `KEPT_BYTES`.
     """
     if isinstance(images, RenderedScenes):
         return partial(_rendered_values, images.scenes, device)
@@ -36,7 +36,7 @@ def image_reader(images: Images, device: torch.device) -> Callable[[Sequence[int
         found = kept.get(place)
         if found is None:
             found = torch.from_numpy(np.array(read_image(corpus, corpus.rows[place]))).permute(2, 0, 1).contiguous()
-            # All images of a corpus are about as large.
+            # All images of a corpus have about the same size.
             if (len(kept) + 1) * found.numel() <= KEPT_BYTES:
                 kept[place] = found
         return found
@@ -47,14 +47,14 @@ def image_reader(images: Images, device: torch.device) -> Callable[[Sequence[int
 def _rendered_values(scenes: Sequence[Scene], device: torch.device, places: Sequence[int], size_px: int) -> Tensor:
     chosen = [scenes[place] for place in places]
     if device.type == "cpu":
-        # One by one only the objects' own boxes are computed: 42 ms against 209 ms an image of 1024 px on one core.
+        # One by one, only the objects' boxes are computed: 42 ms against 209 ms per image of 1024 px on one core.
         drawn = np.stack([render(scene, size_px, size_px) for scene in chosen])
         return as_values(torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous())
     return as_values(render_batch(chosen, size_px, size_px, device))
 
 
 def square_values(pixels: Tensor, size_px: int) -> Tensor:
-    """uint8 pixels [3,H,W] to values [3,S,S] from -1 to 1: resized until they cover the square, cut in the middle."""
+    """uint8 pixels [3,H,W] to values [3,S,S] from -1 to 1: resized so that the short side is S, then center-cropped."""
     image = as_values(pixels)
     height, width = image.shape[1:]
     scale = size_px / min(height, width)
@@ -66,5 +66,5 @@ def square_values(pixels: Tensor, size_px: int) -> Tensor:
 
 
 def as_values(images: Tensor) -> Tensor:
-    """uint8 pixels [N,3,H,W] to float32 from -1 to 1, in the same order in memory."""
+    """uint8 pixels [N,3,H,W] to float32 from -1 to 1, in the same memory format."""
     return images.to(torch.float32).div_(127.5).sub_(1.0)

@@ -1,4 +1,4 @@
-"""Renders of the small world: its real images, where a source's own are too small or too poor."""
+"""Rendered corpora of the small world: exact images, where those that a source draws are too small or too poor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from l2p_runtime.errors import UsageError
 from l2p_runtime.noise import checked_seed
 
 SHORT_SIDE_MIN_PX = 16
-"""Below this a shape is a few pixels."""
+"""Below this, a shape has only a few pixels."""
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def world_captions(count: int, seed: int, *, held_out: bool = False) -> tuple[str, ...]:
-    """Captions of the small world, said in its several ways; training combinations unless held out.
+    """Random captions of the small world in varied wording; training combinations unless `held_out`.
 
     Raises:
         UsageError: a seed out of range.
@@ -38,7 +38,7 @@ def world_captions(count: int, seed: int, *, held_out: bool = False) -> tuple[st
 
 @dataclass(frozen=True, slots=True)
 class RenderedScenes:
-    """Scenes of the small world with their captions, to be rendered where and when they are needed."""
+    """Scenes of the small world with their captions, rendered on demand."""
 
     rows: tuple[Row, ...]
     scenes: tuple[Scene, ...]
@@ -49,7 +49,7 @@ class RenderedScenes:
 
 
 def world_scenes(count: int, seed: int) -> RenderedScenes:
-    """The scenes that `render_corpus` renders for the `count` captions of a seed, as squares.
+    """The scenes that `render_corpus` renders as squares for the `count` captions of a seed.
 
     Raises:
         UsageError: none, or a seed out of range.
@@ -68,22 +68,22 @@ def render_corpus(
     out: Path,
     report: Reporter,
 ) -> int:
-    """Render a corpus; a stopped run goes on with the next image.
+    """Render a corpus; a stopped run resumes with the next image.
 
     Args:
         prompts: captions of the small world, in order.
-        seeds_per_prompt: images of each, with places of their own.
-        seed: the first image's; each next one has the next. Rows state none: no model drew these.
+        seeds_per_prompt: images per prompt, each with its own random positions.
+        seed: of the first image; it increases by 1 per image. Rows store no seed, because no model drew the images.
         size_px: height and width.
         out: the corpus's folder.
-        report: told of images.
+        report: gets the number of images.
 
     Returns:
         Images rendered by this call.
 
     Raises:
-        UsageError: no prompt, one that is none of the small world, a size or seed out of range, or the folder holds a
-            corpus of other settings.
+        UsageError: no prompt, one that is not a caption of the small world, a size or seed out of range, or the folder
+            holds a corpus of other settings.
         HostError: the disk is full; what was rendered is kept.
     """
     height, width = size_px

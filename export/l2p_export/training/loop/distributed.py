@@ -1,6 +1,6 @@
-"""The processes of one run, as `torchrun` starts them: who they are, how gradients meet, how shards become whole.
+"""Process groups of a run under `torchrun`: ranks, gradient averaging (DDP), sharding and gathering (FSDP2).
 
-Without torchrun's environment variables a run is one process and nothing here starts anything.
+Without torchrun's environment variables a run is one process, and no process group is started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARDINGS = ("none", "fsdp")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# The first process writes states and adapters of many gigabytes while the others wait for it.
+# Rank 0 writes states and adapters of many gigabytes while the other ranks wait for it.
 _PATIENCE = timedelta(hours=2)
 
 
@@ -33,10 +33,10 @@ class ProcessGroup:
 
     Attributes:
         rank: number of this process, from 0.
-        size: processes in all.
-        local_size: processes on this machine.
-        device: where this process computes.
-        is_sharded: weights, gradients and moments are cut over the processes instead of copied to each.
+        size: number of processes.
+        local_size: number of processes on this machine.
+        device: device of this process.
+        is_sharded: weights, gradients and moments are sharded across ranks instead of replicated.
     """
 
     rank: int = 0
@@ -47,7 +47,7 @@ class ProcessGroup:
 
     @property
     def is_rank_zero(self) -> bool:
-        """True for the one process that writes files and speaks."""
+        """True for the one process that writes files and messages."""
         return self.rank == 0
 
 
@@ -57,17 +57,17 @@ ALONE = ProcessGroup()
 
 @contextmanager
 def joined(device: str | None = None, sharding: str = "none") -> Iterator[ProcessGroup]:
-    """Join the other processes that torchrun started; one process by itself where it started none.
+    """Join the process group that torchrun started, or run as a single process without torchrun.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:1`; None for CUDA where there is a GPU. Of several processes, each takes the GPU
+        device: `cpu`, `cuda` or `cuda:1`; None for CUDA if there is a GPU. With several processes, each takes the GPU
             of its local rank.
-        sharding: `none`: each process holds everything, gradients are averaged (DDP); `fsdp`: weights, gradients and
-            moments are cut over the processes (FSDP2).
+        sharding: `none`: each rank holds everything, gradients are averaged (DDP); `fsdp`: weights, gradients and
+            moments are sharded across ranks (FSDP2).
 
     Raises:
         UsageError: a device or sharding that does not fit the number of processes.
-        HostError: no such GPU, or the processes do not find each other.
+        HostError: no such GPU, or the process group cannot be initialized.
     """
     if sharding not in SHARDINGS:
         raise UsageError(f"the sharding is {sharding!r}, expected {' or '.join(SHARDINGS)}")
@@ -76,7 +76,7 @@ def joined(device: str | None = None, sharding: str = "none") -> Iterator[Proces
     if size == 1:
         if sharding == "fsdp":
             raise UsageError(
-                "there is one process, so nothing to cut weights over",
+                "there is only one process, so weights cannot be sharded across ranks",
                 hint="start several: torchrun --nproc-per-node 2 -m l2p_export train transfer ..., or --sharding none",
             )
         yield ProcessGroup(device=chosen_device(device, 0))
@@ -94,7 +94,7 @@ def joined(device: str | None = None, sharding: str = "none") -> Iterator[Proces
 
 
 def gathered(ranks: ProcessGroup, values: Sequence[float]) -> list[list[float]]:
-    """The values of every process, in the order of ranks; the same on each."""
+    """All-gather values: one list per rank, in the order of ranks, the same on each rank."""
     if ranks.size == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.float64, device=ranks.device)
@@ -106,13 +106,13 @@ def gathered(ranks: ProcessGroup, values: Sequence[float]) -> list[list[float]]:
 def shard_across(
     model: nn.Module, blocks: Sequence[nn.Module], kept_whole: Sequence[nn.Module], ranks: ProcessGroup
 ) -> None:
-    """Cut the parameters of `model` over the processes in place (FSDP2): each block by itself, then the rest.
+    """Shard the parameters of `model` across ranks in place (FSDP2): each block by itself, then the rest.
 
     Args:
-        model: what is cut; equal on every process, float32.
-        blocks: parts that are gathered, used and dropped one after the other.
-        kept_whole: parts whose parameters stay on every process.
-        ranks: the processes.
+        model: model to shard; equal on every rank, float32.
+        blocks: parts that are gathered, used and freed one after the other.
+        kept_whole: parts whose parameters stay replicated on every rank.
+        ranks: the process group.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -127,12 +127,12 @@ def shard_across(
 
 
 def averaging_gradients(model: nn.Module, ranks: ProcessGroup) -> nn.Module:
-    """What to call in place of `model` so that gradients come out as the mean over the processes."""
+    """Wrap `model` so that gradients are averaged over ranks; call the result in place of `model`."""
     if ranks.size == 1 or ranks.is_sharded:
         return model
     return nn.parallel.DistributedDataParallel(
         model,
-        # All processes made the same weights from the same seed and files.
+        # All ranks made the same weights from the same seed and files.
         init_sync=False,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
@@ -140,14 +140,14 @@ def averaging_gradients(model: nn.Module, ranks: ProcessGroup) -> nn.Module:
 
 
 def without_exchange(model: nn.Module, *, when: bool) -> AbstractContextManager[None]:
-    """A context for all micro batches but the last: their gradients add up where they are made."""
+    """Context of all micro batches but the last: their gradients accumulate locally, without all-reduce."""
     if when and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """True for a tensor of which each process holds a part."""
+    """True for a tensor that is sharded across ranks."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     from torch.distributed.tensor import DTensor
@@ -156,7 +156,7 @@ def is_cut(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory: all of it unless it is cut."""
+    """This rank's shard of a tensor, in the same memory; the whole tensor if it is not sharded."""
     if not is_cut(tensor):
         return tensor.detach()
     cut: DTensor = tensor  # type: ignore[assignment]
@@ -166,7 +166,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def part_for(whole: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor that every process has whole, the part that belongs where `like` is cut."""
+    """This rank's shard of a tensor that every rank has whole, sharded as `like` is."""
     if not is_cut(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -177,7 +177,7 @@ def part_for(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def made_whole(part: Tensor, like: Tensor) -> Tensor:
-    """Gather the parts of all processes into the whole tensor; every process must call this for the same tensors."""
+    """Gather the shards of all ranks into the whole tensor; every rank must call this for the same tensors."""
     if not is_cut(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -190,7 +190,7 @@ def made_whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 def chosen_device(wanted: str | None, local_rank: int = 0) -> torch.device:
-    """The device that one process computes on: the one that is asked for, or a GPU where there is one.
+    """The device of one process: the requested one, or by default a GPU if there is one.
 
     Raises:
         UsageError: no such kind of device.

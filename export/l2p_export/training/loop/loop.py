@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: what a step draws follows from its number alone, so a resume is exact.
+"""Training loop shared by source and transfer. All randomness of a step follows from its number, so resuming is exact.
 
 A run's folder holds its last two states, each complete or absent, and `progress.csv`.
 """
@@ -43,32 +43,32 @@ COLUMNS = ("step", "samples", "loss", "gradient_norm", "learning_rate", "seconds
 CPU = torch.device("cpu")
 
 LOSS_DECAY = 0.98
-"""The printed loss is a running mean of about 50 steps."""
+"""Decay of the printed loss: a running mean over about 50 steps."""
 
 
 class StoppedError(L2PError):
-    """SIGTERM ended the run after its state was saved."""
+    """SIGTERM stopped the run after its state was saved."""
 
     exit_code = 143
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast a stage learns.
+    """Length, batch size and optimizer settings of a training run.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch: samples a step.
+        steps: optimizer steps.
+        batch: samples per step.
         learning_rate: of AdamW, after the warm-up.
-        warmup_steps: steps over which the rate rises from 0.
+        warmup_steps: steps over which the learning rate rises from 0.
         cooldown_steps: last steps, over which it falls to 0.
-        weight_decay: of AdamW; matrices only.
+        weight_decay: of AdamW; only for matrices.
         beta2: of AdamW.
-        clip: largest gradient norm.
-        ema: share of the averaged weights that a step keeps; the average starts at the first step.
-        micro_batches: parts that a process computes its samples of a step in; gradients add up.
+        clip: maximum gradient norm.
+        ema: decay of the EMA of the weights, which starts at the first step.
+        micro_batches: parts in which a process computes its samples of a step; gradients accumulate.
         save_every: steps between saved states.
-        seed: where every draw comes from.
+        seed: source of all randomness.
     """
 
     steps: int
@@ -115,7 +115,7 @@ Loss = Callable[[int, int], Tensor]
 """(step, micro batch) to the mean loss over its samples."""
 
 OnSave = Callable[[int, Mapping[str, Tensor]], None]
-"""(step, averaged weights), after each saved state, on the process that writes it."""
+"""(step, EMA weights), after each saved state, on the rank that writes it."""
 
 
 def train(
@@ -129,24 +129,24 @@ def train(
     title: str,
     on_save: OnSave = lambda step, averaged: None,
 ) -> Mapping[str, Tensor]:
-    """Train the parameters of `module` that require a gradient, from the folder's last state if it has one.
+    """Train the parameters of `module` that require a gradient; resumes from the folder's last state if it has one.
 
     Args:
-        module: what is trained, in float32, on its device.
-        loss: draws its samples from the step's number and nothing else.
-        schedule: how long and how fast.
-        folder: where states and `progress.csv` go.
-        settings: what the run is made with; a resume with others is refused, but it may have more steps.
-        report: told of steps and loss.
-        title: what the run is called.
-        on_save: called with the averaged weights after each saved state.
+        module: module to train, in float32, on its device.
+        loss: loss of a micro batch; its samples must follow only from the step's number.
+        schedule: length, batch size and optimizer settings.
+        folder: folder of states and `progress.csv`.
+        settings: settings of the run; resuming with other settings is refused, except for more steps.
+        report: gets steps and loss.
+        title: name of the run.
+        on_save: called with the EMA weights after each saved state.
 
     Returns:
-        The averaged trained weights by name, float32.
+        The EMA of the trained weights by name, float32.
 
     Raises:
         ArtifactError: the loss or a gradient is NaN or Inf; the folder keeps the last good state.
-        HostError: the folder refuses, or another run works in it.
+        HostError: the folder cannot be written, or another run works in it.
         UsageError: the folder's state was made with other settings.
         StoppedError: SIGTERM; the state was saved.
         CancelledError: SIGINT; the state was saved.
@@ -168,22 +168,22 @@ def train_weights(
     ranks: ProcessGroup = ALONE,
     called: nn.Module | None = None,
 ) -> Mapping[str, Tensor]:
-    """As `train`, by one process of a team: all call this alike, and step and stop together.
+    """As `train`, in one process of a group. All processes must call this with the same arguments; they stop together.
 
     Args:
-        weights: what is trained.
-        loss: of this process's samples.
-        schedule: how long and how fast; `batch` counts the samples of all processes.
-        folder: one that every process sees; the first one writes.
-        settings: see `train`; how many processes there are is none of it.
-        report: told of steps and loss.
-        title: what the run is called.
-        on_save: called on the first process.
-        ranks: the processes.
-        called: what the loss calls, where that averages gradients over processes.
+        weights: trained weights.
+        loss: loss of this process's samples.
+        schedule: as for `train`; `batch` counts the samples of all processes.
+        folder: a folder that every process can read; rank 0 writes.
+        settings: as for `train`, without the number of processes.
+        report: gets steps and loss.
+        title: name of the run.
+        on_save: called on rank 0.
+        ranks: the process group.
+        called: the module that the loss calls, if it averages gradients over ranks (DDP).
 
     Returns:
-        The averaged trained weights; where they are cut over processes, the first one gets them and the others none.
+        The EMA of the trained weights by name. If they are sharded across ranks, only rank 0 gets them.
 
     Raises:
         As `train`.
@@ -211,7 +211,7 @@ def train_weights(
                 group["lr"] = rate
             value, norm, stop = _gradients(loss, step, schedule, weights, ranks, called, stopped)
             if not (math.isfinite(value) and math.isfinite(norm)):
-                # Nothing has moved, so what is saved here is the last good state.
+                # No weight has changed in this step, so this saves the last good state.
                 save()
                 raise ArtifactError(
                     f"{title}: at step {step} the loss is {value} and the gradient norm {norm}",
@@ -227,14 +227,14 @@ def train_weights(
                 save()
             if stop and step < schedule.steps:
                 kind = CancelledError if stop == signal.SIGINT else StoppedError
-                raise kind(f"{title}: stopped at step {step}", hint="the same command goes on from there")
+                raise kind(f"{title}: stopped at step {step}", hint="the same command resumes from there")
         return whole_averages(weights, ranks)
 
 
 def generator(*numbers: int, device: torch.device = CPU) -> torch.Generator:
-    """A generator of its own for each sequence of numbers: seed, step, and micro batch or sample.
+    """A random generator seeded by a sequence of numbers: seed, step, and micro batch or sample.
 
-    What it draws follows from the numbers and the kind of device.
+    Its values depend only on the numbers and the kind of device.
     """
     import numpy as np
 
@@ -251,12 +251,16 @@ def _gradients(
     called: nn.Module | None,
     stopped: Callable[[], int],
 ) -> tuple[float, float, int]:
-    """Clipped gradients of one step; loss and norm over all processes, and the signal that any of them got, or 0."""
+    """Compute clipped gradients of one step.
+
+    Returns:
+        Mean loss and gradient norm over all ranks, and the signal that any of them received, or 0.
+    """
     drop_gradients(weights)
     value = 0.0
     copied = any(master is not weights.parameters[name] for name, master in weights.masters.items())
     for micro in range(schedule.micro_batches):
-        # Gradients that are moved away after each part have to be averaged before.
+        # Gradients that are copied away after each micro batch must be averaged before.
         apart = not copied and micro + 1 < schedule.micro_batches
         with nullcontext() if called is None else without_exchange(called, when=apart):
             part = loss(step, micro) / schedule.micro_batches
@@ -265,7 +269,7 @@ def _gradients(
         value += float(part.detach())
     norm = clip_gradients(weights, schedule.clip, ranks)
     rows = gathered(ranks, [value, norm, stopped()])
-    # The norm is of all processes' gradients already; the largest is NaN or Inf where any is.
+    # The norm already covers the gradients of all ranks; the maximum is NaN or Inf if any is.
     norms = [row[1] for row in rows]
     worst = math.nan if any(map(math.isnan, norms)) else max(norms)
     return sum(row[0] for row in rows) / len(rows), worst, int(max(row[2] for row in rows))
@@ -274,7 +278,7 @@ def _gradients(
 def _resume(
     folder: Path, weights: Weights, settings: Mapping[str, Any], steps: int, ranks: ProcessGroup
 ) -> tuple[int, float]:
-    """Load the folder's last state; step and seconds so far, or zeros."""
+    """Load the folder's last state; returns step and seconds so far, or zeros."""
     saved = latest_state(folder)
     found = {int(row[0]) for row in gathered(ranks, [-1 if saved is None else saved.step])}
     if len(found) > 1:
@@ -291,7 +295,7 @@ def _resume(
 
 @contextmanager
 def _working_folder(folder: Path, ranks: ProcessGroup) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it."""
+    """Create and lock the folder."""
     if not ranks.is_rank_zero:
         yield
         return
@@ -305,7 +309,7 @@ def _working_folder(folder: Path, ranks: ProcessGroup) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """SIGTERM and SIGINT end the run after its step; the second of a kind acts as usual. Gives the first, or 0."""
+    """SIGTERM and SIGINT stop the run after its step; the second of a kind acts as usual. Yields the first, or 0."""
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -325,7 +329,7 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 
 
 def _progress_writer(folder: Path, step: int, stack: ExitStack) -> Callable[[tuple[float, ...]], None]:
-    """A function that adds a row to `progress.csv`, and to TensorBoard's events where that is installed."""
+    """Make a function that appends a row to `progress.csv`, and to TensorBoard's events if it is installed."""
     path = folder / PROGRESS_NAME
     _trim_progress(path, step)
     board = _board(folder / "tensorboard", step)
@@ -343,7 +347,7 @@ def _progress_writer(folder: Path, step: int, stack: ExitStack) -> Callable[[tup
         except OSError as error:
             raise HostError(
                 f"cannot write `{path}`: {error.strerror or error}",
-                hint="make room and run the same command again; it goes on from the last saved state",
+                hint="free disk space and run the same command again; it resumes from the last saved state",
             ) from error
         if board is not None:
             for name, value in zip(COLUMNS[2:5], row[2:5], strict=True):
@@ -357,17 +361,17 @@ def _write_nothing(row: tuple[float, ...]) -> None:
 
 
 def _board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
+    """TensorBoard's writer, or None if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # Events of steps that were taken after the state that is resumed are dropped.
+    # Drops events of steps after the resumed state.
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _trim_progress(path: Path, step: int) -> None:
-    """Drop the lines of steps that were taken after the state that is resumed."""
+    """Drop the lines of steps after the resumed state."""
     if not path.exists():
         return
     header, *rows = path.read_text(encoding="utf-8").splitlines() or [",".join(COLUMNS)]

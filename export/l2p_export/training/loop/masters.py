@@ -1,6 +1,6 @@
-"""Trained weights in the places where they stand: the module, the optimizer's float32 masters, and their average.
+"""Trained weights: the module's parameters, float32 master weights of the optimizer, and their EMA.
 
-Each process works on its own part of each tensor; where nothing is cut over processes, a part is the whole.
+Each process works on its own shard of each tensor. Without sharding, a shard is the whole tensor.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from l2p_export.training.loop.distributed import ProcessGroup, gathered, is_cut,
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What is trained.
+    """Trained weights and their optimizer.
 
     Attributes:
-        parameters: of the module, by name, on the device that computes.
-        masters: float32, what the optimizer moves: the memory of the parameters, or copies of it on the CPU.
-        averaged: exponential averages of the masters, beside them.
-        optimizer: of the masters, with its moments beside them.
+        parameters: of the module, by name, on the compute device.
+        masters: float32 master weights, which the optimizer updates: the parameters' own memory, or copies on the CPU.
+        averaged: EMA of the masters, on the same device.
+        optimizer: of the masters, with its moments on the same device.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -40,14 +40,14 @@ def trained_weights(
     on_cpu: bool = False,
     narrow: bool = False,
 ) -> Weights:
-    """Masters, averages and AdamW for the parameters of `module` that require a gradient.
+    """Make masters, EMA and AdamW for the parameters of `module` that require a gradient.
 
     Args:
-        module: what is trained, in float32.
-        weight_decay: of AdamW; matrices only.
+        module: module to train, in float32.
+        weight_decay: of AdamW; only for matrices.
         beta2: of AdamW.
-        on_cpu: keep masters, averages and moments in the CPU's memory.
-        narrow: with `on_cpu`: leave the module BF16 matrices, which are what autocast would make of them.
+        on_cpu: keep masters, EMA and moments in host memory.
+        narrow: with `on_cpu`: convert the module's matrices to BF16, as autocast would do.
     """
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if on_cpu:
@@ -66,7 +66,7 @@ def trained_weights(
 
 
 def take_gradients(weights: Weights) -> None:
-    """Add what a backward pass left in the module to the masters' gradients."""
+    """Move the module's gradients of a backward pass to the masters, added to theirs."""
     for name, parameter in weights.parameters.items():
         master, gradient = weights.masters[name], parameter.grad
         if master is parameter or gradient is None:
@@ -78,13 +78,13 @@ def take_gradients(weights: Weights) -> None:
 
 
 def drop_gradients(weights: Weights) -> None:
-    """Forget gradients of module and masters."""
+    """Clear the gradients of module and masters."""
     for parameter in (*weights.parameters.values(), *weights.masters.values()):
         parameter.grad = None
 
 
 def clip_gradients(weights: Weights, largest: float, ranks: ProcessGroup) -> float:
-    """Scale gradients so that their norm over all processes' parts is at most `largest`; the norm before."""
+    """Clip gradients to the norm `largest`, computed over all ranks' shards; returns the norm before clipping."""
     gradients = [master.grad for master in weights.masters.values() if master.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if ranks.is_sharded:
@@ -96,10 +96,10 @@ def clip_gradients(weights: Weights, largest: float, ranks: ProcessGroup) -> flo
 
 @torch.no_grad()
 def move(weights: Weights, kept: float) -> None:
-    """One step of the optimizer, written back to the module, and into the averages, which keep the share `kept`."""
+    """Take an optimizer step, write the masters back to the module, and update the EMA with decay `kept`."""
     weights.optimizer.step()
     write_back(weights)
-    # All at once: tensor by tensor, a GPU waits for the small ones to be asked for.
+    # All tensors at once: one by one, a GPU would wait for the launches of small kernels.
     averages = [weights.averaged[name] for name in weights.masters]
     current = [master.detach() for master in weights.masters.values()]
     get_ema_multi_avg_fn(kept)(averages, current, None)  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ def move(weights: Weights, kept: float) -> None:
 
 @torch.no_grad()
 def write_back(weights: Weights) -> None:
-    """Copy masters of their own memory into the module."""
+    """Copy masters into the module, unless they share its memory."""
     for name, master in weights.masters.items():
         part = own_part(weights.parameters[name])
         if part.data_ptr() != master.data_ptr():
@@ -115,9 +115,9 @@ def write_back(weights: Weights) -> None:
 
 
 def whole_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Everything that a state holds, as `KIND.NAME` and the whole float32 tensor on the CPU, tensor by tensor.
+    """Yield all tensors of a state one by one: `KIND.NAME` and the whole float32 tensor on the CPU.
 
-    Where weights are cut over processes, every process must walk through all of it.
+    With sharded weights, every rank must iterate over all of them.
     """
     moments = weights.optimizer.state
     for name, master in weights.masters.items():
@@ -129,7 +129,7 @@ def whole_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole_averages(weights: Weights, ranks: ProcessGroup) -> Mapping[str, Tensor]:
-    """Averaged weights by name; cut ones are gathered on the CPU of the first process, and the others get none."""
+    """EMA weights by name. Sharded ones are gathered on the CPU of rank 0; the other ranks get an empty mapping."""
     if not ranks.is_sharded:
         return weights.averaged
     whole = {}
@@ -155,5 +155,5 @@ def _optimizer(
     others = [master for master in masters.values() if master.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    # Fused steps make no copies of the weights on the way.
+    # Fused steps make no temporary copies of the weights.
     return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=is_fused or None)

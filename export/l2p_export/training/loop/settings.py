@@ -1,4 +1,4 @@
-"""What a folder of work was begun with, so that nobody goes on in it with something else."""
+"""Settings file of a working folder, so that a run resumes only with equal settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from l2p_runtime.files import write_json
 
 
 def require_settings(folder: Path, settings: Mapping[str, object], name: str = "settings.json") -> None:
-    """Write what a folder is made with, or refuse to go on with other settings.
+    """Write the settings of a new folder, or check that an existing folder has the same.
 
     Raises:
-        UsageError: says which differ.
-        HostError: the folder refuses.
+        UsageError: settings differ; names them.
+        ArtifactError: the settings file is damaged.
+        HostError: the folder cannot be written.
     """
     path = folder / name
     if not path.is_file():
@@ -35,13 +36,13 @@ def require_settings(folder: Path, settings: Mapping[str, object], name: str = "
     differing = differing_settings(before, wanted)
     if differing:
         raise UsageError(
-            f"`{folder}` was begun with other settings: {'; '.join(differing)}",
-            hint="give the settings it began with, or another folder",
+            f"`{folder}` was started with other settings: {'; '.join(differing)}",
+            hint="give the settings that it began with, or another folder",
         )
 
 
 def differing_settings(before: Mapping[str, object], wanted: Mapping[str, object]) -> Sequence[str]:
-    """One line for each setting that is another than before; nested ones are compared one by one."""
+    """One line per setting that differs; nested settings are compared one by one."""
     before, wanted = _flat(before), _flat(wanted)
     return [
         f"{key} is {_shown(wanted.get(key))}, it began with {_shown(before.get(key))}"

@@ -1,7 +1,7 @@
-"""Saved states of a training run: weights, averages and optimizer moments as safetensors, numbers as JSON.
+"""Saved states of a training run: weights, EMA and optimizer moments as safetensors, numbers as JSON.
 
-A state is a folder `step-00001200`; it is written beside its place and renamed, so it is complete or absent. Its
-tensors are whole and float32 however many processes wrote it, so any number of them can go on from it.
+A state is a folder such as `step-00001200`. It is written to a temporary folder and renamed, so it is complete or
+absent. Its tensors are whole and float32 for any number of ranks, so any number of ranks can resume from it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 KEPT_STATES = 2
 KINDS = ("weights", "averaged", "first_moment", "second_moment")
 _STATE_NAME = re.compile(r"step-(\d{8})")
-_GO_BACK = "remove `{}`; the run goes on from the state before it"
+_GO_BACK = "remove `{}`; the run resumes from the state before it"
 _TENSORS, _NUMBERS = "state.safetensors", "state.json"
 
 
@@ -40,9 +40,9 @@ class SavedState:
     """A state on disk; tensors are read when it is loaded.
 
     Attributes:
-        step: optimizer steps taken.
-        seconds: time they took.
-        settings: what the run is made with.
+        step: optimizer steps so far.
+        seconds: training time so far.
+        settings: settings of the run.
     """
 
     folder: Path
@@ -51,10 +51,10 @@ class SavedState:
     settings: dict[str, Any]
 
     def require(self, settings: Mapping[str, Any], steps: int) -> None:
-        """Refuse to go on with other settings; the number of steps may be another one, and the cooldown with it.
+        """Refuse to resume with other settings; only the numbers of steps and cooldown steps may differ.
 
         Raises:
-            UsageError: says which differ, or that the run is past its steps.
+            UsageError: settings differ, or the run is past `steps`.
         """
         differing = differing_settings(_comparable(self.settings), _comparable(settings))
         if differing:
@@ -69,10 +69,10 @@ class SavedState:
             )
 
     def load(self, weights: Weights) -> None:
-        """Fill weights, averages and moments; each process takes its part of each tensor.
+        """Load weights, EMA and moments; each rank takes its shard of each tensor.
 
         Raises:
-            ArtifactError: the state is damaged or another model's.
+            ArtifactError: the state is damaged, or of another model.
         """
         try:
             file = open_tensorfile(self.folder / _TENSORS)
@@ -92,7 +92,7 @@ class SavedState:
                 weights.masters[name].copy_(current)
                 weights.averaged[name].copy_(averaged)
                 step = torch.tensor(float(self.step))
-                # In the order of the master's numbers: fused steps refuse moments of another.
+                # In the memory format of the master: fused steps refuse moments in another.
                 first, second = (torch.empty_like(weights.masters[name]).copy_(part) for part in (first, second))
                 moments["state"][index] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         optimizer.load_state_dict(moments)
@@ -111,10 +111,10 @@ class SavedState:
 def save_state(
     folder: Path, step: int, seconds: float, settings: Mapping[str, Any], weights: Weights, ranks: ProcessGroup = ALONE
 ) -> None:
-    """Write a state and drop all but the last two; every process calls this, the first one writes.
+    """Write a state and delete all but the last two. Every rank must call this; rank 0 writes.
 
     Raises:
-        HostError: the disk is full or refuses; earlier states are kept.
+        HostError: the state cannot be written; earlier states are kept.
     """
     if not ranks.is_rank_zero:
         if ranks.is_sharded:
@@ -124,7 +124,7 @@ def save_state(
     final = folder / f"step-{step:08}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a killed process left behind; no two processes write here at once.
+        # Leftovers of a killed process; only one process writes here at a time.
         sweep_partials(folder)
         with atomic_folder(final) as partial:
             _write_tensors(partial / _TENSORS, weights)
@@ -133,7 +133,7 @@ def save_state(
     except OSError as error:
         raise HostError(
             f"cannot save the training state in `{folder}`: {error.strerror or error}",
-            hint="make room and run the same command again; the states before it are kept",
+            hint="free disk space and run the same command again; the states before it are kept",
         ) from error
     for old in _states(folder)[:-KEPT_STATES]:
         shutil.rmtree(old, ignore_errors=True)
@@ -160,12 +160,12 @@ def latest_state(folder: Path) -> SavedState | None:
 
 
 def _write_tensors(path: Path, weights: Weights) -> None:
-    """One tensor after the other, so that no second copy of the state is in memory."""
+    """Write tensors one by one, so that memory holds no second copy of the state."""
     # In the order of `whole_tensors`.
     shapes = {name: tuple(parameter.shape) for name, parameter in weights.parameters.items()}
     entries = [(f"{kind}.{name}", "F32", shape) for name, shape in shapes.items() for kind in KINDS]
     header, _ = header_bytes(entries, {"format": "pt"})
-    # The folder of the state is synced with all that is in it.
+    # The caller syncs the folder with its files.
     with path.open("wb") as file:
         file.write(header)
         for _, tensor in whole_tensors(weights):
@@ -179,7 +179,7 @@ def _states(folder: Path) -> list[Path]:
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them, without how long the run is."""
+    """Settings after a JSON round trip, without the length of the run."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
     schedule = plain.get("schedule")
     if isinstance(schedule, dict):
@@ -189,5 +189,5 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _foreign(folder: Path, what: str) -> ArtifactError:
     return ArtifactError(
-        f"`{folder}` {what}", hint=f"it is another model's run, or damaged; remove `{folder}` or give another folder"
+        f"`{folder}` {what}", hint=f"it is damaged, or of another model; remove `{folder}` or give another folder"
     )

@@ -1,1 +1,1 @@
-"""A latent source small enough for two cores: what it is made of and how it is trained."""
+"""Latent source small enough for two cores: its parts, its training, and its pipeline folder."""

@@ -1,4 +1,4 @@
-"""Trains the autoencoder of a latent source: diffusers' `AutoencoderKL`, 8 px to a latent, 16 channels."""
+"""Trains the autoencoder of a latent source: diffusers' `AutoencoderKL` with 8 px per latent and 16 channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 LATENT_CHANNELS = 16
-"""As many as Z-Image's, so that a source's patches of 2 x 2 latents have the published 64 values."""
+"""As in Z-Image, so that a source's patches of 2 x 2 latents have the published 64 values."""
 
 CONFIG: Mapping[str, Any] = {
     "in_channels": 3,
@@ -41,14 +41,14 @@ CONFIG: Mapping[str, Any] = {
 IMAGE_PX = 128
 CROP_PX = 64
 KL_WEIGHT = 1e-4
-"""Of the divergence of one latent value from a unit normal, against the mean squared error of a pixel."""
+"""Weight of the KL divergence per latent value from a unit normal, against the mean squared error per pixel value."""
 
 EDGE_WEIGHT = 0.1
-"""Of the absolute error, which keeps pulling at edges where squares of small errors fade."""
+"""Weight of the mean absolute error, which keeps edges sharp where squares of small errors vanish."""
 
 
 def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter, device: torch.device = CPU) -> AutoencoderKL:
-    """Train on crops of rendered scenes; `scaling_factor` and `shift_factor` are set from its own latents.
+    """Train on crops of rendered scenes, and set `scaling_factor` and `shift_factor` from the model's latents.
 
     Raises:
         As `loop.train`.
@@ -82,7 +82,7 @@ def train_autoencoder(folder: Path, schedule: Schedule, report: Reporter, device
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
-    """TrainingOptions of the latents [N,16,H/8,W/8] of uint8 pixels [N,3,H,W], neither shifted nor scaled."""
+    """Posterior means [N,16,H/8,W/8] of uint8 pixels [N,3,H,W], neither shifted nor scaled."""
     return torch.cat([model.encode(as_values(part)).latent_dist.mean for part in torch.split(images, batch)])
 
 
@@ -92,7 +92,7 @@ def _images(random: np.random.Generator, count: int, device: torch.device) -> Te
 
 
 def _crops(random: np.random.Generator, count: int, device: torch.device) -> Tensor:
-    """A quarter of each image, cut anywhere."""
+    """A random crop of each image, a quarter of its area."""
     corners = random.integers(0, IMAGE_PX - CROP_PX + 1, (count, 2))
     images = _images(random, count, device)
     cut = [image[:, y : y + CROP_PX, x : x + CROP_PX] for image, (y, x) in zip(images, corners.tolist(), strict=True)]

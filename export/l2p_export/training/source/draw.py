@@ -1,4 +1,4 @@
-"""A latent source draws batches of images: for a corpus to train on, and for its own evaluation."""
+"""Draws batches of images with a latent source, for a training corpus and for its evaluation."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DrawSpec:
-    """How a source draws.
+    """Settings of drawing with a source.
 
     Attributes:
         guidance: s in v_without + s (v_with - v_without); 1 is none.
-        batch: images at once.
+        batch: images drawn at once.
     """
 
     height_px: int
@@ -76,7 +76,7 @@ class Artist:
 
     @property
     def px_per_latent(self) -> int:
-        """Side of the square of pixels that one latent stands for."""
+        """Pixels per latent along a side."""
         return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
 
 
@@ -84,7 +84,7 @@ def load_artist(source: Source, device: torch.device = CPU) -> Artist:
     """Load a source's transformer and autoencoder in float32 onto a device.
 
     Raises:
-        ArtifactError: a tensor is absent or misshapen.
+        ArtifactError: a tensor is missing or has the wrong shape.
     """
     shapes = {name: tensor.shape for name, tensor in source.transformer.tensors.items()}
     d = source_dimensions(shapes, published_dimensions("1k"))
@@ -98,13 +98,16 @@ def load_artist(source: Source, device: torch.device = CPU) -> Artist:
             hint="fetch the folder again",
         )
     autoencoder = load_autoencoder(source)
-    # The plain method: the library's own warns of what it does not do here.
+    # PyTorch's method: the library's override warns about things that do not apply here.
     nn.Module.to(autoencoder, device)
     return Artist(source, d, model.to(device), autoencoder, device)
 
 
 def draw_images(artist: Artist, texts: Sequence[str], seeds: Sequence[int], spec: DrawSpec) -> NDArray[np.uint8]:
-    """Draw one image [N,H,W,3] for each text from the noise of its seed.
+    """Draw one image for each text, from the noise of its seed.
+
+    Returns:
+        uint8 pixels [N,H,W,3].
 
     Raises:
         UsageError: a size that does not divide, or a text that is too long.
@@ -116,7 +119,7 @@ def draw_images(artist: Artist, texts: Sequence[str], seeds: Sequence[int], spec
         )
     height, width = spec.height_px // artist.px_per_latent, spec.width_px // artist.px_per_latent
     noises = [normal_noise(seed, channels=LATENT_CHANNELS, rows=(0, height), cols=(0, width)) for seed in seeds]
-    # Captions of one padded length share a batch: where the image stands in time follows from it.
+    # A batch holds captions of one padded length, because the position of the image tokens follows from it.
     lengths = [-(-len(artist.source.tokenizer.tokens(text)) // 32) * 32 for text in texts]
     images = np.empty((len(texts), spec.height_px, spec.width_px, 3), np.uint8)
     for length in sorted(set(lengths)):
@@ -140,32 +143,32 @@ def draw_corpus(
     *,
     judged: bool = False,
 ) -> int:
-    """Draw a corpus: each prompt with as many seeds; a stopped run goes on with the next image.
+    """Draw a corpus of `seeds_per_prompt` images per prompt; a stopped run resumes with the next image.
 
     Args:
-        artist: who draws.
+        artist: the loaded source.
         prompts: captions, in order.
-        seeds_per_prompt: images of each.
-        seed: the first image's; each next one has the next.
-        spec: how to draw.
+        seeds_per_prompt: images per prompt.
+        seed: of the first image; it increases by 1 per image.
+        spec: settings of drawing.
         out: the corpus's folder.
-        report: told of images.
-        judged: keep only what shows its caption, which must be one of the small world.
+        report: gets the number of images.
+        judged: keep only images that show their caption, which must be one of the small world.
 
     Returns:
         Images added by this call.
 
     Raises:
-        UsageError: no prompt, one that the judge does not know, a seed out of range, or the folder holds a corpus of
+        UsageError: no prompt, one that the judge cannot read, a seed out of range, or the folder holds a corpus of
             other settings.
-        HostError: the disk is full; what was drawn is kept. Or scikit-image, which judges, is not installed.
+        HostError: the disk is full (drawn images are kept), or scikit-image, which the judge needs, is not installed.
     """
     total = corpus_images(prompts, seeds_per_prompt, seed)
     if judged:
         require_judge()
     descriptions = [describe(prompt) for prompt in prompts] if judged else None
     settings: dict[str, object] = {
-        # By content: a folder of the same name may hold another source by the time that a run goes on.
+        # By content, because a folder of the same name may hold another source when a run resumes.
         "source": weights_digest(artist.source.transformer.tensors, artist.source.transformer.tensors),
         "prompts": len(prompts),
         "seeds_per_prompt": seeds_per_prompt,
@@ -220,7 +223,7 @@ def _draw(artist: Artist, embeds: Embeds, noise: Tensor, spec: DrawSpec) -> NDAr
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
-    """Latents [N,16,h,w] of unit variance to pixels [N,H,W,3]."""
+    """Decode latents [N,16,h,w] of unit variance to uint8 pixels [N,H,W,3]."""
     config = autoencoder.config
     decoded = autoencoder.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,6 +1,6 @@
-"""A latent source on disk: a diffusers pipeline folder, written from the parts that were trained and opened for use.
+"""Pipeline folders of latent sources, in diffusers' format: writing the trained parts, and opening them.
 
-The small one and the published Z-Image are the same kind of folder and are opened by the same code.
+The same code opens the small source and the published Z-Image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _INDEX_NAME = "model_index.json"
 TOKENS_MULTIPLE = 32
 
-# The published template for one user message, in the language that transformers renders.
+# The published template for one user message, as a Jinja template for transformers.
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -46,11 +46,11 @@ _TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened pipeline folder; weights of the transformer are still in their files.
+    """An opened pipeline folder; the transformer's weights are still in their files.
 
     Attributes:
-        text: torch network from token numbers to hidden states.
-        shift: of its sampler's schedule.
+        text: torch network from token ids to hidden states.
+        shift: of the sigma schedule.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Embeds:
-    """Prompt embeddings of one padded length: values [N,T,C] and true for a real token [N,T]."""
+    """Prompt embeddings of one padded length: values [N,T,C], and a mask [N,T] that is true for real tokens."""
 
     values: Tensor
     mask: Tensor
@@ -76,10 +76,10 @@ def write_source(
     tokenizer: tokenizers.Tokenizer,
     shift: float,
 ) -> None:
-    """Write a trained source as a pipeline folder, weights in BF16; a folder with an index is whole.
+    """Write a trained source as a pipeline folder with BF16 weights. A folder with an index file is complete.
 
     Raises:
-        HostError: the disk is full or refuses.
+        HostError: the folder cannot be written.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import PreTrainedTokenizerFast, Qwen3Model
@@ -96,11 +96,11 @@ def write_source(
     )
     transformer.load_state_dict(published_state(model.latent))
     text = Qwen3Model(qwen3_config(dtype="bfloat16"))
-    # The last layer and the final norm come after the hidden state that is used.
+    # Not strict: the last layer and the final norm come after the hidden state that is used, and were not trained.
     text.load_state_dict(
         {name.removeprefix("model."): value for name, value in model.text.state_dict().items()}, strict=False
     )
-    # Where it was read from is nobody's business.
+    # Keeps the path of this machine out of the file.
     autoencoder.register_to_config(_name_or_path="")
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -117,7 +117,7 @@ def write_source(
         transformer=transformer,
     )
     for part in (transformer, text, autoencoder):
-        # The plain method: the library's own warns of what it does not do here.
+        # PyTorch's method: the library's override warns about things that do not apply here.
         nn.Module.to(part, torch.bfloat16)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def write_source(
 
 
 def _commit(written: Path, folder: Path) -> None:
-    """Move the files of a pipeline to where they belong, the index last."""
+    """Move the files of a pipeline into its folder, the index last."""
     mode = stat.S_IMODE((written / _INDEX_NAME).stat().st_mode)
     files = [path for path in written.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: (path.name == _INDEX_NAME, path)):
@@ -154,7 +154,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def qwen3_config(**changes: Any) -> Any:
-    """The small text encoder's configuration as transformers holds it."""
+    """The small text encoder's configuration as transformers' `Qwen3Config`."""
     from transformers import Qwen3Config
 
     sizes = TEXT_ENCODER.sizes
@@ -173,10 +173,10 @@ def qwen3_config(**changes: Any) -> Any:
 
 
 def open_source(folder: Path) -> Source:
-    """Open a pipeline folder as a source of transfer: transformer, text encoder, tokenizer, schedule.
+    """Open a pipeline folder as a source: transformer, text encoder, tokenizer, schedule.
 
     Raises:
-        UsageError: no pipeline folder.
+        UsageError: not a pipeline folder.
         ArtifactError: a part is damaged, of another family, or does not fit the others.
     """
     transformer, encoder = open_headers(folder)
@@ -190,7 +190,7 @@ def open_source(folder: Path) -> Source:
 
 
 def open_headers(folder: Path) -> tuple[Checkpoint, TextEncoder]:
-    """The transformer and the text encoder of a pipeline folder, with every weight still in its file.
+    """Open the transformer and the text encoder of a pipeline folder, without reading weights.
 
     Raises:
         As `open_source`.
@@ -204,7 +204,8 @@ def open_headers(folder: Path) -> tuple[Checkpoint, TextEncoder]:
     transformer = family_of(weights).read(weights)
     if not any(name.startswith("all_final_layer.") for name in transformer.tensors):
         raise ArtifactError(
-            f"`{weights.path}` is no latent transformer", hint="a source draws latents; this is L2P already"
+            f"`{weights.path}` is no latent transformer",
+            hint="a source must be a latent model; this is already an L2P model",
         )
     caption_width = transformer.tensors["cap_embedder.0.weight"].shape[0]
     return transformer, open_text_encoder(folder, caption_width)
@@ -214,7 +215,7 @@ def load_autoencoder(source: Source) -> AutoencoderKL:
     """The autoencoder of a source, in float32.
 
     Raises:
-        ArtifactError: damaged or absent.
+        ArtifactError: it is damaged or missing.
     """
     from diffusers import AutoencoderKL
 
@@ -224,14 +225,14 @@ def load_autoencoder(source: Source) -> AutoencoderKL:
         raise ArtifactError(
             f"`{source.folder / 'vae'}` is no autoencoder: {error}", hint="fetch the folder again"
         ) from error
-    # The plain method, as in `write_source`.
+    # PyTorch's method, as in `write_source`.
     nn.Module.to(model, torch.float32)
     return model.eval().requires_grad_(requires_grad=False)
 
 
 @torch.no_grad()
 def encode_texts(source: Source, texts: Sequence[str], tokens: int | None = None) -> Embeds:
-    """Embed prompts, padded to `tokens` or to the next multiple of 32 that holds them all.
+    """Embed prompts, padded to `tokens`, or to the smallest multiple of 32 that holds the longest.
 
     Raises:
         UsageError: a prompt is longer than the text encoder or `tokens` takes.

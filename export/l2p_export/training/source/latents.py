@@ -1,4 +1,4 @@
-"""Rendered scenes as latents: encoded once, kept in a file, read by every epoch."""
+"""Latents of rendered scenes: encoded once, cached in a file, used in every epoch."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 _PIXELS_AT_ONCE = 1 << 20
-"""64 scenes of 128 px."""
+"""Pixels that are encoded at once: 64 scenes of 128 px."""
 
 _MADE_FROM = "made_from"
 
 
 @dataclass(frozen=True, slots=True)
 class LatentData:
-    """Latents [N,16,h,w] of zero mean and unit variance, their captions' token numbers, and those of no caption.
+    """Latents [N,16,h,w] of zero mean and unit variance, token ids of their captions, and of the empty caption.
 
     Attributes:
-        shares: [N, h*w/4, K] of each of `LABELS` in each patch of 2 x 2 latents.
+        shares: [N, h*w/4, K], the share of each of the K `LABELS` in each patch of 2 x 2 latents.
     """
 
     latents: Tensor
@@ -49,7 +49,7 @@ class LatentData:
 
 @dataclass(frozen=True, slots=True)
 class SceneSet:
-    """Which training scenes: how many, at which side, and the seed of captions and places."""
+    """A set of training scenes: number, side of the images, and seed of captions and positions."""
 
     count: int
     size_px: int
@@ -64,20 +64,20 @@ def scene_latents(
     report: Reporter,
     device: torch.device = CPU,
 ) -> LatentData:
-    """Latents and captions of training scenes, shifted and scaled by the autoencoder's own numbers.
+    """Latents and captions of training scenes, normalized with the autoencoder's shift and scale.
 
     Args:
-        path: safetensors file that keeps them; read instead where it was made from the same.
+        path: safetensors cache file; read if it was made from the same inputs, else written.
         model: trained autoencoder, on the device.
         tokenizer: the small world's.
-        scenes: which.
-        report: told of scenes.
-        device: where all of it is kept.
+        scenes: the scenes to encode.
+        report: gets the number of scenes.
+        device: device of the result.
 
     Raises:
         HostError: the file cannot be written.
     """
-    # What the file was made from; another autoencoder's latents, or fewer, are made again.
+    # Identifies the file's inputs: latents of another autoencoder or another set of scenes are recomputed.
     made_from = f"{_digest(model)} {scenes.seed} {scenes.count} {scenes.size_px}"
     drawn = [_scene(scenes.seed, index) for index in range(scenes.count)]
     stored = _read(path, made_from)
@@ -131,7 +131,7 @@ def _encode(
 
 
 def _read(path: Path, made_from: str) -> dict[str, Tensor] | None:
-    """The stored tensors, or None where the file is absent, damaged or made from something else."""
+    """The stored tensors, or None if the file is absent, damaged or made from other inputs."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -16,7 +16,7 @@ from l2p_export.training.source.tokens import VOCABULARY
 from l2p_export.world.render import LABELS
 
 GATE_AT_START = 0.5
-"""Bias of a block's gates: from zero the first thousands of steps do nothing."""
+"""Initial bias of a block's gates; with 0, the first thousands of steps learn nothing."""
 
 TEXT_ENCODER = TextEncoderConfig(
     TextEncoderDimensions(vocabulary=VOCABULARY, width=96, layers=3, heads=3, kv_heads=3, head_width=32, ffn_width=256),
@@ -26,7 +26,7 @@ TEXT_ENCODER = TextEncoderConfig(
 
 
 def source_dimensions() -> Dimensions:
-    """Width 144, three heads of 48, six layers of which four are the trunk; the rest follows Z-Image."""
+    """Dimensions of the small source: width 144, three heads of 48, six layers of which four are the trunk."""
     return replace(
         published_dimensions("1k"),
         width=144,
@@ -41,14 +41,15 @@ def source_dimensions() -> Dimensions:
 
 
 PROBED_LAYER = 3
-"""The main layer whose image tokens are asked what lies where; three quarters of the trunk lie before it."""
+"""The main layer whose image tokens the probe reads, after three quarters of the trunk."""
 
 
 class SourceModel(nn.Module):
-    """Captions and noisy latents to x0 - noise; text encoder and transformer learn together.
+    """Text encoder and transformer as one module, from captions and noisy latents to x0 - noise.
 
-    A probe reads from image tokens in the middle what lies where, which teaches the trunk to take it from the caption:
-    of x0 - noise alone, which of two objects has which colour is a small part. It is no part of a saved source.
+    A linear probe predicts from image tokens of a middle layer which label covers each patch. It teaches the trunk to
+    read the layout from the caption: which of two objects has which colour is a small part of the loss of x0 - noise.
+    The probe is not part of a saved source.
     """
 
     def __init__(self, d: Dimensions) -> None:
@@ -63,7 +64,7 @@ class SourceModel(nn.Module):
         self.probe = nn.Linear(d.width, len(LABELS))
 
     def forward(self, latents: Tensor, time: Tensor, ids: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
-        """latents [B,16,h,w], time [B], ids [B,T] with -1 for padding, tables [S,R], to [B,16,h,w]."""
+        """Latents [B,16,h,w], time [B], ids [B,T] with -1 as padding, RoPE tables [S,R] to x0 - noise [B,16,h,w]."""
         mask = ids >= 0
         embeds = self.text(ids.clamp(min=0).long(), mask.long())
         out: Tensor = self.latent(latents, time, embeds, mask, rope_cos, rope_sin)
@@ -72,7 +73,7 @@ class SourceModel(nn.Module):
     def probed(
         self, latents: Tensor, time: Tensor, ids: Tensor, rope_cos: Tensor, rope_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, and scores [B,N,K] of each of `LABELS` for each of N image tokens."""
+        """As `forward`, and the probe's logits [B,N,K] of the K `LABELS` for each of N image tokens."""
         seen: list[Tensor] = []
         layer = self.latent.body.layers[str(PROBED_LAYER)]
         hook = layer.register_forward_hook(lambda module, inputs, tokens: seen.append(tokens))
@@ -86,7 +87,7 @@ class SourceModel(nn.Module):
 
 @torch.no_grad()
 def initial_source(d: Dimensions, seed: int) -> SourceModel:
-    """Weights that keep the variance, gains of 1, gates half open."""
+    """Initialize a source: weights that keep the variance of activations, gains of 1, gate biases of 0.5."""
     torch.manual_seed(seed)
     model = SourceModel(d)
     for name, parameter in model.named_parameters():

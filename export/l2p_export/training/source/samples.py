@@ -1,4 +1,4 @@
-"""Samples that a source draws while it is trained."""
+"""Samples of a source during training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def source_samples(
     folder: Path, d: Dimensions, autoencoder: AutoencoderKL, tokenizer: tokenizers.Tokenizer, spec: SampleSpec
 ) -> Callable[[int, SourceModel], None]:
-    """A function for `train_transformer` that draws, judges and plots at each saved state."""
+    """Make a callback for `train_transformer` that draws, judges and plots samples at each saved state."""
     descriptions = sample_descriptions(spec.count)
     ids = caption_ids(tokenizer, [caption(description) for description in descriptions])
     empty = caption_ids(tokenizer, [""]).expand(spec.count, -1)

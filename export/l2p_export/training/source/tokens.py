@@ -1,4 +1,4 @@
-"""The small world's tokenizer, and token numbers of captions in the published chat template."""
+"""Tokenizer of the small world, and token ids of captions in the published chat template."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 384
 CAPTION_TOKENS = 32
-"""What captions are padded to; the longest of the small world has 22 tokens with its template."""
+"""Padded length of captions; the longest of the small world has 22 tokens with its template."""
 
 # Words as Qwen's tokenizer splits them: a word takes the space before it, each digit stands alone.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def world_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level tokenizer whose words are the small world's; any other text falls into letters."""
+    """Train a byte-level BPE tokenizer on the small world's captions; other text falls apart into letters."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -49,10 +49,10 @@ def world_tokenizer() -> tokenizers.Tokenizer:
 
 
 def caption_ids(tokenizer: tokenizers.Tokenizer, captions: Sequence[str], tokens: int = CAPTION_TOKENS) -> Tensor:
-    """Token numbers [N,T] int16 of captions in the chat template; -1 pads at the right.
+    """Token ids [N,T] int16 of captions in the chat template, padded with -1 on the right.
 
     Raises:
-        ValueError: a caption is longer.
+        ValueError: a caption has more than T tokens.
     """
     rows = np.full((len(captions), tokens), -1, np.int16)
     for index, text in enumerate(captions):

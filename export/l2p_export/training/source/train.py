@@ -1,6 +1,6 @@
 """Trains a latent source on the small world: autoencoder, then text encoder and transformer together.
 
-The parts are the published ones at a small size, so the result is a pipeline folder that diffusers opens.
+The parts are the published architectures at a small size, so diffusers can open the resulting pipeline folder.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
 NOISE_SHIFT = 2.0
-"""Noise levels are drawn evenly and shifted by this, as a sampler's: shapes and places are decided at high noise."""
+"""Shift of the training sigmas, as of a sampler's: shapes and positions are decided at high sigmas."""
 
 CAPTION_DROPOUT = 0.1
 TOKEN_PX, SIZE_MIN_PX = 16, 64
 
 PROBE_WEIGHT = 0.1
-"""Of the cross entropy of what lies where, in nats a token, against the mean squared error of x0 - noise."""
+"""Weight of the probe's cross entropy, in nats per token, against the mean squared error of x0 - noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """How a source is trained.
+    """Settings of training a source.
 
     Attributes:
-        scenes: rendered images that the transformer learns from, at the first size.
-        sizes_px: sides of the square images that steps of the transformer draw from, in turn by chance. A step has as
-            many tokens at each: fewer images of larger ones.
-        autoencoder: schedule of the first stage.
-        transformer: schedule of the second.
+        scenes: rendered training images of the transformer, at the first size.
+        sizes_px: sides of the square training images. Each step of the transformer takes one of them at random, with an
+            equal number of tokens, so with fewer images of a larger size.
+        autoencoder: schedule of the autoencoder, which is trained first.
+        transformer: schedule of text encoder and transformer.
     """
 
     scenes: int
@@ -65,7 +65,7 @@ class SourceSpec:
         """Check the numbers.
 
         Raises:
-            UsageError: too few scenes, or a size that is none.
+            UsageError: too few scenes, or an invalid size.
         """
         if self.scenes < 1:
             raise UsageError(f"{self.scenes} scenes, expected 1 or more")
@@ -86,19 +86,19 @@ def train_source(
     init: Path | None = None,
     device: torch.device = CPU,
 ) -> None:
-    """Train all parts and write the pipeline folder; a stopped run goes on where it stopped.
+    """Train all parts and write the pipeline folder; a stopped run resumes where it stopped.
 
     Args:
         out: pipeline folder to write.
-        work: training states and latents.
-        spec: how to train.
-        report: told of stages.
-        samples: what is drawn and judged at each saved state of the transformer, if anything.
-        init: a source of this kind to begin with; its autoencoder stays as it is.
-        device: where everything is computed, in float32.
+        work: folder of training states and latents.
+        spec: settings of training.
+        report: gets tasks and progress.
+        samples: samples to draw and judge at each saved state of the transformer; None for none.
+        init: a source of this kind to initialize from; its autoencoder is kept.
+        device: device of all computations, which are in float32.
 
     Raises:
-        As `loop.train`; ArtifactError where `init` is another kind of source; HostError where a disk refuses.
+        As `loop.train`; ArtifactError if `init` is another kind of source; HostError if a file cannot be written.
     """
     d, tokenizer, seed = source_dimensions(), world_tokenizer(), spec.transformer.seed
     if init is None:
@@ -107,7 +107,7 @@ def train_source(
     else:
         begun = open_source(init)
         autoencoder, model = load_autoencoder(begun), load_source_model(begun, d, seed)
-    # The plain method: the library's own warns of what it does not do here.
+    # PyTorch's method: the library's override warns about things that do not apply here.
     nn.Module.to(autoencoder, device)
     model.to(device)
     first_px = spec.sizes_px[0]
@@ -134,10 +134,10 @@ def train_source(
 
 
 def load_source_model(source: Source, d: Dimensions, seed: int) -> SourceModel:
-    """Text encoder and transformer of a pipeline folder, to train on; the seed is the probe's.
+    """Load text encoder and transformer of a pipeline folder for training; `seed` initializes the probe.
 
     Raises:
-        ArtifactError: its sizes are others.
+        ArtifactError: the source has other dimensions.
     """
     model = initial_source(d, seed)
     tensors = {name: torch.from_numpy(read_tensor(tensor)) for name, tensor in source.transformer.tensors.items()}
@@ -147,7 +147,7 @@ def load_source_model(source: Source, d: Dimensions, seed: int) -> SourceModel:
         name: tuple(t.shape) for name, t in model.text.state_dict().items()
     }:
         raise ArtifactError(
-            f"`{source.folder}` is a source of other sizes, which this one cannot begin with",
+            f"`{source.folder}` is a source of other dimensions, so it cannot initialize this one",
             hint="give a folder that `train source` wrote, or leave --init out",
         )
     model.text.load_state_dict(text)
@@ -162,15 +162,15 @@ def train_transformer(
     report: Reporter,
     on_save: Callable[[int, SourceModel], None] = lambda step, model: None,
 ) -> None:
-    """Train text encoder and transformer by flow matching on x0 - noise; the model is left with the averaged weights.
+    """Train text encoder and transformer by flow matching on x0 - noise; the model ends with the EMA weights.
 
     Args:
-        model: what learns, on the device that the data is on.
-        data: scenes of each size; each step takes one of them, by chance.
-        folder: where states go.
-        schedule: `batch` counts the images of the first size; of others a step takes as many tokens.
-        report: told of steps and loss.
-        on_save: called with the averaged weights after each saved state.
+        model: model to train, on the device of the data.
+        data: scenes of each size; each step takes one size at random.
+        folder: folder of training states.
+        schedule: `batch` counts images of the first size; steps of other sizes have as many tokens.
+        report: gets steps and loss.
+        on_save: called with a model of the EMA weights after each saved state.
 
     Raises:
         As `loop.train`.
@@ -197,11 +197,11 @@ def train_transformer(
         mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
         made, scores = model.probed(mixed, 1 - sigma, ids, *tables[which])
         error: Tensor = (made - (latents - noise)).square().mean()
-        # Without a caption there is nothing to take it from.
+        # Without a caption, the layout cannot be predicted.
         surprise = -(scenes.shares[index].float() * scores.log_softmax(-1)).sum(-1).mean(-1)
         return error + PROBE_WEIGHT * (surprise * ~dropped).mean()
 
-    # Two runs that begin with other weights are two runs; a sum tells them apart.
+    # Runs with different initial weights must not resume each other; a sum of the weights tells them apart.
     start = float(sum(value.double().abs().sum() for value in model.state_dict().values()))
     images = {f"{8 * scenes.latents.shape[2]} px": len(scenes.latents) for scenes in data}
     settings = {"stage": "source", "schedule": asdict(schedule), "images": images, "start": f"{start:.6e}"}

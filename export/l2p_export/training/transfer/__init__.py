@@ -1,1 +1,1 @@
-"""A source moved to pixels: what is trained on what, in how much memory, and what is written."""
+"""Transfer of a source to pixel space: settings, memory forecast, batches, training, and the adapter file."""

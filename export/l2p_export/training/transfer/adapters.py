@@ -1,4 +1,4 @@
-"""What a transfer saves, and may begin with: trained tensors alone, in BF16, with the digest of their trunk."""
+"""Adapter files of a transfer: only the trained tensors, in BF16, with the digest of their trunk."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ EMBEDDER = re.compile(r"all_x_embedder\.[1-9]\d{0,3}-1\.weight")
 
 
 def trunk_sha256(source: Source, d: Dimensions) -> str:
-    """The digest of a source's trunk (docs/design.md, "Trunk digest"); reads its values."""
+    """Hex digest of a source's trunk (docs/design.md, "Trunk digest"); reads all its values."""
     return weights_digest(source.transformer.tensors, network_shapes("trunk", d))
 
 
 def write_adapters(path: Path, trained: Mapping[str, Tensor], digest: str, metadata: Mapping[str, str]) -> None:
-    """Write the trained tensors, named `NETWORK.PUBLISHED`; the file is whole or absent.
+    """Write the trained tensors, named `NETWORK.PUBLISHED`, atomically.
 
     Raises:
-        HostError: the disk is full or refuses.
+        HostError: the file cannot be written.
     """
     tensors = {name.partition(".")[2]: _bfloat16(tensor) for name, tensor in trained.items()}
     stated = {"format": "pt", TRUNK_SHA256: digest, "l2p.trained": "true", **metadata}
@@ -50,19 +50,22 @@ def write_adapters(path: Path, trained: Mapping[str, Tensor], digest: str, metad
 
 
 def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -> str:
-    """Copy what matches by published name and shape into the trained part of a model; the digest of the file's weights.
+    """Copy the adapters that match by published name and shape into the trained part of a model.
 
-    Where the file is of a smaller patch, what a larger one adds begins as those adapters on a reduced picture: the
-    patch embedding reads means of squares, and new decoder levels pass on what comes from below.
+    If the file is for a smaller patch, the additional layers of the larger one start as those adapters on a downscaled
+    picture: the patch embedding reads means of squares, and new decoder levels pass on their input.
 
     Args:
         path: adapters that a transfer wrote, of any variant.
-        model: parameters are named `NETWORK.PUBLISHED`.
-        digest: the trunk that they must belong to.
-        report: told how much was copied.
+        model: model with parameters named `NETWORK.PUBLISHED`.
+        digest: digest of the trunk that the adapters must belong to.
+        report: gets the number of copied tensors.
+
+    Returns:
+        Hex digest of the copied weights.
 
     Raises:
-        ArtifactError: damaged, of another trunk, or nothing in it matches.
+        ArtifactError: the file is damaged or of another trunk, or no tensor matches.
     """
     adapters = open_weights(path)
     stated = adapters.metadata.get(TRUNK_SHA256)
@@ -87,22 +90,22 @@ def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -
             if name.endswith(".weight") and name.startswith(HEAD_DECODERS):
                 _pass_on(trained[name])
         _embed_reduced(adapters, trained)
-    report.note(f"{len(found)} of {len(trained)} trained tensors begin as in `{path}`")
+    report.note(f"{len(found)} of {len(trained)} trained tensors are initialized from `{path}`")
     return weights_digest(adapters.tensors, found)
 
 
 def _bfloat16(tensor: Tensor) -> NDArray[Any]:
-    """A tensor rounded to BF16, as NumPy takes it: the same bits under the dtype of `ml_dtypes`."""
+    """A tensor rounded to BF16 as a NumPy array with the bfloat16 dtype of `ml_dtypes`."""
     import ml_dtypes
 
     return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _pass_on(weight: Tensor) -> None:
-    """Make a decoder's convolution [out,in,3,3] the identity of its first inputs; what it reads of a skip stays random.
+    """Make a decoder's convolution [out,in,3,3] the identity of its first inputs; weights of skip inputs stay random.
 
-    PyTorch's initial values shrink what passes by a factor of about 2 a convolution, and a level has two: with them in
-    two new levels, 2,400 samples taught no colour, though the adapters before them knew colours.
+    PyTorch's initial values shrink activations by a factor of about 2 per convolution, and a level has two. With them
+    in two new levels, 2,400 samples taught no colour, although the initial adapters knew colours.
     """
     identity = nn.init.dirac_(torch.empty_like(weight))
     passed = min(len(weight), weight.shape[1])
@@ -110,7 +113,7 @@ def _pass_on(weight: Tensor) -> None:
 
 
 def _embed_reduced(adapters: Weights, trained: Mapping[str, Tensor]) -> None:
-    """Where the patch's side is a multiple of the file's, embed a patch as its reduced picture was embedded."""
+    """If the patch side is a multiple of the file's, embed a patch as its downscaled picture was embedded."""
     (own,) = (name for name in trained if EMBEDDER.fullmatch(name))
     other = next((name for name in adapters.tensors if EMBEDDER.fullmatch(name)), own)
     weight, found = trained[own], adapters.tensors.get(other)

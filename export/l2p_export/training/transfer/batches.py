@@ -1,7 +1,7 @@
-"""What a step of a transfer trains on: images, noise and captions of this process's share of its samples.
+"""Batches of a transfer: images, noise and captions of this rank's share of a step's samples.
 
-What a step draws follows from the seed and the step's number alone; how samples are spread over processes and micro
-batches changes nothing in them.
+The random draws of a step depend only on the seed and the step's number. The distribution of samples over ranks and
+micro batches does not change them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro batch: mixed [B,3,H,W], time [B], embeddings, tables [S,R] twice, and what the window should hold."""
+    """One micro batch: noisy images `mixed` [B,3,H,W], `time` [B], embeddings, RoPE tables [S,R], target `wanted`."""
 
     mixed: Tensor
     time: Tensor
@@ -45,10 +45,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Embeddings of all captions by padded length, and those of no caption.
+    """Embeddings of all captions by padded length, and of the empty caption.
 
     Attributes:
-        places: index of an image in the corpus and its row, for each padded length.
+        places: for each padded length, (index of an image in the corpus, its row in the embeddings).
     """
 
     embeds: Mapping[int, Embeds]
@@ -58,15 +58,15 @@ class Captions:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What a step draws for all its samples, whoever computes them.
+    """Random draws of a step for all its samples, on all ranks.
 
     Attributes:
         length: padded tokens of its captions.
         size_px: side of its images.
-        places: index of each image in the corpus and its row of embeddings.
-        sigma: noise levels [B].
-        dropped: true where the caption is left out [B].
-        window: what the head draws; None for all.
+        places: (index in the corpus, row in the embeddings) of each image.
+        sigma: sigmas [B].
+        dropped: [B], true where the caption is dropped.
+        window: part that the head draws; None for the whole image.
     """
 
     length: int
@@ -78,13 +78,13 @@ class Draws:
 
 
 def padded_lengths(tokenizer: Tokenizer, images: Images) -> dict[str, int]:
-    """Each caption to the number of tokens that it is padded to."""
+    """Map each caption to the number of tokens that it is padded to."""
     texts = sorted({row.text for row in images.rows})
     return {text: -(-len(tokenizer.tokens(text)) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE for text in texts}
 
 
 def embed_captions(source: Source, images: Images) -> Captions:
-    """Embed each caption once, with others of its padded length: batches hold captions of one length alone."""
+    """Embed each caption once, with others of its padded length, because a batch holds captions of only one length."""
     lengths = padded_lengths(source.tokenizer, images)
     embeds, places = {}, {}
     for length in sorted(set(lengths.values())):
@@ -98,10 +98,10 @@ def embed_captions(source: Source, images: Images) -> Captions:
 
 
 def require_seeds(images: Images) -> None:
-    """Refuse stored noise for images that no model drew.
+    """Check that every image has a seed, for stored noise.
 
     Raises:
-        UsageError: names the first one.
+        UsageError: names the first image without a seed.
     """
     for row in images.rows:
         if row.seed is None:
@@ -111,7 +111,7 @@ def require_seeds(images: Images) -> None:
 
 
 def draw_step(captions: Captions, spec: TransferSpec, step: int) -> Draws:
-    """What a step draws."""
+    """Make the random draws of a step."""
     draws = generator(spec.schedule.seed, step)
     count = spec.schedule.batch
     lengths = tuple(captions.places)
@@ -132,7 +132,7 @@ def draw_step(captions: Captions, spec: TransferSpec, step: int) -> Draws:
 def batches(
     images: Images, captions: Captions, d: Dimensions, spec: TransferSpec, ranks: ProcessGroup
 ) -> Callable[[int, int], Batch]:
-    """A function from step and micro batch to what this process trains on, on its device."""
+    """Make a function from (step, micro batch) to this rank's batch, on its device."""
     parts = spec.schedule.micro_batches
     count = spec.schedule.batch // (parts * ranks.size)
     model, device = model_spec(d), ranks.device
@@ -147,7 +147,7 @@ def batches(
         if spec.noise == "stored":
             noise = torch.stack([stored_noise(images.rows[place], drawn.size_px) for place in places]).to(device)
         else:
-            # From 1: to a seed sequence a zero at the end is no number.
+            # From 1, because a seed sequence ignores zeros at its end.
             own = [generator(spec.schedule.seed, step, sample + 1, device=device) for sample in samples]
             noise = torch.stack([torch.randn(clean.shape[1:], generator=draws, device=device) for draws in own])
         sigma = drawn.sigma[first : first + count].to(device)
@@ -171,7 +171,7 @@ def batches(
 
 
 def stored_noise(row: Row, size_px: int) -> Tensor:
-    """The noise [3,H,W] that the runtime draws for the seed of an image.
+    """Noise [3,H,W] float32 that the runtime draws for the seed of an image.
 
     Raises:
         UsageError: the row has no seed.

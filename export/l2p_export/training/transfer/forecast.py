@@ -1,8 +1,8 @@
-"""What a transfer will take: parameters, and bytes on the device and in the host's memory, before anything is loaded.
+"""Memory forecast of a transfer: parameters, and bytes on the device and in host memory, before anything is loaded.
 
-Weights, gradients, moments and averages are counted. Activations are an estimate: what autograd keeps of one micro
-batch for the backward pass, by the formulas below, and the gradients in flight of the largest part. Left out are the
-CUDA context, the allocator's gaps and the libraries' workspaces.
+Weights, gradients, moments and EMA are exact. Activations are an estimate: the tensors that autograd keeps for the
+backward pass of one micro batch, by the formulas below, and the gradients in flight of the largest part. Not included
+are the CUDA context, fragmentation of the allocator and workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from l2p_export.training.loop.distributed import ProcessGroup
     from l2p_export.training.transfer.spec import TrainingOptions, TransferSpec
 
-# Bytes that a block keeps for the backward pass, for each token: of its width, and of the feed-forward's inner width;
-# in float32 and under BF16 autocast; of a trained and of a frozen block. Counted with saved-tensor hooks on the blocks
-# of this family (tests/unit/export/training/test_forecast.py counts again).
+# (autocast, is trained) to the bytes that a block keeps for the backward pass, per token and per channel: of its width,
+# and of the feed-forward's inner width. Counted with saved-tensor hooks on the blocks of this family
+# (tests/unit/export/training/transfer/test_forecast.py counts again).
 _KEPT = {
     ("none", True): (88, 16),
     ("none", False): (56, 12),
@@ -36,18 +36,18 @@ _KEPT = {
 
 @dataclass(frozen=True, slots=True)
 class TrainingForecast:
-    """What one process takes.
+    """Memory of one process.
 
     Attributes:
         trained_parameters: of the whole model.
         frozen_parameters: of its trunk.
-        processes: that share the work.
-        local_processes: of them, on this machine.
+        processes: number of processes.
+        local_processes: number of processes on this machine.
         device: `cpu` or `cuda`.
-        device_bytes: what to bytes on the device of one process.
-        host_bytes: what to bytes in the host's memory for one process, besides what is on the device; of `loading` and
-            `saving`, the larger one counts.
-        basis: how activations are estimated.
+        device_bytes: item to bytes on the device of one process.
+        host_bytes: item to bytes in host memory for one process, besides the device's; of `loading` and `saving`, only
+            the larger one counts.
+        basis: assumptions of the estimate of activations.
     """
 
     trained_parameters: int
@@ -66,14 +66,14 @@ class TrainingForecast:
 
     @property
     def host_total(self) -> int:
-        """Bytes in the host's memory for all processes on this machine, the device's among them where it is the CPU."""
+        """Bytes in host memory for all processes on this machine, including the device's if it is the CPU."""
         passing = ("loading", "saving")
         lasting = sum(size for what, size in self.host_bytes.items() if what not in passing)
         one = lasting + max(self.host_bytes.get(what, 0) for what in passing)
         return self.local_processes * (one + (self.device_total if self.device == "cpu" else 0))
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON values for `--json`."""
         return {
             "trained_parameters": self.trained_parameters,
             "frozen_parameters": self.frozen_parameters,
@@ -96,17 +96,17 @@ def transfer_forecast(
     caption_values: int = 0,
     files: int = 0,
 ) -> TrainingForecast:
-    """Forecast a transfer.
+    """Forecast the memory of a transfer.
 
     Args:
-        d: the pixel model.
-        spec: what is trained.
-        options: how memory and precision are spent.
-        ranks: the processes.
-        caption_tokens: the longest padded caption.
-        text_parameters: of the text encoder, which stays in the host's memory in float32.
-        caption_values: of all captions' embeddings together, which stay there too.
-        files: images that are read from a corpus, taken to be about as large as the largest that is trained on.
+        d: dimensions of the pixel model.
+        spec: settings of the transfer.
+        options: memory and precision options.
+        ranks: the process group.
+        caption_tokens: tokens of the longest padded caption.
+        text_parameters: of the text encoder, which stays in host memory in float32.
+        caption_values: number of values of all captions' embeddings, which also stay in host memory.
+        files: images that are read from a corpus, assumed to have the largest training size.
     """
     trunk = network_shapes("trunk", d)
     frozen = _count(trunk)
@@ -128,12 +128,12 @@ def transfer_forecast(
     if options.autocast == "bf16":
         device["autocast copies"] = _autocast_bytes(d, spec, options, trained, narrow=narrow)
     if ranks.is_sharded:
-        # One block at a time is whole, in float32, and its gradient.
+        # One block at a time is gathered in float32, with its gradient.
         device["gathered block"] = 2 * 4 * max(_count(_block_shapes(d, block)) for block in _blocks(d))
     is_elsewhere = ranks.device.type != "cpu" or ranks.is_sharded
     whole_trunk = _trunk_bytes(trunk, options.trunk_storage, 1)
     host["loading"] = 4 * trained + whole_trunk if is_elsewhere else 0
-    # Adapters are made in BF16 in the memory of the first process, from averages that it first gathers if they are cut.
+    # Rank 0 converts the EMA to BF16 adapters in host memory; a sharded EMA is gathered there first.
     host["saving"] = (2 + (4 if ranks.is_sharded else 0)) * trained if ranks.is_rank_zero else 0
     return TrainingForecast(trained, frozen, ranks.size, ranks.local_size, ranks.device.type, device, host, basis)
 
@@ -141,10 +141,10 @@ def transfer_forecast(
 def require_memory(
     forecast: TrainingForecast, spec: TransferSpec, options: TrainingOptions, ranks: ProcessGroup
 ) -> None:
-    """Refuse a run that does not fit.
+    """Check that a run fits into memory.
 
     Raises:
-        HostError: names what takes how much, and the options that lower it.
+        HostError: it does not fit; names the largest items, and the options that lower them.
     """
     lower = _options(forecast, spec, options, ranks)
     if ranks.device.type == "cuda":
@@ -162,7 +162,11 @@ def require_memory(
 
 
 def kept_bytes(d: Dimensions, spec: TransferSpec, options: TrainingOptions, caption_tokens: int) -> tuple[int, int]:
-    """Bytes of activations that autograd keeps of one sample at the largest size, and those of its largest part."""
+    """Bytes of activations that autograd keeps for one sample at the largest size.
+
+    Returns:
+        Bytes of all parts, and of the largest part.
+    """
     side = max(spec.sizes_px) // spec.patch_px
     image_tokens = model_spec(d).padded(side * side)
     tokens = {"context_refiner": caption_tokens, "noise_refiner": image_tokens, "layers": image_tokens + caption_tokens}
@@ -184,13 +188,13 @@ def kept_bytes(d: Dimensions, spec: TransferSpec, options: TrainingOptions, capt
 def _activations(
     d: Dimensions, spec: TransferSpec, options: TrainingOptions, ranks: ProcessGroup, caption_tokens: int
 ) -> tuple[int, str]:
-    """Bytes of one micro batch of one process, and in words what they are."""
+    """Bytes of activations of one micro batch of one process, and a description of the estimate."""
     samples = max(1, spec.schedule.batch // (spec.schedule.micro_batches * ranks.size))
     kept, largest = kept_bytes(d, spec, options, caption_tokens)
     side_px = max(spec.sizes_px)
-    # Mixed image, what it should become, what was made, and their difference.
+    # Mixed image, target, prediction, and their difference.
     images = 4 * 4 * 3 * side_px**2
-    # Gradients are half as many as what is kept; a part that is recomputed is kept while its gradients are made.
+    # Gradients take half of the kept bytes. With checkpointing, a part is also kept while its gradients are computed.
     in_flight = largest * 3 // 2 if spec.checkpointing else largest // 2
     how = "recomputed block by block" if spec.checkpointing else "kept"
     precision = "float32" if options.autocast == "none" else "BF16 autocast"
@@ -199,11 +203,11 @@ def _activations(
 
 
 def _head_bytes(d: Dimensions, area_px: int, item: int, *, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that the pixel head keeps of one image, and those of its largest stage."""
+    """Bytes that the pixel head keeps for one image: of all levels, and of the largest level."""
     kept, largest, channels, area = 0, 0, 3, area_px
     for level in d.levels:
         inside = item * level.encoder * area
-        # The input, the convolution's output, the activation's, which pooling reads, and pooling's places.
+        # The input, outputs of the convolution and of the activation, which pooling reads, and pooling's int64 indices.
         kept += item * channels * area + inside * (1 if checkpointing else 2) + 8 * level.encoder * area // 4
         largest = max(largest, 2 * inside)
         channels, area = level.encoder, area // 4
@@ -220,13 +224,13 @@ def _head_bytes(d: Dimensions, area_px: int, item: int, *, checkpointing: bool) 
 
 
 def _autocast_bytes(d: Dimensions, spec: TransferSpec, options: TrainingOptions, trained: int, *, narrow: bool) -> int:
-    """BF16 copies of float32 weights: trained ones last through the forward pass, frozen ones until they are used."""
+    """Bytes of autocast's BF16 copies of float32 weights, trained and frozen."""
     frozen = 0 if spec.checkpointing or options.trunk_storage != "float32" else _count(network_shapes("trunk", d))
     return 2 * ((0 if narrow else trained) + frozen)
 
 
 def _trunk_bytes(trunk: Mapping[str, tuple[int, ...]], storage: str, shares: int) -> int:
-    """Matrices in their storage, everything else in float32; cut over processes only where it is all float32."""
+    """Bytes of the trunk: matrices in their storage dtype, the rest in float32; sharded only if all is float32."""
     matrices = sum(math.prod(shape) for shape in trunk.values() if len(shape) == 2)
     rows = sum(shape[0] for shape in trunk.values() if len(shape) == 2)
     rest = _count(trunk) - matrices
@@ -236,11 +240,11 @@ def _trunk_bytes(trunk: Mapping[str, tuple[int, ...]], storage: str, shares: int
 
 
 def _options(forecast: TrainingForecast, spec: TransferSpec, options: TrainingOptions, ranks: ProcessGroup) -> str:
-    """The options that would lower what is asked for, most effective first."""
+    """Hint that lists the options that would lower memory, most effective first."""
     parts = forecast.device_bytes
     splits = spec.schedule.batch > spec.schedule.micro_batches * ranks.size
     can_move = forecast.device != "cpu" and options.optimizer_device == "same"
-    # Option to about what it saves; the last ones always help, by how much is the machine's affair.
+    # Option to about the bytes that it saves. The last two always help, by an amount that depends on the machine.
     choices = {
         "--checkpointing": 0 if spec.checkpointing else parts["activations"] // 2,
         "a larger --micro-batches": parts["activations"] // 2 if splits else 0,

@@ -1,4 +1,4 @@
-"""Initial pixel model of a transfer: the source's weights where names and shapes match."""
+"""Initial pixel model of a transfer, with the source's weights where names and shapes match."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from l2p_runtime.errors import ArtifactError
 
 
 def initial_model(source: Source, d: Dimensions, seed: int, trunk_storage: str = "float32") -> PixelModel:
-    """PyTorch's initial values, and over them what the source has by name and shape; the trunk takes no gradient.
+    """Make a pixel model with the source's weights where name and shape match, else with PyTorch's initial values.
 
-    Made part by part, so that the trunk is in memory only as it is stored.
+    The trunk takes no gradient. The model is made part by part, so that memory holds the trunk only in its storage
+    dtype.
 
     Raises:
         ArtifactError: the source lacks a tensor that has no initial value.

@@ -1,4 +1,4 @@
-"""A transfer from start to end: checked with its forecast of memory first, then trained."""
+"""Checks a transfer, forecasts its memory, and runs it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TransferJob:
-    """A transfer that was checked and not yet begun.
+    """A transfer that is checked and not yet started.
 
     Attributes:
         source: pipeline folder.
-        images: what is trained on.
-        samples: what is drawn and judged at each saved state; None for nothing.
+        images: training images.
+        samples: samples to draw and judge at each saved state; None for none.
         dimensions: of the pixel model.
     """
 
@@ -49,7 +49,7 @@ class TransferJob:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The settings, for people."""
+        """The settings as JSON values."""
         layers = [self.dimensions.trunk.start, self.dimensions.trunk.stop]
         return {"images": len(self.images), "trunk_layers": layers, **asdict(self.spec), **asdict(self.options)}
 
@@ -72,15 +72,15 @@ def check_transfer(
     scenes: int,
     samples: int,
 ) -> TransferJob:
-    """Check everything that headers tell, and forecast memory.
+    """Check everything that headers show, and forecast memory.
 
     Args:
         source: pipeline folder.
         corpus: folder of images; None for scenes of the small world.
-        spec: what is trained.
-        options: how memory and precision are spent.
-        ranks: the processes that take part.
-        scenes: number of scenes where there is no corpus.
+        spec: settings of the transfer.
+        options: memory and precision options.
+        ranks: the process group.
+        scenes: number of scenes without a corpus.
         samples: number of captions drawn and judged at each saved state; 0 for none.
 
     Raises:

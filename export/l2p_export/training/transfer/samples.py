@@ -1,4 +1,4 @@
-"""Samples that a pixel model draws while it is trained."""
+"""Samples of a pixel model during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def pixel_samples(folder: Path, d: Dimensions, source: Source, spec: SampleSpec) -> Callable[[int, PixelModel], None]:
-    """A function for `transfer` that draws, judges and plots at each saved state."""
+    """Make a callback for `transfer` that draws, judges and plots samples at each saved state."""
     descriptions = sample_descriptions(spec.count)
     embeds = encode_texts(source, [caption(description) for description in descriptions], CAPTION_TOKENS)
     empty = encode_texts(source, [""], CAPTION_TOKENS)

@@ -1,4 +1,4 @@
-"""Settings of a transfer, checked: what is trained, on what, and with which memory and precision."""
+"""Settings of a transfer and their checks: model, data, schedule, memory and precision."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ NOISES = ("stored", "fresh")
 
 @dataclass(frozen=True, slots=True)
 class TransferSpec:
-    """What is trained, and on what.
+    """Settings of a transfer: model, data and schedule.
 
     Attributes:
         variant: `1k`, `4k`, `8k` or `10k`.
-        sizes_px: sides of the square images that steps draw from, in turn by chance.
-        schedule: how long and how fast.
-        noise: `stored`: each image's own noise, from its seed, as published; `fresh`: new at each step.
-        shift: of the noise levels.
+        sizes_px: sides of the square training images; each step takes one of them at random.
+        schedule: length, batch size and optimizer settings.
+        noise: `stored`: each image's own noise, from its seed, as published; `fresh`: new noise at each step.
+        shift: of the sigma schedule.
         caption_dropout: share of samples without a caption.
         window_tokens: side of the square that the head draws and the loss sees; 0 for the whole image.
-        halo_tokens: what the head reads around it; 3 is exact, fewer cost less and show it edges that are none.
-        head_divisor: the published head's channels over this; 1 for the published head.
+        halo_tokens: tokens around the window that the head also reads. 3 is exact; fewer cost less, but the head sees
+            false image borders.
+        head_divisor: divisor of the published head's channels; 1 for the published head.
         checkpointing: recompute activations in the backward pass.
     """
 
@@ -79,7 +80,7 @@ class TransferSpec:
                     f"a size is {size_px} px, expected a multiple of the {self.variant} {what}, {multiple_px} px"
                 )
         if self.variant == "10k" and self.window_tokens:
-            raise UsageError("the 10k head draws whole images alone", hint="leave the window out")
+            raise UsageError("the 10k head draws only whole images", hint="leave --window-tokens out")
         if not 0 <= self.window_tokens * patch_px <= min(self.sizes_px):
             raise UsageError(
                 f"a window of {self.window_tokens} tokens is larger than an image of {min(self.sizes_px)} px"
@@ -101,14 +102,14 @@ class TransferSpec:
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """How memory and precision are spent on it.
+    """Memory and precision options of a transfer.
 
     Attributes:
         autocast: `bf16`: matrix products in BF16; `none`: all in float32.
-        trunk_storage: what the frozen trunk's matrices are kept in: `float32`, `bfloat16` or `float8`.
-        optimizer_device: `cpu` keeps float32 masters, moments and averages in the CPU's memory; with BF16 autocast and
-            whole weights, the device then holds matrices in BF16, as autocast would make them.
-        is_compiled: the pixel head runs as torch.compile makes it, which rounds a little otherwise.
+        trunk_storage: storage dtype of the frozen trunk's matrices: `float32`, `bfloat16` or `float8`.
+        optimizer_device: `cpu` keeps float32 masters, moments and EMA in host memory. With BF16 autocast and unsharded
+            weights, the device then holds matrices in BF16, as autocast would convert them.
+        is_compiled: the pixel head runs with torch.compile, which rounds slightly differently.
     """
 
     autocast: str = "none"
@@ -129,7 +130,7 @@ class TrainingOptions:
 
     @property
     def settings(self) -> dict[str, str | None]:
-        """What changes the values that a run computes by more than their rounding; None for what is left plain."""
+        """Options that change a run's values by more than rounding; None for a default."""
         return {
             "autocast": None if self.autocast == "none" else self.autocast,
             "trunk_storage": None if self.trunk_storage == "float32" else self.trunk_storage,
@@ -140,10 +141,10 @@ PLAIN = TrainingOptions()
 
 
 def require_split(schedule: Schedule, ranks: ProcessGroup) -> None:
-    """Refuse a batch that does not split into equal micro batches of equal processes.
+    """Check that a batch splits evenly over micro batches and processes.
 
     Raises:
-        UsageError: says what would.
+        UsageError: it does not; the hint names a batch that would.
     """
     parts = schedule.micro_batches * ranks.size
     if schedule.batch % parts:
@@ -155,15 +156,15 @@ def require_split(schedule: Schedule, ranks: ProcessGroup) -> None:
 
 
 def require_compiler(options: TrainingOptions, ranks: ProcessGroup) -> None:
-    """Refuse compilation where the compiler that `torch.compile` calls is missing.
+    """Check that the compiler that `torch.compile` calls is installed.
 
     Raises:
-        HostError: names it.
+        HostError: it is missing; names it.
     """
     if not options.is_compiled:
         return
     hint = "install it, or leave --compile out"
-    # What torch calls; it looks for no other.
+    # The only compiler that torch tries.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if ranks.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise HostError("--compile needs Triton on a GPU, and it is not installed", hint=hint)
@@ -177,7 +178,7 @@ def transfer_dimensions(source: Source, spec: TransferSpec) -> Dimensions:
 
 
 def pixel_dimensions(transformer: Checkpoint, spec: TransferSpec) -> Dimensions:
-    """As `transfer_dimensions`, from the transformer's headers alone."""
+    """As `transfer_dimensions`, only from the transformer's headers."""
     pixels = published_dimensions(spec.variant)
     divisor = spec.head_divisor
     levels = tuple(

@@ -1,7 +1,8 @@
-"""Frozen linear layers in BF16 or FP8: an eighth to a half of their bytes, widened each time they are used.
+"""Frozen linear layers stored in BF16 or FP8, a half or a quarter of float32, and dequantized at each use.
 
-BF16 storage of weights that are BF16 already changes no value. FP8 (E4M3, one power of two for each row) keeps three
-bits behind the point: training then sees a trunk that is a few hundredths off the one that adapters will run on.
+BF16 storage of weights that are already BF16 changes no value. FP8 (E4M3, with a power-of-two scale per row) keeps
+three mantissa bits: the relative error of the trunk in training is a few hundredths, and adapters later run on the
+exact trunk.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 STORAGES = {"float32": 4, "bfloat16": 2, "float8": 1}
-"""Name to bytes a value."""
+"""Storage dtype to bytes per value."""
 
 FLOAT8_MAX = 448.0
 
 
 class StoredLinear(nn.Module):
-    """A frozen linear layer that keeps its weight narrow.
+    """A frozen linear layer with its weight in BF16 or FP8.
 
     Attributes:
         weight: [out,in], BF16 or E4M3.
-        scale: [out] float32, powers of two that rows of an E4M3 weight are multiplied by.
+        scale: [out] float32, power-of-two scales of the rows of an E4M3 weight; None for BF16.
         bias: [out] float32, or None.
-        relative_error: of the stored weight, root of the mean square over that of the weight.
+        relative_error: relative L2 error of the stored weight.
     """
 
     weight: Tensor
@@ -49,7 +50,7 @@ class StoredLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out], in autocast's dtype, or in float32 without it."""
+        """[..., in] to [..., out], in autocast's dtype, or in float32 without autocast."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         out: Tensor = _Product.apply(x, self.weight, self.scale, dtype)  # type: ignore[no-untyped-call]
@@ -57,7 +58,7 @@ class StoredLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, of which the backward pass keeps the stored weight alone, not the widened one."""
+    """x W^T whose backward pass keeps only the stored weight, not the dequantized one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -77,12 +78,12 @@ class _Product(torch.autograd.Function):
 
 
 def largest_error(module: nn.Module) -> float:
-    """The largest relative error of the stored weights; 0 where all are exact."""
+    """Maximum relative error of the stored weights; 0 if all are exact."""
     return max((part.relative_error for part in module.modules() if isinstance(part, StoredLinear)), default=0.0)
 
 
 def _as_float8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 values [out,in] and the power of two for each row [out] that keeps the row's largest value in range."""
+    """E4M3 values [out,in] and power-of-two scales per row [out] that keep each row's maximum in range."""
     largest = values.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny * FLOAT8_MAX)
     scale = torch.exp2(torch.ceil(torch.log2(largest / FLOAT8_MAX)))
     return (values / scale[:, None]).to(torch.float8_e4m3fn), scale

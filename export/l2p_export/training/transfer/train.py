@@ -1,7 +1,7 @@
-"""Transfer: a latent source becomes a pixel model by training its shallow layers on images, trunk frozen.
+"""Training of a transfer: a latent source becomes a pixel model by training its outer layers with a frozen trunk.
 
-Initialised and trained as published (docs/model.md, "Trunk and adapters" and "Training recipe"): what matches by
-name and shape is copied, the trunk stays as it is, the rest learns x0 - noise by flow matching.
+Initialized and trained as published (docs/model.md, "Trunk and adapters" and "Training recipe"): tensors that match by
+name and shape are copied, the trunk is frozen, and the rest learns x0 - noise by flow matching.
 """
 
 from __future__ import annotations
@@ -59,32 +59,34 @@ def transfer(
     """Train adapters and write them to `out` with the digest of the trunk that they belong to.
 
     Args:
-        source: what is moved to pixels.
-        images: with captions: a corpus, or scenes.
-        spec: what is trained.
-        out: .safetensors file; written at each saved state, from the averaged weights.
-        folder: where training states go.
-        report: told of steps and loss.
-        on_save: called with the model that has the averaged weights, on the first process.
-        init: adapters of this trunk to begin with, of any variant: what matches by name and shape is copied.
-        options: how memory and precision are spent.
-        ranks: the processes that share the work; all call this alike.
-        metadata: what the file states beside its trunk and the shift.
+        source: the source to transfer to pixel space.
+        images: images with captions: a corpus, or scenes.
+        spec: settings of the transfer.
+        out: .safetensors file, written from the EMA weights at each saved state.
+        folder: folder of training states.
+        report: gets steps and loss.
+        on_save: called on rank 0 with the model, which then has the EMA weights.
+        init: adapters of this trunk to initialize from, of any variant; copied where name and shape match.
+        options: memory and precision options.
+        ranks: the process group; all ranks must call this with the same arguments.
+        metadata: metadata of the file besides its trunk and the shift.
 
     Returns:
-        The model with the averaged weights; with those of the last step where they are cut over processes.
+        The model with the EMA weights; with the weights of the last step if they are sharded across ranks.
 
     Raises:
         As `loop.train`; ArtifactError for a damaged corpus or source; UsageError for a batch that does not split over
-        processes and micro batches, stored noise without seeds, or `on_save` with weights that are cut; HostError where
-        nothing compiles.
+        processes and micro batches, stored noise without seeds, or `on_save` with sharded weights; HostError if the
+        compiler is missing.
     """
     require_split(spec.schedule, ranks)
     require_compiler(options, ranks)
     if spec.noise == "stored":
         require_seeds(images)
     if ranks.is_sharded and on_save is not None:
-        raise UsageError("weights that are cut over processes cannot draw samples", hint="leave the sharding out")
+        raise UsageError(
+            "weights that are sharded across ranks cannot draw samples", hint="give --sharding none, or --samples 0"
+        )
     d = transfer_dimensions(source, spec)
     model = initial_model(source, d, spec.schedule.seed, options.trunk_storage)
     _tell_rounding(model, options, ranks, report)
@@ -111,9 +113,9 @@ def transfer(
                 on_save(step, model)
 
     settings = {"stage": "transfer", "trunk": digest, "corpus": len(images), **asdict(spec), **options.settings}
-    # Only where it is so: states of runs on a corpus say nothing of it.
+    # Only for scenes: states of runs on a corpus have no such key.
     settings |= {"init": begun} | ({"scenes": True} if isinstance(images, RenderedScenes) else {})
-    # Steps repeat a few shapes many times: the fastest kernel for each is worth a search.
+    # Steps repeat a few shapes many times, so searching the fastest kernel for each pays.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         averaged = train_weights(
             weights,
@@ -137,18 +139,18 @@ def transfer(
 def _on_device(
     model: PixelModel, schedule: Schedule, options: TrainingOptions, ranks: ProcessGroup
 ) -> tuple[Weights, nn.Module]:
-    """Trained weights, and what the loss calls, each on the device that it is meant for."""
+    """Move the model to its device; returns the trained weights and the module that the loss calls."""
     on_cpu = options.optimizer_device == "cpu"
     if ranks.is_sharded:
         trunk = tuple(part for part in model.trunk.modules() if isinstance(part, Block))
-        # What is stored narrow is small, and none of it is trained.
+        # Layers in BF16 or FP8 storage are small and not trained, so they stay replicated.
         whole = trunk if options.trunk_storage != "float32" else ()
         blocks = tuple(part for part in model.modules() if isinstance(part, Block) and part not in whole)
         shard_across(model, blocks, whole, ranks)
     elif not on_cpu:
         model.to(ranks.device)
     if ranks.device.type == "cuda" and not ranks.is_sharded:
-        # 64 images of 1024 px at a quarter of the channels, on an H200: 246 ms a step, 301 ms in rows.
+        # 64 images of 1024 px at a quarter of the channels, on an H200: 246 ms per step, 301 ms in contiguous format.
         model.head.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.is_compiled:
         model.head.compile()
@@ -160,7 +162,7 @@ def _on_device(
 
 @contextmanager
 def _values_of(model: nn.Module, averaged: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model has other values while this lasts."""
+    """Context in which the model has the given weights."""
     own = {name: parameter for name, parameter in model.named_parameters() if name in averaged}
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
     with torch.no_grad():

@@ -104,7 +104,7 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
             {"variant": "10k", "sizes_px": (480,)},
             "a size is 480 px, expected a multiple of the 10k two patches, 320 px",
         ),
-        ({"variant": "10k", "sizes_px": (320,), "window_tokens": 1}, "the 10k head draws whole images alone"),
+        ({"variant": "10k", "sizes_px": (320,), "window_tokens": 1}, "the 10k head draws only whole images"),
         ({"window_tokens": 5}, "a window of 5 tokens is larger than an image of 64 px"),
         ({"window_tokens": -1}, "a window of -1 tokens"),
         ({"halo_tokens": 4}, "a halo of 4 tokens, expected 0 to 3, which is exact"),
