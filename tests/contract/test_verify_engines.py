@@ -22,13 +22,14 @@ from l2p_export.proof.engine_layers import CASE as LAYER_PRECISION
 from l2p_export.proof.verify import verify_bundle
 from l2p_runtime.backends import cuda
 from l2p_runtime.bundle import open_bundle
-from l2p_runtime.contract import NETWORKS, LedgerEntry, build_comparison, engine_comparison
+from l2p_runtime.contract import NETWORKS, BasePrecision, LedgerEntry, build_comparison, engine_comparison
 from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import ParityError
 from l2p_runtime.progress import Silent
 
 TENSORRT_VERSION = "11.0.2.1"
 TENSORRT = "tensorrt11.0-sm89"
+BASES: dict[str, BasePrecision] = {"fp32": "fp32", "fp16": "fp16"}
 FLOAT32, FLOAT16 = "Row major linear FP32 format", "Row major linear FP16 format"
 
 
@@ -69,7 +70,7 @@ def edit(bundle: Path, change: Callable[[Any], object]) -> None:
 def test_layers_of_the_plans_dtype_pass(libraries: dict[str, FakeLibrary], bundle: Path) -> None:
     add_engines(bundle, "fp16", layers=[[FLOAT16], [FLOAT16, "Int64"], [FLOAT32]])
     ledger = verified(bundle, "rtx")
-    require_passed(ledger)
+    require_passed(ledger, BASES)
     found = precisions(ledger)
     assert found.keys() == set(NETWORKS)
     assert {str(entry.comparison) for entry in found.values()} == {"fp16 graph -> rtx1.7-sm89 engine"}
@@ -82,7 +83,7 @@ def test_layers_of_the_plans_dtype_pass(libraries: dict[str, FakeLibrary], bundl
 def test_fused_regions_are_no_failure(libraries: dict[str, FakeLibrary], bundle: Path, facts: dict[str, Any]) -> None:
     add_engines(bundle, "fp16", **facts)
     ledger = verified(bundle, "rtx")
-    require_passed(ledger)
+    require_passed(ledger, BASES)
     assert {entry.status for entry in precisions(ledger).values()} == {"not run"}
 
 
@@ -99,7 +100,7 @@ def test_a_silent_fallback_to_float32_fails(libraries: dict[str, FakeLibrary], b
     add_engines(bundle, "fp16", target=TENSORRT, version=TENSORRT_VERSION, layers=[[FLOAT32]] * 12)
     ledger = verified(bundle, "tensorrt")
     with pytest.raises(ParityError, match=r"trunk in fp16 graph -> tensorrt11\.0-sm89 engine on layer precision"):
-        require_passed(ledger)
+        require_passed(ledger, BASES)
     assert {entry.status for entry in precisions(ledger).values()} == {"failed"}
     # Results are right all the same: only the layers tell.
     assert {entry.status for entry in ledger if entry.relative is not None} == {"passed"}

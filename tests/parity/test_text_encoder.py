@@ -23,7 +23,7 @@ from l2p_export.precision.plans import plain_plan
 from l2p_runtime.backends import open_backend
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.backends.onnx import OnnxEngine
-from l2p_runtime.contract import LedgerEntry, graph_comparison
+from l2p_runtime.contract import LedgerEntry, graph_comparison, ranges_comparison
 from l2p_runtime.progress import Silent
 from l2p_runtime.text import CHAT_TEMPLATE, encode_prompts, load_tokenizer
 from parity.graphs import run
@@ -100,7 +100,7 @@ def test_float16_survives_products_beyond_its_range(encoders: Encoders) -> None:
     largest: list[float] = []
     made = []
     for dtype in (torch.float32, torch.float16):
-        module = encoders.ours.module("text_encoder", lambda layer, dtype=dtype: dtype)  # type: ignore[misc]
+        module = encoders.ours.model.module("text_encoder", lambda layer, dtype=dtype: dtype)  # type: ignore[misc]
         module.load_state_dict({name: value.to(dtype) for name, value in state.items()})
         if dtype == torch.float32:
             down = module.get_submodule("model.layers.0.mlp.down_proj")
@@ -127,8 +127,8 @@ def test_a_row_of_padding_alone_is_finite(encoders: Encoders) -> None:
 
 
 def test_the_graph_holds_no_last_layer_and_no_final_norm(encoders: Encoders) -> None:
-    shapes = encoders.ours.shapes
-    assert encoders.ours.blocks("text_encoder") == ("model.layers.0", "model.layers.1", "model.layers.2")
+    shapes = encoders.ours.model.shapes
+    assert encoders.ours.model.blocks("text_encoder") == ("model.layers.0", "model.layers.1", "model.layers.2")
     assert not [name for name in shapes if name.startswith(("model.layers.3.", "model.norm", "lm_head"))]
     assert len(shapes) == 1 + 3 * 11
 
@@ -137,7 +137,7 @@ def test_ledger(encoders: Encoders) -> None:
     found = [(entry.comparison, entry.case, entry.status) for entry in encoders.ledger]
     assert {entry.network for entry in encoders.ledger} == {"text_encoder"}
     assert found == [
-        ("float32 ranges -> fp16 graph", "ranges", "passed"),
+        (ranges_comparison("fp16"), "ranges", "passed"),
         (graph_comparison("fp32"), "text", "passed"),
         (graph_comparison("fp16"), "text", "passed"),
     ]
@@ -156,7 +156,7 @@ def test_ledger(encoders: Encoders) -> None:
 def test_other_sizes(changes: dict[str, Any], tmp_path: Path) -> None:
     published = write_qwen3(tmp_path, **changes)
     ours = open_text_encoder(tmp_path, changes.get("hidden_size", WIDTH))
-    inputs = token_inputs((17, 4), ours.config.sizes.vocabulary)
+    inputs = token_inputs((17, 4), ours.model.config.sizes.vocabulary)
     with torch.no_grad():
         made = torch_text_encoder(ours)(**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
     real = inputs["attention_mask"] != 0
