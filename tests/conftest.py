@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save_file
 
 from golden import tiny_checkpoint
-from l2p_engines.store.stages import stages
+from l2p_engines.store.stages import Stage, stages
 from l2p_export.checkpoint.demo import write_demo_checkpoint
 
 PROFILE = """\
@@ -276,12 +276,13 @@ def write_profile(path: Path, patch: int) -> Path:
     return path
 
 
-def link_stages(source: Path, target: Path) -> None:
-    """Put every finished stage of a store or a bundle into another.
+def link_traces(source: Path, target: Path) -> None:
+    """Put the traces of a store into another, or into a bundle that has none: its build goes on from there."""
+    _link(source, target, [stage for stage in stages(source) if stage.kind == "trace"])
 
-    Its files are links: replace them, never write into them.
-    """
-    for stage in stages(source):
+
+def _link(source: Path, target: Path, found: list[Stage]) -> None:
+    for stage in found:
         for name in (*(record.path for record in stage.files), f"stages/{stage.key}.json"):
             (target / name).parent.mkdir(exist_ok=True, parents=True)
             if not (target / name).exists():
@@ -289,8 +290,11 @@ def link_stages(source: Path, target: Path) -> None:
 
 
 def seed_store(source: Path, target: Path) -> None:
-    """Another store with every finished stage of the store `source`."""
-    link_stages(source, target)
+    """Another store with every finished stage of the store `source`.
+
+    Its files are links: replace them, never write into them.
+    """
+    _link(source, target, stages(source))
     os.link(source / "l2p-store.json", target / "l2p-store.json")
 
 
