@@ -24,7 +24,7 @@ AMAX = "amax"
 PERCENTILES = (99.99, 99.9)
 MSE = "mse"
 
-NEAR_LEAST = 1.02
+NEAR_MINIMUM = 1.02
 """A scale that saturates less is preferred to the one of minimum error if its own error is within 2 % of that: the
 histogram covers only some calls, and values beyond it saturate."""
 
@@ -140,8 +140,8 @@ def scale_choices(ranges: Ranges) -> tuple[ScaleChoice, ...]:
 
 def best_choice(choices: tuple[ScaleChoice, ...]) -> ScaleChoice:
     """The first choice whose error is within 2 % of the minimum."""
-    least = min(choice.error for choice in choices)
-    return next(choice for choice in choices if choice.error <= NEAR_LEAST * least)
+    minimum = min(choice.error for choice in choices)
+    return next(choice for choice in choices if choice.error <= NEAR_MINIMUM * minimum)
 
 
 class _Histogram:

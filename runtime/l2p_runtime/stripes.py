@@ -49,9 +49,9 @@ def plan_stripes(head: HeadSpec, rows: int, bytes_per_row: int, budget_bytes: in
     kept = fitting - 2 * head.halo_rows
     if kept < 1:
         # The minimum is one row with both halos, or the whole of a small image.
-        least = min(1 + 2 * head.halo_rows, rows) * bytes_per_row
+        min_bytes = min(1 + 2 * head.halo_rows, rows) * bytes_per_row
         raise HostError(
-            f"one stripe of the pixel head needs {least:,} bytes, {max(budget_bytes, 0):,} bytes are left for it",
+            f"one stripe of the pixel head needs {min_bytes:,} bytes, {max(budget_bytes, 0):,} bytes are left for it",
             hint="raise the memory budget, or draw a narrower image",
         )
     count = -(-rows // kept)

@@ -255,7 +255,7 @@ def test_a_sweep_of_what_has_no_fp8(bundles: Bundles, tmp_path: Path) -> None:
 
 
 def test_statistics_of_an_earlier_version(bundles: Bundles, swept: SweepResult) -> None:
-    """They lack what attention multiplies; whoever does not round that goes on with them."""
+    """They lack query, key and value; a plan that does not quantize these still takes them."""
     loaded = load_model(bundles.checkpoint("tiny-16"))
     digests = bundle_digests(open_bundle(bundles.path("tiny-16")), Silent())
     data = json.loads(swept.statistics.read_text())

@@ -58,7 +58,7 @@ def draw(bundle: Path) -> Draw:
 
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_float16_draws_the_pictures_of_float32(draw: Draw, count: int) -> None:
-    """At least 45 dB in each picture (issue 7), and the judge takes at most one in 50 otherwise."""
+    """At least 45 dB in each picture, and the judge takes at most one in 50 otherwise."""
     (wanted, passed), (found, passed_fp16) = draw("fp32", count), draw("fp16", count)
     assert min(map(_psnr_db, found, wanted)) >= 45.0
     assert abs(passed_fp16 - passed) <= count // 50
@@ -76,7 +76,7 @@ def test_float8_keeps_the_score_of_ten(draw: Draw) -> None:
 
 
 def test_most_linear_weights_are_in_float8(bundle: Path) -> None:
-    """At least 80 % (issue 7) of the published model's, and of those of the demo that multiply tokens.
+    """At least 80 % of the published model's, and of those of the demo that multiply tokens.
 
     Modulation and time embedding, which multiply one vector a call, are 2 % there and a third of the small demo.
     """

@@ -1,4 +1,4 @@
-"""The sampler's arithmetic: noise levels, the guided Euler step, and pixels."""
+"""The sampler's arithmetic: sigmas, the guided Euler step, and pixels."""
 
 from __future__ import annotations
 

@@ -75,10 +75,10 @@ class Float8:
     choices: tuple[ScaleChoice, ...] = ()
 
     def __post_init__(self) -> None:
-        least, most = INPUT_SCALES
-        if not least <= self.input_scale <= most:
+        minimum, maximum = INPUT_SCALES
+        if not minimum <= self.input_scale <= maximum:
             raise ArtifactError(
-                f"input_scale is {self.input_scale:g}, expected {least:.3g} to {most:g}",
+                f"input_scale is {self.input_scale:g}, expected {minimum:.3g} to {maximum:g}",
                 hint="it is the largest input over 448; take it from a plan that was measured",
             )
 

@@ -141,9 +141,9 @@ def check_calibration(
     float32_plan(bundle)
     if prompts is not None and manifest.text is None:
         raise UsageError("prompts were given, and the bundle has no text encoder", hint="build it with --text-encoder")
-    least = manifest.profiles[0]
-    height, width = least.height_px.min, least.width_px.min
-    chosen = list(sizes) or [(height, width), (height, min(2 * width, least.width_px.max))]
+    profile = manifest.profiles[0]
+    height, width = profile.height_px.min, profile.width_px.min
+    chosen = list(sizes) or [(height, width), (height, min(2 * width, profile.width_px.max))]
     unit = model.patch_px * model.head.row_multiple
     wrong = next((size for size in chosen if size[0] % unit or size[1] % unit or min(size) < unit), None)
     if wrong is not None:

@@ -169,11 +169,11 @@ class References:
 def _choose(loaded: LoadedModel, profiles: Sequence[Profile]) -> tuple[list[Case], list[tuple[str, list[str]]]]:
     """Cases that this machine runs; and reasons with the names of the cases that it does not run."""
     spec, available = loaded.model.spec, available_host_bytes()
-    least = [minimum_case(spec, profile) for profile in profiles]
+    minimum = [minimum_case(spec, profile) for profile in profiles]
     corners = [case for profile in profiles for case in corner_cases(spec, profile)]
     # The ledger identifies cases by name. Of two cases of one size, the stored one comes first and is kept.
     cases: dict[str, Case] = {}
-    for case in (*small_cases(spec), *least, *corners):
+    for case in (*small_cases(spec), *minimum, *corners):
         cases.setdefault(case.name, case)
     needed = reference_bytes(loaded.model)
     if needed > available:

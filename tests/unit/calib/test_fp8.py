@@ -15,7 +15,7 @@ from l2p_calib.fp8 import (
     AMAX,
     FP8_MAX,
     MSE,
-    NEAR_LEAST,
+    NEAR_MINIMUM,
     ScaleChoice,
     best_choice,
     channel_scales,
@@ -143,7 +143,7 @@ def test_errors_by_the_histogram_are_those_of_the_values(seed: int, kind: str, f
         near = 0.2 if saturates else min(0.2, 0.06 + share_of_largest)
         assert choice.error == pytest.approx(relative(values, choice.scale), rel=near, abs=2e-4), choice
     best = best_choice(choices)
-    assert best.error <= NEAR_LEAST * min(choice.error for choice in choices)
+    assert best.error <= NEAR_MINIMUM * min(choice.error for choice in choices)
 
 
 def test_the_choice_that_saturates_least_of_those_that_are_as_good() -> None:

@@ -171,11 +171,11 @@ def _size(config: Mapping[str, Any], field: str, most: int) -> int:
     return value
 
 
-def _number(config: Mapping[str, Any], field: str, least: float, most: float, where: str = "") -> float:
+def _number(config: Mapping[str, Any], field: str, minimum: float, maximum: float, where: str = "") -> float:
     value = config.get(field)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least < value <= most:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not minimum < value <= maximum:
         found = "missing" if field not in config else _short(value)
-        raise ArtifactError(f"`{where}{field}` is {found}, expected a number over {least:g} and up to {most:g}")
+        raise ArtifactError(f"`{where}{field}` is {found}, expected a number over {minimum:g} and up to {maximum:g}")
     return float(value)
 
 

@@ -90,7 +90,7 @@ def test_plain_float16_stays_reachable() -> None:
 
 
 def test_attention_is_in_fp8_under_one_name_alone() -> None:
-    """The rules name what attention multiplies, and neither the norms nor the products beside it."""
+    """The rules name query, key and value, and neither the norms nor the linear layers beside them."""
     plan, without = PLANS["fp8-attention"].of([LAYOUT]), PLANS["fp8"].of([LAYOUT])
     inputs, others = (QUERY, KEY, VALUE), ("enc.mix", "enc.norm.weight", "enc.q", "enc.v.weight")
     assert [plan.dtype(name) for name in inputs] == [FLOAT8] * 3
