@@ -53,7 +53,7 @@ class TensorArray:
 
 def small_network(name: str) -> nn.Module:
     d = published_like(width=64, head_width=16, caption_width=24, layers=3, refiners=1, time_hidden=32)
-    d = replace(d, stages=tuple(replace(s, encoder=8, up=8, decoder=8) for s in d.levels), bottleneck=16)
+    d = replace(d, levels=tuple(replace(s, encoder=8, up=8, decoder=8) for s in d.levels), bottleneck=16)
     module = load_network(name, d, random_state(ZImageModel(d).shapes, seed=1))
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Conv2d):
