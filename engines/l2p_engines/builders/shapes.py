@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from l2p_engines.forecast.calls import CallSize, count_tokens, engine_memory
+from l2p_engines.forecast.calls import CallSize, engine_memory
 from l2p_runtime.contract import TEXT_ENCODER, EngineProfile, InputShapes, ModelSpec, NetworkSpec, Profile, Range
 from l2p_runtime.errors import InternalError, UsageError
 from l2p_runtime.stripes import plan_stripes
@@ -68,20 +68,14 @@ def symbol_ranges(model: ModelSpec, profile: Profile, head_budget: HeadBudget | 
         raise UsageError(
             f"profile `{profile.name}`: caption_tokens max is {caption.max}, the model takes {model.caption_tokens_max}"
         )
+    spans = (profile.height_px, profile.width_px, caption, profile.batch, _head_rows(model, profile, head_budget))
+    calls = [[getattr(span, at) for span in spans] for at in ("min", "opt", "max")]
     corners = [
-        CallSize(getattr(profile.height_px, at), getattr(profile.width_px, at), getattr(caption, at))
-        for at in ("min", "opt", "max")
+        model.symbols(batch, (height // model.patch_px, width // model.patch_px), model.padded(tokens), rows)
+        for height, width, tokens, batch, rows in calls
     ]
-    unit = model.size_multiple_px
-    return {
-        "B": profile.batch,
-        "h": Range(*(call.height_px // unit for call in corners)),
-        "w": Range(*(call.width_px // unit for call in corners)),
-        "t": Range(*(call.caption_tokens // model.sequence_multiple for call in corners)),
-        "s": Range(*(count_tokens(model, call).sequence for call in corners)),
-        "r": _head_rows(model, profile, head_budget),
-        "L": Range(1, caption.opt, caption.max),
-    }
+    ranges = {symbol: Range(*(values[symbol] for values in corners)) for symbol in corners[0]}
+    return ranges | {"L": Range(1, caption.opt, caption.max)}
 
 
 def stripe_rows(model: ModelSpec, profile: Profile, head_budget: HeadBudget | None = None) -> int:
@@ -103,16 +97,15 @@ def stripe_rows(model: ModelSpec, profile: Profile, head_budget: HeadBudget | No
 
 
 def _head_rows(model: ModelSpec, profile: Profile, head_budget: HeadBudget | None) -> Range:
-    """Rows of a stripe in units of `head.row_multiple`.
+    """Token rows of a stripe.
 
-    The minimum is 1, since the last stripe may be short and a small image has few rows. The preferred value is the
-    longest stripe of an image of the preferred height.
+    The minimum is one unit, `head.row_multiple`, since the last stripe may be short and a small image has few rows. The
+    preferred value is the longest stripe of an image of the preferred height.
     """
     most = stripe_rows(model, profile, head_budget)
     stripes = plan_stripes(model.head, profile.height_px.opt // model.patch_px, 1, most)
     longest = max(stripe.read_stop - stripe.read_first for stripe in stripes)
-    unit = model.head.row_multiple
-    return Range(1, longest // unit, most // unit)
+    return Range(model.head.row_multiple, longest, most)
 
 
 def _input_shapes(network: NetworkSpec, ranges: Mapping[str, Range]) -> tuple[InputShapes, ...]:
