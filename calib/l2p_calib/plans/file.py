@@ -210,7 +210,7 @@ def _with_base(parsed: object) -> object:
     base = base_of_name(name) if isinstance(name, str) else None
     if base is None:
         raise ArtifactError(
-            "the plan does not state its base", hint=f'add one: "base": {", ".join(map(repr, BASE_PRECISIONS))}'
+            "the plan does not state its base", hint=f'add one, as "base": "fp16"; bases: {", ".join(BASE_PRECISIONS)}'
         )
     return {**parsed, "base": base}
 

@@ -263,5 +263,6 @@ def test_a_file_of_an_earlier_version_has_its_base_in_its_name(tmp_path: Path) -
     (tmp_path / "p.json").write_text(json.dumps(data))
     assert read_plan(tmp_path / "p.json") == PLAN
     (tmp_path / "p.json").write_text(json.dumps(data | {"name": "mine"}))
-    with pytest.raises(ArtifactError, match="does not state its base"):
+    with pytest.raises(ArtifactError, match="does not state its base") as caught:
         read_plan(tmp_path / "p.json")
+    assert 'add one, as "base": "fp16"; bases: fp32, ' in caught.value.hint
