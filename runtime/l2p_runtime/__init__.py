@@ -23,18 +23,22 @@ from l2p_runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from l2p_runtime.coarse import Coarse as Coarse
     from l2p_runtime.pipeline import Pipeline as Pipeline
+    from l2p_runtime.policies import TimeDependent as TimeDependent
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
     "CancelledError",
+    "Coarse",
     "HostError",
     "InternalError",
     "L2PError",
     "ParityError",
     "Pipeline",
+    "TimeDependent",
     "UsageError",
     "__version__",
 ]
@@ -45,4 +49,12 @@ def __getattr__(name: str) -> Any:
         from l2p_runtime.pipeline import Pipeline
 
         return Pipeline
+    if name == "Coarse":
+        from l2p_runtime.coarse import Coarse
+
+        return Coarse
+    if name == "TimeDependent":
+        from l2p_runtime.policies import TimeDependent
+
+        return TimeDependent
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

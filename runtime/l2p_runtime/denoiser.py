@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from l2p_runtime.captions import pad_captions
-from l2p_runtime.positions import Policy, caption_tables, rope_tables
+from l2p_runtime.policies import Frequencies
+from l2p_runtime.positions import caption_tables, tables_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,11 @@ class Workspace:
 
 
 def encode_caption(
-    denoiser: Denoiser, prompt_embeds: Sequence[NDArray[np.float32]], rows: int, columns: int, policy: str | Policy
+    denoiser: Denoiser,
+    prompt_embeds: Sequence[NDArray[np.float32]],
+    rows: int,
+    columns: int,
+    axes: Sequence[Frequencies],
 ) -> Condition:
     """Run the caption network for one prompt per image, all of equal padded length.
 
@@ -66,7 +71,7 @@ def encode_caption(
         prompt_embeds: one [L,C] per image of the batch, without padding.
         rows: h, token rows of the image.
         columns: w, token columns of the image.
-        policy: position policy.
+        axes: rotary frequencies of time, rows and columns, from `axis_frequencies`.
 
     Returns:
         Caption tokens [B,T,D] float32 and rotary tables [S,R] float32, on the device.
@@ -74,13 +79,25 @@ def encode_caption(
     model, device = denoiser.model, denoiser.device
     padded, mask = pad_captions(model, prompt_embeds)
     batch, tokens = mask.shape
-    tables = rope_tables(model, rows, columns, tokens, policy)
+    tables = tables_of(model, rows, columns, tokens, axes)
     caption_cos, caption_sin = caption_tables(tables, tokens)
     caption = device.alloc((batch, tokens, model.width), "float32")
     inputs = {"prompt_embeds": padded, "caption_mask": mask, "rope_cos": caption_cos, "rope_sin": caption_sin}
     with denoiser.use("caption") as engine:
         engine.run({name: device.upload(value) for name, value in inputs.items()}, {"caption": caption})
     return Condition(caption, device.upload(tables[0]), device.upload(tables[1]))
+
+
+def turned(
+    denoiser: Denoiser, conditions: Sequence[Condition], rows: int, columns: int, axes: Sequence[Frequencies]
+) -> list[Condition]:
+    """The same prompts with the rotary tables of other frequencies."""
+    model, device = denoiser.model, denoiser.device
+    found = []
+    for condition in conditions:
+        cosine, sine = tables_of(model, rows, columns, condition.caption.shape[1], axes)
+        found.append(replace(condition, rope_cos=device.upload(cosine), rope_sin=device.upload(sine)))
+    return found
 
 
 def make_workspace(denoiser: Denoiser, condition: Condition) -> Workspace:

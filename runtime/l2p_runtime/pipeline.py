@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from l2p_runtime.backends import Array, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
+from l2p_runtime.coarse import Coarse, check_coarse, mix_enlarged
 from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
-from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
+from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict, turned
 from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
 from l2p_runtime.memory import call_memory, fused_call_memory, parse_bytes
 from l2p_runtime.networks import (
@@ -24,6 +25,7 @@ from l2p_runtime.networks import (
     open_plan,
     require_sizes,
 )
+from l2p_runtime.policies import TimeDependent, axis_frequencies
 from l2p_runtime.requests import (
     PixelDType,
     Rng,
@@ -34,14 +36,16 @@ from l2p_runtime.requests import (
     image_request,
     plan_call,
 )
-from l2p_runtime.sampler import Preview, Progress, preview_bytes, sample
+from l2p_runtime.sampler import Preview, Progress, Watch, preview_bytes, sample, to_pixels
+from l2p_runtime.schedule import model_time, sigmas
 from l2p_runtime.text import Tokenizer, bundle_tokenizer, encode_prompts
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from l2p_runtime.positions import Policy
+    from l2p_runtime.contract import Grid
+    from l2p_runtime.policies import Frequencies, Policy
     from l2p_runtime.stripes import Stripe
 
 
@@ -140,7 +144,8 @@ class Pipeline:
         time: NDArray[np.float32] | float,
         prompt_embeds: NDArray[np.float32] | Sequence[NDArray[np.float32]],
         *,
-        positions: str | Policy | None = None,
+        positions: str | Policy | TimeDependent | None = None,
+        base_grid: Grid | None = None,
     ) -> NDArray[np.float32]:
         """Run one denoising call.
 
@@ -148,7 +153,8 @@ class Pipeline:
             image: noisy pixels [B,3,H,W], float32, unit noise.
             time: t = 1 - sigma [B], 0 at pure noise.
             prompt_embeds: unpadded embeddings [B,L,C], or one [L,C] per image, of equal padded length.
-            positions: position policy; the profile's when None.
+            positions: position policy; the profile's when None. One that depends on time takes that of the first image.
+            base_grid: token rows and columns of the trained grid; the bundle's when None.
 
         Returns:
             x0 - noise, float32 [B,3,H,W].
@@ -157,7 +163,7 @@ class Pipeline:
             UsageError: shapes, sizes or values that the model does not take.
             HostError: the call does not fit the memory.
         """
-        denoiser = self._opened()
+        denoiser = self._opened(base_grid)
         pixels = check_image(image)
         batch = pixels.shape[0]
         grid = check_size(denoiser.model, pixels.shape[2], pixels.shape[3])
@@ -165,7 +171,8 @@ class Pipeline:
         captions = check_embeds(denoiser.model, prompt_embeds, batch)
         stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])))
         device = denoiser.device
-        condition = encode_caption(denoiser, captions, *grid, self._policy(positions))
+        axes = axis_frequencies(denoiser.model.rotary, grid, self._policy(positions), float(times[0]))
+        condition = encode_caption(denoiser, captions, *grid, axes)
         prediction = device.alloc(pixels.shape, "float32")
         work = make_workspace(denoiser, condition)
         predict(denoiser, device.upload(pixels), device.upload(times), [condition], stripes, [work], [prediction])
@@ -186,7 +193,9 @@ class Pipeline:
         prompt_embeds: NDArray[np.float32] | None = None,
         negative_embeds: NDArray[np.float32] | None = None,
         truncate_prompt: bool = False,
-        positions: str | Policy | None = None,
+        positions: str | Policy | TimeDependent | None = None,
+        base_grid: Grid | None = None,
+        coarse: Coarse | None = None,
         image_index: int = 0,
         rng: Rng = "philox",
         dtype: PixelDType = "uint8",
@@ -210,11 +219,14 @@ class Pipeline:
             negative_embeds: unpadded embeddings [L,C] of what to steer away from.
             truncate_prompt: cut prompts that are too long, instead of refusing them.
             positions: position policy; the profile's when None.
+            base_grid: token rows and columns of the trained grid; the bundle's when None.
+            coarse: draw a smaller image first and finish it at this size; None to draw at this size from the start.
             image_index: which image of the seed: another index, other noise.
             rng: `philox`, or `torch-cpu` for the noise of `torch.randn` on the CPU.
             dtype: full-range `uint8` or `uint16`, or `float16` in [0,1].
             progress: called after each step.
-            preview: receives every step's estimate of the finished image, of `dtype`; takes buffers of its own.
+            preview: receives every step's estimate of the finished image, of `dtype`; takes buffers of its own. Of a
+                coarse image it receives only the last, enlarged.
             cancelled: called between networks and stripes; true stops the drawing.
 
         Returns:
@@ -226,7 +238,7 @@ class Pipeline:
             HostError: the image or the text encoder does not fit the memory, or `tokenizers` is not installed.
             CancelledError: `cancelled` said so.
         """
-        denoiser = self._opened()
+        denoiser = self._opened(base_grid)
         request = image_request(
             self.bundle.manifest,
             prompt=prompt,
@@ -237,27 +249,43 @@ class Pipeline:
             width=width,
             seed=seed,
             sampling={"steps": steps, "guidance": guidance, "shift": shift},
+            fine_guidance=1.0 if coarse is None else coarse.guidance,
             rng=rng,
             dtype=dtype,
         )
         grid, sampling = request.grid, request.sampling
         tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
         shown_bytes = preview_bytes(height, width) if preview is not None else 0
+        coarse_grid: tuple[int, int] = grid
+        coarse_stripes: tuple[Stripe, ...] = ()
+        if coarse is not None:
+            coarse_grid = check_size(denoiser.model, coarse.height, coarse.width)
+            check_coarse(coarse, height, width)
+            coarse_stripes = self._plan_call(1, coarse_grid, tokens)
         stripes = self._plan_call(1, grid, tokens, shown_bytes)
         captions = self._embed(request.captions, truncate_prompt)
-        image = self._noise(height, width, seed, image_index, rng)
-        conditions = [encode_caption(denoiser, [caption], *grid, self._policy(positions)) for caption in captions]
-        return sample(
-            denoiser,
-            image,
-            conditions,
-            stripes,
-            sampling,
-            dtype,
-            progress=progress,
-            preview=preview,
-            cancelled=cancelled,
+        policy, steps_wanted = self._policy(positions), sampling.steps + (coarse.steps if coarse else 0)
+        watch = Watch(progress, preview, cancelled, dtype, steps_wanted)
+        schedule = sigmas(sampling.steps, sampling.shift)
+        if coarse is None:
+            image = self._noise(height, width, seed, image_index, rng)
+            self._sample(denoiser, image, captions, grid, stripes, schedule, sampling.guidance, policy, watch)
+            return to_pixels(denoiser, image, dtype)
+        small = self._noise(coarse.height, coarse.width, seed, image_index, rng)
+        unseen = replace(watch, preview=None)
+        self._sample(
+            denoiser, small, captions, coarse_grid, coarse_stripes, schedule, sampling.guidance, policy, unseen
         )
+        image = self._noise(height, width, seed, image_index, rng)
+        if preview is not None:
+            shown = denoiser.device.alloc(image.shape, "float32")
+            denoiser.device.copy(shown, image)
+            mix_enlarged(denoiser.device, shown, small, 0.0)
+            preview(sampling.steps, steps_wanted, to_pixels(denoiser, shown, dtype))
+        mix_enlarged(denoiser.device, image, small, coarse.renoise)
+        rest = replace(watch, done=sampling.steps)
+        self._sample(denoiser, image, captions, grid, stripes, coarse.sigmas, coarse.guidance, policy, rest)
+        return to_pixels(denoiser, image, dtype)
 
     def encode(self, prompts: Sequence[str], *, truncate_prompt: bool = False) -> list[NDArray[np.float32]]:
         """Embeddings [L,C] of prompts, for `prompt_embeds` and `negative_embeds`; the text encoder is loaded once.
@@ -294,10 +322,11 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _opened(self) -> Denoiser:
+    def _opened(self, base_grid: Grid | None = None) -> Denoiser:
+        """The denoiser, with the trained grid that counts."""
         if self._closed:
             raise UsageError("the pipeline is closed", hint="open it again")
-        return self._denoiser
+        return replace(self._denoiser, model=self.bundle.manifest.model_on(base_grid))
 
     def _count(self, caption: NDArray[np.float32] | str, truncate: bool) -> int:
         """Tokens of a caption, unpadded; refuses a text that is too long before anything is loaded for it."""
@@ -433,7 +462,35 @@ class Pipeline:
         held = sum(engine.memory_bytes() for engine in self._engines.values())
         return self._opened_plan.backend.device.available_bytes() + held
 
-    def _policy(self, positions: str | Policy | None) -> str | Policy:
+    def _sample(
+        self,
+        denoiser: Denoiser,
+        image: Array,
+        captions: Sequence[NDArray[np.float32]],
+        grid: tuple[int, int],
+        stripes: Sequence[Stripe],
+        schedule: Sequence[float],
+        guidance: float,
+        policy: str | Policy | TimeDependent,
+        watch: Watch,
+    ) -> None:
+        """Run one schedule at one size, with the negative caption only where there is guidance."""
+        if guidance == 1.0:
+            captions = captions[:1]
+
+        def axes(time: float) -> tuple[Frequencies, ...]:
+            return axis_frequencies(denoiser.model.rotary, grid, policy, time)
+
+        first = axes(model_time(schedule[0]))
+        conditions = [encode_caption(denoiser, [caption], *grid, first) for caption in captions]
+        later = (
+            (lambda time: turned(denoiser, conditions, *grid, axes(time)))
+            if isinstance(policy, TimeDependent)
+            else None
+        )
+        sample(denoiser, image, conditions, stripes, schedule, guidance, watch, later)
+
+    def _policy(self, positions: str | Policy | TimeDependent | None) -> str | Policy | TimeDependent:
         return self.bundle.manifest.profiles[0].positions if positions is None else positions
 
     def _noise(self, height: int, width: int, seed: int, image_index: int, rng: Rng) -> Array:

@@ -44,13 +44,14 @@ def image_request(
     width: int,
     seed: int,
     sampling: Mapping[str, float | None],
+    fine_guidance: float = 1.0,
     rng: str,
     dtype: str,
 ) -> ImageRequest:
     """Check everything a caller asks of one image, before anything is loaded or allocated.
 
     Embeddings take precedence over text; a prompt beside them is only a description. With a text encoder, the
-    negative prompt is empty text unless given.
+    negative prompt is empty text unless given. `fine_guidance` is that of the second pass of a drawing coarse to fine.
 
     Raises:
         UsageError: a value out of range, a size that does not divide, or text for a bundle without a text encoder.
@@ -66,12 +67,13 @@ def image_request(
         raise UsageError(f"dtype is {dtype!r}, expected uint8, uint16 or float16")
     chosen = Sampling(**asdict(manifest.sampling) | {name: v for name, v in sampling.items() if v is not None})
     captions = [_caption(manifest, "prompt", prompt, prompt_embeds)]
-    if chosen.guidance != 1.0:
+    guidance = max(chosen.guidance, fine_guidance, key=lambda scale: abs(scale - 1.0))
+    if guidance != 1.0:
         if negative_prompt is None and manifest.text is not None:
             negative_prompt = ""
         if negative_embeds is None and negative_prompt is None:
             raise UsageError(
-                f"guidance {chosen.guidance} needs the embeddings of a negative prompt",
+                f"guidance {guidance} needs the embeddings of a negative prompt",
                 hint="pass --negative-embeddings FILE (negative_embeds= in Python), or guidance 1",
             )
         captions.append(_caption(manifest, "negative prompt", negative_prompt, negative_embeds))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from l2p_runtime.backends import Array
-from l2p_runtime.contract import Sampling
 from l2p_runtime.denoiser import Condition, Denoiser, make_workspace, predict
 from l2p_runtime.errors import CancelledError
 from l2p_runtime.requests import PixelDType
-from l2p_runtime.schedule import model_time, sigmas
+from l2p_runtime.schedule import model_time
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,57 +27,74 @@ Preview: TypeAlias = "Callable[[int, int, NDArray[Any]], None]"
 _FLOAT_BYTES = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How a caller follows a drawing.
+
+    Attributes:
+        progress: called after each step.
+        preview: receives every step's estimate of the finished image; None for no previews.
+        cancelled: called between networks and stripes; true stops the drawing.
+        dtype: of the pixels of previews.
+        steps: of the whole drawing, of which `done` were taken before.
+    """
+
+    progress: Progress
+    preview: Preview | None
+    cancelled: Callable[[], bool]
+    dtype: PixelDType
+    steps: int
+    done: int = 0
+
+    def check(self) -> None:
+        """Raise CancelledError if the caller cancelled."""
+        if self.cancelled():
+            raise CancelledError("drawing was cancelled")
+
+
 def sample(
     denoiser: Denoiser,
     image: Array,
     conditions: Sequence[Condition],
     stripes: Sequence[Stripe],
-    sampling: Sampling,
-    dtype: PixelDType,
-    *,
-    progress: Progress,
-    preview: Preview | None,
-    cancelled: Callable[[], bool],
-) -> NDArray[Any]:
-    """Draw an image from noise.
+    schedule: Sequence[float],
+    guidance: float,
+    watch: Watch,
+    conditions_at: Callable[[float], Sequence[Condition]] | None = None,
+) -> None:
+    """Take an image from the first sigma of a schedule to its last, one prediction per step and prompt, in place.
 
     Args:
         denoiser: the model on its device.
-        image: noise [1,3,H,W] on the device; overwritten.
+        image: noise, or an image mixed with noise, [1,3,H,W] on the device; overwritten.
         conditions: of the prompt, and of the negative one where there is guidance.
         stripes: of the head.
-        sampling: steps, guidance and shift.
-        dtype: of the pixels.
-        progress: called after each step.
-        preview: receives every step's estimate of the finished image.
-        cancelled: called between networks and stripes; true stops the drawing.
-
-    Returns:
-        [H,W,3] of `dtype`.
+        schedule: sigma of each step, and that of the result.
+        guidance: guidance scale; without a negative condition it has no effect.
+        watch: progress, previews and cancelling.
+        conditions_at: the conditions at a later step's time, for positions that depend on it; None for the same ones.
 
     Raises:
-        CancelledError: `cancelled` said so.
+        CancelledError: the caller cancelled.
     """
     device = denoiser.device
     workspaces = [make_workspace(denoiser, condition) for condition in conditions]
     predictions = [device.alloc(image.shape, "float32") for _ in conditions]
-
-    def check() -> None:
-        if cancelled():
-            raise CancelledError("drawing was cancelled")
-
-    for index, (sigma, following) in enumerate(itertools.pairwise(sigmas(sampling.steps, sampling.shift))):
-        time = device.upload(_float32([model_time(sigma)]))
-        predict(denoiser, image, time, conditions, stripes, workspaces, predictions, check)
+    for index, (sigma, following) in enumerate(itertools.pairwise(schedule)):
+        time = model_time(sigma)
+        if conditions_at is not None and index > 0:
+            conditions = conditions_at(time)
+        times = device.upload(_float32([time]))
+        predict(denoiser, image, times, conditions, stripes, workspaces, predictions, watch.check)
         negative = predictions[1] if len(predictions) > 1 else None
-        if preview is not None:
+        done = watch.done + index + 1
+        if watch.preview is not None:
             estimate = device.alloc(image.shape, "float32")
             device.copy(estimate, image)
-            device.launch("euler", estimate, predictions[0], negative, sampling.guidance, -sigma)
-            preview(index + 1, sampling.steps, _pixels(denoiser, estimate, dtype))
-        device.launch("euler", image, predictions[0], negative, sampling.guidance, following - sigma)
-        progress(index + 1, sampling.steps)
-    return _pixels(denoiser, image, dtype)
+            device.launch("euler", estimate, predictions[0], negative, guidance, -sigma)
+            watch.preview(done, watch.steps, to_pixels(denoiser, estimate, watch.dtype))
+        device.launch("euler", image, predictions[0], negative, guidance, following - sigma)
+        watch.progress(done, watch.steps)
 
 
 def preview_bytes(height: int, width: int) -> int:
@@ -85,7 +102,7 @@ def preview_bytes(height: int, width: int) -> int:
     return _FLOAT_BYTES * 2 * 3 * height * width
 
 
-def _pixels(denoiser: Denoiser, image: Array, dtype: PixelDType) -> NDArray[Any]:
+def to_pixels(denoiser: Denoiser, image: Array, dtype: PixelDType) -> NDArray[Any]:
     """Image [1,3,H,W] on the device as pixels [H,W,3] on the host."""
     device = denoiser.device
     out = device.alloc((*image.shape[2:], 3), dtype)

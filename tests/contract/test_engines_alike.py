@@ -26,6 +26,7 @@ from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS, NetworkSpec
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.errors import InternalError, L2PError, UsageError
+from l2p_runtime.policies import axis_frequencies
 from l2p_runtime.stripes import plan_stripes
 
 VERSIONS = {"rtx": "1.7.1.116", "tensorrt": "11.4.0.106"}
@@ -158,7 +159,7 @@ def denoise(kit: Kit) -> NDArray[np.float32]:
     rng = np.random.default_rng(3)
     image = rng.standard_normal((1, 3, 8 * 16, 3 * 16), dtype=np.float32)
     embeds = rng.standard_normal((5, model.caption_width), dtype=np.float32)
-    condition = encode_caption(denoiser, [embeds], 8, 3, "native")
+    condition = encode_caption(denoiser, [embeds], 8, 3, axis_frequencies(denoiser.model.rotary, (8, 3), "native"))
     stripes = plan_stripes(model.head, 8, 1, 7)
     assert len(stripes) > 1
     out = device.alloc(image.shape, "float32")

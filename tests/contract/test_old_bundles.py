@@ -1,4 +1,4 @@
-"""Bundles of schema 1: comparisons were texts, and a plan's name said what it was made from."""
+"""Bundles of older schemas: 2 gave the trained grid one side; 1 also had texts for comparisons and for plans' bases."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from conftest import Bundles
 from l2p_export.proof.verify import verify_bundle
 from l2p_runtime.bundle import open_bundle
+from l2p_runtime.contract import manifest_from_bytes
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.contract.ledger import Comparison
 from l2p_runtime.errors import ArtifactError
@@ -25,12 +26,40 @@ def old(bundles: Bundles, tmp_path: Path) -> Path:
     path = tmp_path / "old" / "bundle.json"
     data = json.loads(path.read_bytes())
     data["schema"] = 1
+    give_one_side(data)
     for plan in data["plans"]:
         del plan["base"]
     for entry in data["ledger"]:
         entry["stage"] = str(from_json(Comparison, entry.pop("comparison")))
     path.write_text(json.dumps(data))
     return tmp_path / "old"
+
+
+def give_one_side(data: dict[str, Any]) -> None:
+    rotary = data["model"]["rotary"]
+    rotary["base_grid"] = rotary["base_grid"][0]
+    del data["base_grid"]
+
+
+@pytest.mark.parametrize("grid", [64, 32])
+def test_schema_2_gave_the_trained_grid_one_side(bundles: Bundles, grid: int) -> None:
+    data = json.loads((bundles.path("tiny-16") / "bundle.json").read_bytes())
+    give_one_side(data)
+    data |= {"schema": 2}
+    data["model"]["rotary"]["base_grid"] = grid
+    manifest = manifest_from_bytes(json.dumps(data).encode())
+    assert manifest.model.rotary.base_grid == (grid, grid)
+    assert manifest.base_grid is None
+
+
+@pytest.mark.parametrize("grid", [None, [64], {}, "64", True, 0, 2**40])
+def test_a_grid_that_is_none(bundles: Bundles, grid: object) -> None:
+    data = json.loads((bundles.path("tiny-16") / "bundle.json").read_bytes())
+    give_one_side(data)
+    data |= {"schema": 2}
+    data["model"]["rotary"]["base_grid"] = grid
+    with pytest.raises(ArtifactError):
+        manifest_from_bytes(json.dumps(data).encode())
 
 
 def edit(bundle: Path, key: str, change: Any) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from l2p_runtime.backends.cuda import CudaDevice
 from l2p_runtime.backends.cuda_arrays import CudaArray
 from l2p_runtime.backends.host import KERNELS
+from l2p_runtime.coarse import cubic_taps
 
 Layout = Literal["whole", "rows"]
 """`rows`: a view of some rows and columns of a larger array, as a stripe is."""
@@ -55,6 +56,21 @@ def check_euler(
         KERNELS["euler"](image, prediction, negative, guidance, step)
     same_bits(device.download(target), image)
     untouched(device, whole, before, layouts[0])
+
+
+def check_mix_enlarged(
+    device: CudaDevice, size: tuple[int, int], enlarged: tuple[int, int], seed: int, layout: Layout, sigma: float
+) -> None:
+    """Compare noise [3,H,W] mixed with an image [3,h,w] that is enlarged to it."""
+    rng = np.random.default_rng(seed)
+    image, coarse = (rng.standard_normal((3, *shape), np.float32) for shape in (enlarged, size))
+    whole, target = placed(device, image, layout)
+    before = device.download(whole)
+    tables = [table for axis in range(2) for table in cubic_taps(size[axis], enlarged[axis])]
+    device.launch("mix_enlarged", target, device.upload(coarse), *map(device.upload, tables), sigma)
+    KERNELS["mix_enlarged"](image, coarse, *tables, sigma)
+    same_bits(device.download(target), image)
+    untouched(device, whole, before, layout)
 
 
 def check_pixels(device: CudaDevice, image: NDArray[np.float32], dtype: str, layout: Layout) -> None:

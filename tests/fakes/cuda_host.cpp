@@ -54,6 +54,7 @@ extern "C" int l2p_launch(const char* name, unsigned grid_x, unsigned grid_y, un
     blockDim = {block_x, 1, 1};
     if (wanted == "l2p_noise") return run(l2p_noise, arguments);
     if (wanted == "l2p_euler") return run(l2p_euler, arguments);
+    if (wanted == "l2p_mix_enlarged") return run(l2p_mix_enlarged, arguments);
     if (wanted == "l2p_pixels_uint8") return run(l2p_pixels_uint8, arguments);
     if (wanted == "l2p_pixels_uint16") return run(l2p_pixels_uint16, arguments);
     if (wanted == "l2p_pixels_float16") return run(l2p_pixels_float16, arguments);

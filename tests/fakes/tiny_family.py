@@ -72,7 +72,7 @@ class TinyModel:
             time_width=self.time_width,
             sequence_multiple=32,
             caption_tokens_max=64,
-            rotary=RotarySpec(theta=100.0, axis_channels=(4, 6, 6), axis_lengths=(256, 64, 64), base_grid=8),
+            rotary=RotarySpec(theta=100.0, axis_channels=(4, 6, 6), axis_lengths=(256, 64, 64), base_grid=(8, 8)),
             head=HeadSpec(row_multiple=1, halo_rows=0, peak_values_per_px=6.0),
         )
 

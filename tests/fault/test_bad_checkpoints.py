@@ -495,7 +495,7 @@ PROFILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "not divisible": (toml(width_px="{ min = 16, opt = 33, max = 64 }"), ("width_px 33 not a multiple of 16 px",)),
     "beyond the positions": (toml(width_px="{ min = 16, opt = 32, max = 16000000 }"), ("the model reaches 8192 px",)),
     "caption": (toml(caption_tokens="{ min = 1, opt = 2, max = 3 }"), ("caption_tokens must be multiples of 32",)),
-    "positions": (toml(positions='"rope"'), ("positions is 'rope'", "'native', 'ntk', 'yarn'")),
+    "positions": (toml(positions='"rope"'), ("positions is 'rope'", "'native', 'linear', 'ntk', 'yarn'")),
     "steps": (toml(sampling="{ steps = 0 }"), ("steps is 0, expected 1 to 1000",)),
     "guidance nan": (toml(sampling="{ guidance = nan }"), ("guidance is nan",)),
     "guidance huge": (toml(sampling=f"{{ guidance = {10**400} }}"), ("guidance is 1000", "finite")),

@@ -19,6 +19,7 @@ from l2p_export.families.z_image_l2p.networks import network_module
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.contract import ModelSpec, NetworkSpec
 from l2p_runtime.denoiser import Condition, Denoiser, encode_caption
+from l2p_runtime.policies import axis_frequencies
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,7 +103,8 @@ def condition(
     spec = next(spec for spec in model.networks if spec.name == "caption")
     engine = TorchEngine(load_network("caption", d, state), spec)
     denoiser = Denoiser(model.spec, HostDevice(), lambda _: nullcontext(engine))
-    return encode_caption(denoiser, prompt_embeds, rows, columns, "native")
+    axes = axis_frequencies(denoiser.model.rotary, (rows, columns), "native")
+    return encode_caption(denoiser, prompt_embeds, rows, columns, axes)
 
 
 def network_spec(d: Dimensions, name: str) -> NetworkSpec:

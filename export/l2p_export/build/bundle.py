@@ -45,7 +45,7 @@ from l2p_export.precision.plans import PrecisionRequest, ResolvedPlan, make_plan
 from l2p_export.proof.prove import prove
 from l2p_export.proof.reference import References
 from l2p_export.tensors.digests import WeightDigests, weight_digests
-from l2p_export.tensors.metadata import is_trained, sampling_defaults
+from l2p_export.tensors.metadata import is_trained, sampling_defaults, trained_grid
 from l2p_runtime import __version__
 from l2p_runtime.backends import open_backend
 from l2p_runtime.bundle import Bundle
@@ -55,10 +55,12 @@ from l2p_runtime.contract import (
     TEXT_ENCODER,
     FileRecord,
     GraphRecord,
+    Grid,
     Manifest,
     Profile,
     Sampling,
     bundle_digest,
+    check_base_grid,
     manifest_to_bytes,
 )
 from l2p_runtime.errors import HostError, UsageError
@@ -81,6 +83,7 @@ class BuildJob:
 
     Attributes:
         asked: the precision plans, before anything is measured.
+        base_grid: the trained grid; None where nothing states it.
         store: folder of shared files; None for a bundle that holds all its files.
         engines: targets and options of the engines.
         jobs: number of processes that trace networks.
@@ -90,6 +93,7 @@ class BuildJob:
     profiles: tuple[Profile, ...]
     asked: PrecisionRequest
     sampling: Sampling
+    base_grid: Grid | None
     out: Path
     text_encoder: TextEncoder | None = None
     store: Path | None = None
@@ -155,6 +159,7 @@ def check_build(
     text_encoder: Path | None = None,
     store: Path | None = None,
     jobs: int = 1,
+    base_grid: Grid | None = None,
 ) -> Iterator[BuildJob]:
     """Check everything that headers and profiles tell, before any work.
 
@@ -174,6 +179,7 @@ def check_build(
             that takes only embeddings.
         store: folder whose files bundles share; None for a bundle that holds all its files.
         jobs: number of processes that trace networks; each takes a core, and memory for torch.
+        base_grid: the trained grid, token rows and columns; None for that of the first profile or the checkpoint.
 
     Raises:
         UsageError: no jobs, profiles that do not fit the checkpoint, an unknown precision, or an output that is not a
@@ -198,10 +204,13 @@ def check_build(
         stem = "demo" if is_demo else loaded.checkpoint.path.stem
         name = f"{stem}-{'-'.join(profile.name for profile in read)}.bundle"
         sampling = sampling_defaults(loaded.checkpoint.metadata, read[0].sampling)
+        base_grid = base_grid or read[0].base_grid or trained_grid(loaded.checkpoint.metadata)
+        if base_grid is not None:
+            check_base_grid(base_grid, loaded.model.spec.rotary.axis_lengths)
         require_bundle_or_nothing(out or Path(name))
         text = open_text_encoder(text_encoder, loaded.model.spec.caption_width) if text_encoder is not None else None
         options = engines or EngineOptions()
-        job = BuildJob(loaded, read, asked, sampling, out or Path(name), text, store, options, jobs)
+        job = BuildJob(loaded, read, asked, sampling, base_grid, out or Path(name), text, store, options, jobs)
         for file in asked.files:
             check_layers(file, [loaded.model.layout(spec.name) for spec in loaded.model.networks])
         require_engines_possible(options, loaded.model.spec, read, job.plans)
@@ -287,6 +296,7 @@ def _run_stages(job: BuildJob, run: StageRunner, backend: Backend, reporter: Rep
         ),
         text=text.record if text else None,
         engines=engines.records,
+        base_grid=job.base_grid,
     )
 
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.console import (
+    Console,
+    dry_run_option,
+    format_bytes,
+    json_option,
+    parse_grid,
+    print_json,
+    quiet_option,
+)
 from l2p_export.cli.engine_options import engine_options, read_engine_options
 
 if TYPE_CHECKING:
@@ -48,6 +56,11 @@ if TYPE_CHECKING:
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
 @click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; created if absent.")
+@click.option(
+    "--base-grid",
+    metavar="ROWSxCOLUMNS",
+    help="Trained grid in tokens; default: the profile's, the checkpoint's, or the family's.",
+)
 @click.option("--jobs", default=1, show_default=True, help="Processes that trace networks, one core each.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Bundle folder to write; default: named after the checkpoint."
@@ -65,6 +78,7 @@ def command(
     loras: tuple[str, ...],
     text_encoder: Path | None,
     store: Path | None,
+    base_grid: str | None,
     jobs: int,
     out: Path | None,
     *,
@@ -84,6 +98,7 @@ def command(
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
     inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}
+    inputs["base_grid"] = parse_grid(base_grid)
     inputs["engines"] = read_engine_options(**engine_arguments)
     with check_build(checkpoint, profiles, precisions, out, **inputs) as plan:
         if dry_run:

@@ -51,7 +51,7 @@ def dry_run_option(command: Command) -> Command:
     )(command)
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Height and width in pixels, from `WIDTHxHEIGHT`.
 
     Raises:
@@ -59,8 +59,22 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
     if match is None:
-        raise UsageError(f"--size is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
+        raise UsageError(f"{option} is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
     return int(match[2]), int(match[1])
+
+
+def parse_grid(text: str | None) -> tuple[int, int] | None:
+    """Token rows and columns, from `ROWSxCOLUMNS`; None for None.
+
+    Raises:
+        UsageError: the text is not a grid of positive sizes.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,8})[xX\u00d7]([1-9][0-9]{0,8})", text.strip())
+    if match is None:
+        raise UsageError(f"--base-grid is {text!r}, expected ROWSxCOLUMNS in tokens, as 64x64")
+    return int(match[1]), int(match[2])
 
 
 def print_json(data: object) -> None:

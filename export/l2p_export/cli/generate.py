@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,18 @@ from l2p_export.cli.console import (
     Console,
     dry_run_option,
     json_option,
+    parse_grid,
     parse_size,
     print_json,
     quiet_option,
     store_option,
 )
 from l2p_runtime import UsageError, __version__
+from l2p_runtime.policies import POSITIONS
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
+    from l2p_runtime.coarse import Coarse
     from l2p_runtime.contract import Sampling
     from l2p_runtime.requests import ImageRequest
 
@@ -43,7 +47,20 @@ if TYPE_CHECKING:
 @click.option("--shift", type=float, help="Shift of the sigma schedule; default: the bundle's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, 0 to 2^64 - 1.")
 @click.option("--rng", type=click.Choice(["philox", "torch-cpu"]), default="philox", show_default=True)
-@click.option("--positions", type=click.Choice(["native", "ntk", "yarn"]), help="RoPE scaling; default: the profile's.")
+@click.option(
+    "--positions",
+    type=click.Choice(POSITIONS),
+    metavar="POLICY",
+    help=f"Positions beyond the trained grid: {', '.join(POSITIONS[:6])}; all but `auto` also with `+temperature`. "
+    "Default: the profile's.",
+)
+@click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens; default: the bundle's.")
+@click.option("--coarse", metavar="WIDTHxHEIGHT", help="Draw at this smaller size first and finish at --size.")
+@click.option(
+    "--renoise", type=float, help="Sigma to which the enlarged coarse image is mixed with noise; default: 0.9."
+)
+@click.option("--fine-steps", type=int, help="Steps at --size after a coarse image; default: 4.")
+@click.option("--fine-guidance", type=float, help="Guidance scale of those steps; default: 1, none.")
 @click.option("--plan", help="Precision plan; default: the bundle's first.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
@@ -68,11 +85,17 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         raise UsageError("there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png")
     from l2p_export.cli.embeddings import read_embeddings
     from l2p_runtime.bundle import open_bundle
-    from l2p_runtime.requests import image_request
+    from l2p_runtime.coarse import check_coarse
+    from l2p_runtime.requests import check_size, image_request
 
     _check_out(out)
     opened = open_bundle(bundle, options["store"])
     height, width = _size(options["size"], opened)
+    grid, coarse = parse_grid(options["base_grid"]), _coarse(options)
+    model = opened.manifest.model_on(grid)
+    if coarse is not None:
+        check_size(model, coarse.height, coarse.width)
+        check_coarse(coarse, height, width)
     inputs = {
         "negative_prompt": options["negative"],
         "prompt_embeds": read_embeddings(options["embeddings"]),
@@ -88,6 +111,7 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         width=width,
         seed=options["seed"],
         sampling=sampling,
+        fine_guidance=1.0 if coarse is None else coarse.guidance,
         **inputs,
     )
     if dry_run:
@@ -121,7 +145,9 @@ def _draw(
         if not pipe.bundle.manifest.checkpoint.trained:
             console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
         text = _text(pipe.bundle, options, request.sampling, pipe.plan)
-        with console.task(f"drawing {width}x{height}", request.sampling.steps, "steps") as advance:
+        coarse = _coarse(options)
+        steps = request.sampling.steps + (coarse.steps if coarse else 0)
+        with console.task(f"drawing {width}x{height}", steps, "steps") as advance:
             pixels = pipe.generate(
                 options["prompt"],
                 height=height,
@@ -129,6 +155,8 @@ def _draw(
                 seed=options["seed"],
                 truncate_prompt=options["truncate_prompt"],
                 positions=options["positions"],
+                base_grid=parse_grid(options["base_grid"]),
+                coarse=coarse,
                 progress=lambda done, total: advance(1),
                 **inputs,
             )
@@ -138,6 +166,7 @@ def _draw(
 
 def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str) -> dict[str, str]:
     """Text chunks of the PNG file."""
+    coarse = _coarse(options)
     parameters = {
         "seed": options["seed"],
         "steps": sampling.steps,
@@ -147,6 +176,8 @@ def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str
         "positions": options["positions"] or bundle.manifest.profiles[0].positions,
         "plan": plan,
         "bundle": bundle.digest,
+        "base_grid": list(bundle.manifest.model_on(parse_grid(options["base_grid"])).rotary.base_grid),
+        **({} if coarse is None else {"coarse": asdict(coarse)}),
         "trained": bundle.manifest.checkpoint.trained,
     }
     return {
@@ -157,6 +188,23 @@ def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str
         "bundle": bundle.digest,
         "parameters": json.dumps(parameters),
     }
+
+
+def _coarse(options: dict[str, Any]) -> Coarse | None:
+    """How to draw coarse to fine; None to draw at the full size from the start."""
+    from l2p_runtime.coarse import Coarse
+
+    names = {"renoise": "renoise", "fine_steps": "steps", "fine_guidance": "guidance"}
+    given = {name: options[option] for option, name in names.items() if options[option] is not None}
+    if options["coarse"] is None:
+        if given:
+            raise UsageError(
+                "--renoise, --fine-steps and --fine-guidance belong to --coarse, which was not given",
+                hint="--coarse 1024x1024",
+            )
+        return None
+    height, width = parse_size(options["coarse"], "--coarse")
+    return Coarse(height, width, **given)
 
 
 def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from l2p_export.cli.console import format_bytes, json_option, print_json, store_option
 from l2p_runtime.bundle import BUILD_LOCK, BUILD_STAGES, STORE_MARKER
 from l2p_runtime.contract import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from l2p_runtime.contract import Manifest
 
 
 @click.command("inspect")
@@ -58,6 +61,7 @@ def _bundle_facts(path: Path, store: Path | None) -> dict[str, Any]:
         "plans": [plan.name for plan in manifest.plans],
         "profiles": [profile.name for profile in manifest.profiles],
         "sampling": to_json(manifest.sampling),
+        "trained_grid": _trained_grid(manifest),
         "size_bytes": sum(record.size_bytes for record in manifest.files),
         "store": str(bundle.store) if bundle.store else "none",
         "model": to_json(manifest.model),
@@ -76,6 +80,13 @@ def _bundle_facts(path: Path, store: Path | None) -> dict[str, Any]:
             for entry in manifest.ledger
         },
     }
+
+
+def _trained_grid(manifest: Manifest) -> str:
+    """Token rows and columns, and whether the bundle states them or only its family does."""
+    rows, columns = manifest.model_on().rotary.base_grid
+    stated = "" if manifest.base_grid is not None else ", of the family: the checkpoint states none"
+    return f"{rows} x {columns} tokens{stated}"
 
 
 def _signature(tensors: tuple[Any, ...]) -> str:

@@ -21,7 +21,7 @@ from l2p_runtime.errors import HostError, InternalError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_KERNELS = ("noise", "euler", "pixels")
+_KERNELS = ("noise", "euler", "pixels", "mix_enlarged")
 
 
 def open_cuda(index: int) -> CudaDevice:
@@ -155,9 +155,9 @@ class CudaDevice:
             call("cuMemcpy2DAsync", plan, self.stream)
 
     def launch(self, kernel: str, *arguments: Any) -> None:
-        """Run `noise`, `euler` or `pixels`, with the arguments and the bits of `backends.host.KERNELS`.
+        """Run a kernel with the arguments and the bits of `backends.host.KERNELS`.
 
-        The first launch compiles all three, which takes a fraction of a second.
+        The first launch compiles all of them, which takes a fraction of a second.
 
         Raises:
             HostError: NVRTC is missing or fails, or the driver refuses the kernel.

@@ -98,6 +98,32 @@ class CudaKernels:
         arguments = [(out.address, c_void_p), *_plane(image), *_integers(rows, columns)]
         self._launch(f"l2p_pixels_{dtype}", (rows, columns), arguments)
 
+    def mix_enlarged(
+        self,
+        image: CudaArray,
+        coarse: CudaArray,
+        row_taps: CudaArray,
+        row_weights: CudaArray,
+        column_taps: CudaArray,
+        column_weights: CudaArray,
+        sigma: float,
+    ) -> None:
+        """Turn noise [3,H,W] into sigma * noise + (1 - sigma) * coarse [3,h,w] enlarged, in place.
+
+        Raises:
+            InternalError: images are not float32 with contiguous lines, or taps and weights are not [H,4] and [W,4].
+        """
+        planes, rows, columns = _sizes(image)
+        wanted = [("int32", (rows, 4)), ("float32", (rows, 4)), ("int32", (columns, 4)), ("float32", (columns, 4))]
+        tables = (row_taps, row_weights, column_taps, column_weights)
+        found = [(str(table.dtype), table.shape) for table in tables]
+        if found != wanted or not all(table.is_contiguous for table in tables) or _sizes(coarse)[0] != planes:
+            raise InternalError(f"an image {list(image.shape)} cannot be mixed with one enlarged by {found}")
+        addresses: list[_Argument] = [(table.address, c_void_p) for table in tables]
+        factors = [(float(np.float32(factor)), c_float) for factor in (sigma, 1.0 - sigma)]
+        arguments = [*_plane(image), *_plane(coarse), *addresses, *_integers(planes, rows, columns), *factors]
+        self._launch("l2p_mix_enlarged", (planes * rows, columns), arguments)
+
     def _launch(self, name: str, grid: tuple[int, int], arguments: list[_Argument]) -> None:
         """Queue a kernel for so many lines of so many threads; none at all for an empty array."""
         lines, threads = grid

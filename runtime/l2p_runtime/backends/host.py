@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,47 @@ def pixels(out: NDArray[Any], image: NDArray[np.float32]) -> None:
         out[rows] = unit if out.dtype == np.float16 else np.rint(unit)
 
 
-KERNELS: Mapping[str, Callable[..., None]] = {"noise": noise, "euler": euler, "pixels": pixels}
+def mix_enlarged(
+    image: NDArray[np.float32],
+    coarse: NDArray[np.float32],
+    row_taps: NDArray[np.int32],
+    row_weights: NDArray[np.float32],
+    column_taps: NDArray[np.int32],
+    column_weights: NDArray[np.float32],
+    sigma: float,
+) -> None:
+    """Turn noise [3,H,W] into sigma * noise + (1 - sigma) * coarse [3,h,w] enlarged, in place.
+
+    A pixel of the enlarged image is made of 4 x 4 coarse ones; taps [H,4] and [W,4] say of which, with their weights.
+    """
+    import numpy as np
+
+    keep, take = np.float32(sigma), np.float32(1.0 - sigma)
+    for rows in _row_chunks(image.shape[-2]):
+        first, *others = (
+            _weighted(coarse[:, taps], column_taps, column_weights) * weights[:, None]
+            for taps, weights in zip(row_taps[rows].T, row_weights[rows].T, strict=True)
+        )
+        enlarged = functools.reduce(np.add, others, first)
+        image[:, rows] = keep * image[:, rows] + take * enlarged
+
+
+KERNELS: Mapping[str, Callable[..., None]] = {
+    "noise": noise,
+    "euler": euler,
+    "pixels": pixels,
+    "mix_enlarged": mix_enlarged,
+}
+
+
+def _weighted(
+    values: NDArray[np.float32], taps: NDArray[np.int32], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Sums [..., W] of four values [..., w] each, added in their order."""
+    import numpy as np
+
+    first, *others = (values[..., taps[:, index]] * weights[:, index] for index in range(taps.shape[1]))
+    return functools.reduce(np.add, others, first)
 
 
 def _row_chunks(rows: int) -> list[slice]:

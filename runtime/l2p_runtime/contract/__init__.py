@@ -40,7 +40,7 @@ from l2p_runtime.contract.manifest import (
     manifest_from_bytes,
     manifest_to_bytes,
 )
-from l2p_runtime.contract.model import HeadSpec, ModelSpec, Positions, RotarySpec
+from l2p_runtime.contract.model import Grid, HeadSpec, ModelSpec, Positions, RotarySpec, check_base_grid
 from l2p_runtime.contract.precision import BASE_PRECISIONS, Arithmetic, BasePrecision, arithmetic, base_of_name
 from l2p_runtime.contract.profile import Profile, Range, Sampling
 from l2p_runtime.contract.tensors import DType, NetworkSpec, TensorSpec, split_dim
@@ -65,6 +65,7 @@ __all__ = [
     "EngineRecord",
     "FileRecord",
     "GraphRecord",
+    "Grid",
     "HeadSpec",
     "InputShapes",
     "LedgerEntry",
@@ -85,6 +86,7 @@ __all__ = [
     "base_of_name",
     "build_comparison",
     "bundle_digest",
+    "check_base_grid",
     "engine_backend",
     "engine_comparison",
     "graph_comparison",

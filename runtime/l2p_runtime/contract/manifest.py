@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from l2p_runtime.contract.codec import from_json, to_json
 from l2p_runtime.contract.engine import PORTABLE, EngineProfile, Target, short_version, target_from_spelling
 from l2p_runtime.contract.ledger import LedgerEntry, comparison_of_text
-from l2p_runtime.contract.model import ModelSpec
+from l2p_runtime.contract.model import Grid, ModelSpec, check_base_grid
 from l2p_runtime.contract.precision import BasePrecision, base_of_name
 from l2p_runtime.contract.profile import Profile, Sampling
 from l2p_runtime.contract.tensors import NetworkSpec
 from l2p_runtime.errors import ArtifactError, UsageError
 
-SCHEMA = 2
-"""Version of `bundle.json`. Schema 1 still opens: it named comparisons by texts, and plans' bases by their names."""
+SCHEMA = 3
+"""Version of `bundle.json`. Older ones still open: 2 gave the trained grid one side; 1 also named comparisons by texts,
+and plans' bases by their names."""
 MANIFEST_NAME = "bundle.json"
 NETWORKS = ("caption", "stem", "trunk", "tail", "head")
 """The networks of one denoising call, in the order of the data flow."""
@@ -215,7 +217,12 @@ class TextRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole of `bundle.json`."""
+    """The whole of `bundle.json`.
+
+    Attributes:
+        base_grid: the trained grid as the build's flag, its profile or the checkpoint states it; None when none of them
+            does, and the published one of the family in `model.rotary` counts.
+    """
 
     schema: int
     producer: str
@@ -231,8 +238,11 @@ class Manifest:
     ledger: tuple[LedgerEntry, ...]
     text: TextRecord | None = None
     engines: tuple[EngineRecord, ...] = ()
+    base_grid: Grid | None = None
 
     def __post_init__(self) -> None:
+        if self.base_grid is not None:
+            check_base_grid(self.base_grid, self.model.rotary.axis_lengths)
         if not self.profiles or not self.plans:
             raise ArtifactError("the bundle has no profile or no precision plan")
         wanted = {(network, plan.name) for network in NETWORKS for plan in self.plans}
@@ -267,6 +277,23 @@ class Manifest:
                 f"the ledger holds comparisons that failed: {', '.join(failed[:4])}",
                 hint="no build commits such a bundle; build it again",
             )
+
+    def model_on(self, base_grid: Grid | None = None) -> ModelSpec:
+        """The model with the trained grid that counts: the one given, the bundle's, or that of the family.
+
+        Raises:
+            UsageError: the grid given is not positive, or larger than the model's positions reach.
+        """
+        grid = self.base_grid if base_grid is None else base_grid
+        if grid is None:
+            return self.model
+        sides = tuple(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            raise UsageError(f"base_grid is {str(grid)[:40]!r}, expected two whole numbers: token rows and columns")
+        try:
+            return replace(self.model, rotary=replace(self.model.rotary, base_grid=(sides[0], sides[1])))
+        except ArtifactError as error:
+            raise UsageError(str(error)) from error
 
     def plan(self, name: str | None) -> PlanRef:
         """The plan called `name`; the first one when None.
@@ -362,20 +389,20 @@ def manifest_from_bytes(data: bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{MANIFEST_NAME}` is not JSON: {error}", hint="build the bundle again") from error
     schema = parsed.get("schema") if isinstance(parsed, dict) else None
-    if schema not in (1, SCHEMA):
+    if not isinstance(schema, int) or isinstance(schema, bool) or not 1 <= schema <= SCHEMA:
         raise ArtifactError(
-            f"`{MANIFEST_NAME}` has schema version {schema!r}, this version reads 1 and {SCHEMA}",
+            f"`{MANIFEST_NAME}` has schema version {schema!r}, this version reads 1 to {SCHEMA}",
             hint="open it with the version of l2p-export that built it, or build it again",
         )
     try:
-        return from_json(Manifest, _upgraded(parsed) if schema == 1 else parsed)
+        return from_json(Manifest, _upgraded(parsed, schema))
     except UsageError as error:
         # Specs that are a caller's fault elsewhere are the file's fault here.
         raise ArtifactError(f"`{MANIFEST_NAME}`: {error}", hint="build the bundle again") from error
 
 
-def _upgraded(parsed: dict[str, object]) -> dict[str, object]:
-    """A manifest of schema 1 converted to this version; parts of an unexpected form are left as they are."""
+def _upgraded(parsed: dict[str, object], schema: int) -> dict[str, object]:
+    """A manifest of an older schema converted to this version; parts of an unexpected form are left as they are."""
 
     def plan(item: dict[str, object]) -> dict[str, object]:
         base = base_of_name(str(item.get("name")))
@@ -385,7 +412,17 @@ def _upgraded(parsed: dict[str, object]) -> dict[str, object]:
         others = {key: value for key, value in item.items() if key != "stage"}
         return {"comparison": to_json(comparison_of_text(str(item["stage"]))), **others} if "stage" in item else item
 
+    def model(item: object) -> object:
+        if not isinstance(item, dict) or not isinstance(item.get("rotary"), dict):
+            return item
+        side = item["rotary"].get("base_grid")
+        return {**item, "rotary": {**item["rotary"], "base_grid": [side, side]}}
+
     upgraded = {**parsed, "schema": SCHEMA}
+    if schema < 3 and "model" in parsed:
+        upgraded["model"] = model(parsed["model"])
+    if schema > 1:
+        return upgraded
     for key, change in (("plans", plan), ("ledger", entry)):
         found = parsed.get(key)
         if isinstance(found, list):

@@ -7,7 +7,21 @@ from typing import Literal
 
 from l2p_runtime.errors import ArtifactError
 
-Positions = Literal["native", "ntk", "yarn"]
+Positions = Literal[
+    "auto",
+    "native",
+    "linear",
+    "ntk",
+    "yarn",
+    "vision-yarn",
+    "native+temperature",
+    "linear+temperature",
+    "ntk+temperature",
+    "yarn+temperature",
+    "vision-yarn+temperature",
+]
+Grid = tuple[int, int]
+"""Token rows and columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +32,19 @@ class RotarySpec:
         theta: base of the frequencies.
         axis_channels: channels of a head per axis; their sum is the head width.
         axis_lengths: number of positions per axis that the model supports; larger grids are refused.
-        base_grid: tokens per side of the training grid, from which NTK and YaRN stretch.
+        base_grid: token rows and columns of the trained grid, from which position policies stretch.
     """
 
     theta: float
     axis_channels: tuple[int, int, int]
     axis_lengths: tuple[int, int, int]
-    base_grid: int
+    base_grid: Grid
 
     def __post_init__(self) -> None:
         if any(channels <= 0 or channels % 2 for channels in self.axis_channels):
             raise ArtifactError(f"rotary axes {list(self.axis_channels)} must be positive and even")
-        _require_sizes(
-            base_grid=self.base_grid, **{f"axis_lengths[{axis}]": size for axis, size in enumerate(self.axis_lengths)}
-        )
+        _require_sizes(**{f"axis_lengths[{axis}]": size for axis, size in enumerate(self.axis_lengths)})
+        check_base_grid(self.base_grid, self.axis_lengths)
         if self.theta <= 1:
             raise ArtifactError(f"theta is {self.theta}, expected more than 1")
 
@@ -140,6 +153,17 @@ class ModelSpec:
             "s": self.padded(rows * columns) + caption_tokens,
             "r": head_rows // unit,
         }
+
+
+def check_base_grid(grid: Grid, axis_lengths: tuple[int, int, int]) -> None:
+    """Refuse a trained grid that the model's positions do not reach.
+
+    Raises:
+        ArtifactError: a side below 1, or longer than its axis.
+    """
+    for name, tokens, longest in zip(("rows", "columns"), grid, axis_lengths[1:], strict=True):
+        if not 1 <= tokens <= longest:
+            raise ArtifactError(f"the trained grid has {tokens} token {name}, expected 1 to {longest}")
 
 
 def _require_sizes(**sizes: int) -> None:

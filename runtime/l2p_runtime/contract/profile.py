@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from l2p_runtime.contract.model import ModelSpec, Positions
-from l2p_runtime.errors import UsageError
+from l2p_runtime.contract.model import Grid, ModelSpec, Positions, check_base_grid
+from l2p_runtime.errors import ArtifactError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Min, opt and max of every dynamic size, the position policy and sampling defaults."""
+    """Min, opt and max of every dynamic size, the position policy and sampling defaults.
+
+    Attributes:
+        base_grid: the trained grid, where the checkpoint does not state it or states it wrongly.
+    """
 
     name: str
     patch_px: int
@@ -48,8 +52,9 @@ class Profile:
     width_px: Range
     caption_tokens: Range = field(default_factory=lambda: Range(32, 128, 512))
     batch: Range = field(default_factory=lambda: Range(1, 1, 1))
-    positions: Positions = "native"
+    positions: Positions = "auto"
     sampling: Sampling = field(default_factory=Sampling)
+    base_grid: Grid | None = None
 
     def __post_init__(self) -> None:
         # The name becomes part of the bundle's.
@@ -78,6 +83,11 @@ class Profile:
                 f"profile `{self.name}` is for {self.patch_px} px patches, the checkpoint has {model.patch_px} px",
                 hint=f"use a profile with patch_px = {model.patch_px}; the built-in one is `{model.variant}`",
             )
+        if self.base_grid is not None:
+            try:
+                check_base_grid(self.base_grid, model.rotary.axis_lengths)
+            except ArtifactError as error:
+                raise UsageError(f"profile `{self.name}`: {error}") from error
         for axis, span in (("height_px", self.height_px), ("width_px", self.width_px)):
             if any(size % model.size_multiple_px for size in (span.min, span.opt, span.max)):
                 raise UsageError(f"profile `{self.name}`: {axis} must be multiples of {model.size_multiple_px} px")

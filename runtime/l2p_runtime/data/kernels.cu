@@ -134,6 +134,32 @@ extern "C" __global__ void l2p_euler(float* image, int64 image_plane, int64 imag
     }
 }
 
+// image [planes, rows, columns] float32 = sigma * image + (1 - sigma) * coarse enlarged: each value is made of 4 x 4
+// coarse ones. Taps and weights are [rows, 4] and [columns, 4], contiguous; sums are added in the order of the taps.
+extern "C" __global__ void l2p_mix_enlarged(float* image, int64 image_plane, int64 image_row, const float* coarse,
+                                            int64 coarse_plane, int64 coarse_row, const int* row_taps,
+                                            const float* row_weights, const int* column_taps,
+                                            const float* column_weights, int64 planes, int64 rows, int64 columns,
+                                            float keep, float take) {
+    for (int64 line = blockIdx.y; line < planes * rows; line += gridDim.y) {
+        const int64 plane = line / rows, y = line - plane * rows;
+        float* target = image + plane * image_plane + y * image_row;
+        const float* source = coarse + plane * coarse_plane;
+        for (int64 x = first_x(); x < columns; x += step_x()) {
+            float enlarged = 0.0f;
+            for (int i = 0; i < 4; ++i) {
+                const float* values = source + row_taps[4 * y + i] * coarse_row;
+                float wide = __fmul_rn(values[column_taps[4 * x]], column_weights[4 * x]);
+                for (int j = 1; j < 4; ++j)
+                    wide = __fadd_rn(wide, __fmul_rn(values[column_taps[4 * x + j]], column_weights[4 * x + j]));
+                const float part = __fmul_rn(wide, row_weights[4 * y + i]);
+                enlarged = i ? __fadd_rn(enlarged, part) : part;
+            }
+            target[x] = __fadd_rn(__fmul_rn(keep, target[x]), __fmul_rn(take, enlarged));
+        }
+    }
+}
+
 // image [3, rows, columns] float32 in -1..1 to out [rows, columns, 3], contiguous.
 extern "C" __global__ void l2p_pixels_uint8(unsigned char* out, const float* image, int64 image_plane, int64 image_row,
                                             int64 rows, int64 columns) {

@@ -19,6 +19,7 @@ from fakes.cuda_checks import (
     awkward_values,
     check_copies,
     check_euler,
+    check_mix_enlarged,
     check_noise,
     check_pixels,
     pixel_values,
@@ -34,7 +35,7 @@ DTYPES = st.sampled_from(["float32", "float16", "uint8", "uint16", "int64", "boo
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 LAYOUTS = st.sampled_from(["whole", "rows"])
 SEEDS = st.one_of(st.sampled_from([0, 1, 7, 2**32 - 1, 2**32, 2**63 + 7, 2**64 - 1]), st.integers(0, 2**64 - 1))
-KERNELS = ("l2p_noise", "l2p_euler", "l2p_pixels_uint8", "l2p_pixels_uint16", "l2p_pixels_float16")
+KERNELS = ("l2p_noise", "l2p_euler", "l2p_mix_enlarged", "l2p_pixels_uint8", "l2p_pixels_uint16", "l2p_pixels_float16")
 
 
 @pytest.fixture(scope="module")
@@ -513,6 +514,20 @@ def test_euler(
     check_euler(device, shape, seed, layouts, guidance, step)
 
 
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    enlarged=st.tuples(st.integers(1, 90), st.integers(1, 300)),
+    seed=st.integers(0, 2**32),
+    layout=LAYOUTS,
+    sigma=st.floats(0, 1),
+)
+@settings(deadline=None, max_examples=40)
+def test_mix_enlarged(
+    device: CudaDevice, size: tuple[int, int], enlarged: tuple[int, int], seed: int, layout: Layout, sigma: float
+) -> None:
+    check_mix_enlarged(device, size, enlarged, seed, layout, sigma)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16"])
 @given(rows=st.integers(1, 70), columns=st.integers(1, 70), seed=st.integers(0, 2**32), layout=LAYOUTS)
 @settings(deadline=None, max_examples=40)
@@ -547,6 +562,9 @@ def test_kernels_refuse_what_they_cannot_read(device: CudaDevice) -> None:
     def make(*shape: int, dtype: str = "float32") -> CudaArray:
         return device.alloc(shape, dtype)
 
+    def taps(*sizes: int) -> list[CudaArray]:
+        return [make(size, 4, dtype=dtype) for size in sizes for dtype in ("int32", "float32")]
+
     good = make(3, 8, 8)
     for kernel, arguments in (
         ("blur", (good,)),
@@ -556,6 +574,9 @@ def test_kernels_refuse_what_they_cannot_read(device: CudaDevice) -> None:
         ("euler", (good, make(3, 8, 7), None, 1.0, 0.5)),
         ("euler", (good, good, make(3, 7, 8), 2.0, 0.5)),
         ("euler", (make(4, 6, 8, 8)[:2, :4:2], make(2, 2, 8, 8), None, 1.0, 0.5)),
+        ("mix_enlarged", (good, good, *taps(8, 7), 0.5)),
+        ("mix_enlarged", (good, make(2, 8, 8), *taps(8, 8), 0.5)),
+        ("mix_enlarged", (good, good, *reversed(taps(8, 8)), 0.5)),
         ("pixels", (make(8, 8, 3, dtype="float32"), good)),
         ("pixels", (make(8, 9, 3, dtype="uint8"), good)),
         ("pixels", (make(8, 8, 4, dtype="uint8")[..., :3], good)),

@@ -33,7 +33,7 @@ def model_spec(d: Dimensions) -> ModelSpec:
             theta=256.0,
             axis_channels=(d.head_width // 4, d.head_width * 3 // 8, d.head_width * 3 // 8),
             axis_lengths=(1024, 512, 512),
-            base_grid=64,
+            base_grid=(64, 64),
         ),
         head=HeadSpec(
             row_multiple=2 if whole else 1,

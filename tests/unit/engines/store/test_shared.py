@@ -47,7 +47,7 @@ from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.files import is_partial_of
 
 MODEL = ModelSpec(
-    "z_image_l2p", "1k", 16, 32, 1, 2, (0, 1), 32, 8, 8, 32, 64, RotarySpec(256.0, (8, 12, 12), (64, 64, 64), 8),
+    "z_image_l2p", "1k", 16, 32, 1, 2, (0, 1), 32, 8, 8, 32, 64, RotarySpec(256.0, (8, 12, 12), (64, 64, 64), (8, 8)),
     HeadSpec(1, 1, 1.0),
 )  # fmt: skip
 PROFILE = Profile("small", 16, Range(16, 32, 64), Range(16, 32, 64))
