@@ -19,16 +19,16 @@ _KEYS = (
     (r"\.bone_", "Bone"),
     (r"\.poly_", "Poly"),
     (r"\.(?:q_layer|p_layer)\.weight$", "T-LoRA"),
+    (r"\.lambda_layer$", "T-LoRA"),
     (r"\.set_weight$", "patch that replaces whole weights"),
 )
-# PEFT's other methods, each by what it begins its keys with.
-_PEFT = (
-    "adamss adaption_prompt beft c3a cartridge cpt deft delora frod gralora hira hra lily ln_tuning miss "
-    "multitask_prompt_tuning osf p_tuning peanut prefix_tuning prompt_tuning psoft road shadow shira supertuning "
-    "tinylora trainable_tokens unilora waveft xlora"
-).split()
-_METHODS = tuple(
-    (re.compile(pattern), method) for pattern, method in (*_KEYS, *((rf"\.{name}_", name.upper()) for name in _PEFT))
+_METHODS = tuple((re.compile(pattern), method) for pattern, method in _KEYS)
+
+# PEFT's other methods begin their keys with their names.
+_PEFT = re.compile(
+    r"\.(adamss|adaption_prompt|beft|c3a|cartridge|cpt|deft|delora|frod|gralora|hira|hra|lily|ln_tuning|miss"
+    r"|multitask_prompt_tuning|osf|p_tuning|peanut|prefix_tuning|prompt_tuning|psoft|road|shadow|shira|supertuning"
+    r"|tinylora|trainable_tokens|unilora|waveft|xlora)_"
 )
 
 MERGED = ("LORA", "LOHA", "LOKR")
@@ -47,7 +47,8 @@ _CHANGES_SUM = (
 
 def method_of(name: str) -> str:
     """The method that a key belongs to, when that method is refused; empty for every other key."""
-    return next((method for pattern, method in _METHODS if pattern.search(name)), "")
+    named = _PEFT.search(name)
+    return named[1].upper() if named else next((method for pattern, method in _METHODS if pattern.search(name)), "")
 
 
 def refused_setting(config: dict[str, object]) -> str:
