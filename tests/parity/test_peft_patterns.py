@@ -15,11 +15,9 @@ from l2p_export.checkpoint.lora import patterns
 from l2p_export.checkpoint.lora.patterns import first_matches
 from l2p_runtime.errors import ArtifactError
 
-NAMES = tuple(
-    f"{block}.{layer}"
-    for block in ("layers.1", "layers.11", "noise_refiner.0", "transformer.layers.1")
-    for layer in ("attention.to_q", "attention.to_out.0", "feed_forward.w1", "adaLN_modulation.0")
-) + ("to_q", "all_x_embedder.2-1", "x")
+BLOCKS = ("layers.1", "layers.11", "noise_refiner.0", "transformer.layers.1")
+LAYERS = ("attention.to_q", "attention.to_out.0", "feed_forward.w1", "adaLN_modulation.0")
+NAMES = (*(f"{block}.{layer}" for block in BLOCKS for layer in LAYERS), "to_q", "all_x_embedder.2-1", "x")
 
 # Whole names, their ends, and pieces of regular expressions.
 PIECES = (

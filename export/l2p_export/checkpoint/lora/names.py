@@ -18,8 +18,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PEFT_PREFIX = "base_model.model."
 
-_NAME_LENGTH_MAX = 400
-
 _ADAPTER = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
 _PARTS = tuple(
     (re.compile(rf"(?P<layer>.+?){pattern}"), part)
@@ -70,8 +68,6 @@ class Key:
 
 def parse_key(name: str) -> Key | None:
     """Parse a key; None if it is of no kind that is read."""
-    if len(name) > _NAME_LENGTH_MAX:
-        return None
     for pattern, part in _PARTS:
         match = pattern.fullmatch(name)
         if match is not None:
@@ -81,7 +77,7 @@ def parse_key(name: str) -> Key | None:
 
 def is_text_encoder(name: str) -> bool:
     """Whether a key belongs to a text encoder."""
-    return len(name) <= _NAME_LENGTH_MAX and _TEXT_ENCODER.fullmatch(name) is not None
+    return _TEXT_ENCODER.fullmatch(name) is not None
 
 
 def module_name(layer: str) -> str:

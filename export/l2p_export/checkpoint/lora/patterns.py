@@ -26,8 +26,9 @@ _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[.-])*\$?")
 
 # For each key one line before it is tried, and one of what it matches.
 _CHILD = """
-import json, re, sys, warnings
+import json, re, resource, sys, warnings
 warnings.simplefilter("ignore")
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 keys, names = json.load(sys.stdin)
 for key in keys:
     print(flush=True)

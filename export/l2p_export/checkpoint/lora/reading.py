@@ -18,7 +18,6 @@ from l2p_runtime.tensorfile import TensorFile, TensorInfo, open_tensorfile
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _LISTED = 20
-_NAME_SHOWN = 200
 
 
 def open_lora(
@@ -99,7 +98,7 @@ def _refuse_other_methods(file: TensorFile) -> None:
         method = method_of(name)
         if method:
             raise ArtifactError(
-                f"`{file.path}` is a {method} (it has `{name[:_NAME_SHOWN]}`), expected LoRA, LoHa, LoKr, DoRA or "
+                f"`{file.path}` is a {method} (it has `{name}`), expected LoRA, LoHa, LoKr, DoRA or "
                 "differences of weights",
                 hint="merge it with the tool that trained it, and give the merged checkpoint",
             )
@@ -288,4 +287,4 @@ def _notes(
 def _list(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(f"`{name[:_NAME_SHOWN]}`" for name in names[:_LISTED]) + more
+    return ", ".join(f"`{name}`" for name in names[:_LISTED]) + more
