@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from l2p_export.checkpoint.lora.changes import Change, Full, Hadamard, Kronecker, Product
 from l2p_export.checkpoint.lora.model import Decomposition
@@ -41,7 +42,7 @@ class Group:
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that its parts belong to; one in a sound file, none where only a bias changes."""
-        return tuple(method for method, parts in _METHODS.items() if parts & self.parts.keys())
+        return tuple(method for method in methods_of(self.parts) if method != "DoRA")
 
     @property
     def is_whole(self) -> bool:
@@ -60,15 +61,34 @@ class Group:
     @property
     def rank(self) -> int | None:
         """The rank that alpha is divided by; None where both factors of a LoKr are whole, and for a difference."""
-        for part in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-            if part in self.parts:
-                return (*self.parts[part].shape, 0)[0]
-        return None
+        return rank_of(self.parts)
 
     def tensor(self, part: str) -> FileTensor:
         """One part as it is stored."""
         info = self.parts[part]
         return FileTensor(self.file, info, info.shape)
+
+
+class Shaped(Protocol):
+    """Whatever has a shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+
+def methods_of(parts: Mapping[str, object]) -> tuple[str, ...]:
+    """The methods that the parts of a layer belong to, and DoRA where magnitudes are among them."""
+    found = [method for method, names in _METHODS.items() if names & parts.keys()]
+    return (*found, "DoRA") if any(part in parts for part in _MAGNITUDES) else tuple(found)
+
+
+def rank_of(parts: Mapping[str, Shaped]) -> int | None:
+    """The rank that the factors of a layer show; 0 for a factor without axes, None where there are none."""
+    for part in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if part in parts:
+            return (*parts[part].shape, 0)[0]
+    return None
 
 
 def change_of(group: Group, shape: tuple[int, ...]) -> Change | None:
