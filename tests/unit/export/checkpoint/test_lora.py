@@ -168,8 +168,14 @@ def test_alpha_absent_means_scale_one(tmp_path: Path) -> None:
     assert scale_of(opened(tmp_path, spelled(pairs_of(Q, rank=3)))) == 1.0
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, ml_dtypes.bfloat16])
+DTYPES = (
+    *(np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.int8),
+    *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_alpha_as_a_tensor_of_any_dtype(tmp_path: Path, shape: tuple[int, ...], dtype: Any) -> None:
     alpha = np.full(shape, 6, dtype)
     assert scale_of(opened(tmp_path, spelled(pairs_of(Q, rank=4)) | {f"{Q}.alpha": alpha})) == 1.5
