@@ -272,7 +272,11 @@ class FamilyContract(NetworksContract):
         for name, weights in self.family.aliases(self.model.shapes).items():
             assert f"{name}.weight" not in self.model.shapes
             assert weights
-            assert all(len(self.model.shapes[weight]) in (2, 4) for weight in weights)
+            assert len(weights) == 1 or all(len(self.model.shapes[weight]) in (2, 4) for weight in weights)
+
+    def test_layers_of_only_the_source_are_not_the_models(self) -> None:
+        for name, shape in self.family.replaced_layers(self.model.shapes).items():
+            assert self.model.shapes.get(f"{name}.weight") != shape
 
     def test_larger_calls_cost_more(self) -> None:
         spec, costs = self.model.spec, network_costs(self.model)

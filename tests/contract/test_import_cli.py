@@ -34,6 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for half, shape in halves.items()
     }
     save_file(lora, folder / "lora.safetensors")
+    save_file(lora | {"lora_te_x.lora_down.weight": torch.ones(2, 2)}, folder / "with-text.safetensors")
     return folder
 
 
@@ -99,10 +100,24 @@ def test_a_lora_changes_what_it_names_and_the_trunk(files: Path, tmp_path: Path)
     assert changed == {"layers.0.attention.to_q.weight", "layers.2.attention.to_q.weight"}
 
 
+def test_what_a_lora_changes_in_a_text_encoder_is_left_out_when_asked(files: Path, tmp_path: Path) -> None:
+    arguments = ("import", files / "merged.safetensors", "--out", tmp_path / "x.safetensors", "--lora")
+    refused = run_cli(*arguments, files / "with-text.safetensors")
+    assert refused.returncode == 4
+    assert "`lora_te_x.lora_down.weight`" in refused.stderr
+    assert "--skip-text-encoder-lora" in refused.stderr
+    result = run_cli(*arguments, files / "with-text.safetensors", "--skip-text-encoder-lora", "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert "note: left out 1 keys of a text encoder from `with-text.safetensors`\n" in result.stderr
+    run_cli(*arguments[:3], tmp_path / "y.safetensors", "--lora", files / "lora.safetensors")
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
 def test_build_takes_all_of_these_directly(files: Path) -> None:
-    lora = f"{files / 'lora.safetensors'}:1"
+    lora = f"{files / 'with-text.safetensors'}:1"
+    inputs = {"source": files / "pipe", "loras": (lora,)}
     with check_build(
-        files / "adapters.safetensors", ("1k",), ("fp32",), None, source=files / "pipe", loras=(lora,)
+        files / "adapters.safetensors", ("1k",), ("fp32",), None, skip_text_encoder_lora=True, **inputs
     ) as plan:
         assert plan.loaded.equal_layers == (1, 2, 3, 4)
         assert plan.sampling.steps == 7

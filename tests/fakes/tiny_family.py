@@ -242,6 +242,9 @@ class TinyFamily:
     def aliases(self, shapes: Shapes) -> Mapping[str, tuple[str, ...]]:
         return {}
 
+    def replaced_layers(self, shapes: Shapes) -> Shapes:
+        return {}
+
     def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
         return dict(tensors)
 

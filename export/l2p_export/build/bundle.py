@@ -156,6 +156,7 @@ def check_build(
     statistics: tuple[Path, ...] = (),
     source: Path | None = None,
     loras: tuple[str, ...] = (),
+    skip_text_encoder_lora: bool = False,
     text_encoder: Path | None = None,
     store: Path | None = None,
     jobs: int = 1,
@@ -175,6 +176,7 @@ def check_build(
         statistics: files that `calibrate` wrote, in addition to the measurements of the build's own cases.
         source: latent checkpoint to complete the checkpoint from and to compare it with.
         loras: LoRAs to merge, as `FILE:STRENGTH`.
+        skip_text_encoder_lora: whether to leave out what they change in a text encoder.
         text_encoder: Hugging Face folder of the text encoder, or a pipeline folder that has one; None for a bundle
             that takes only embeddings.
         store: folder whose files bundles share; None for a bundle that holds all its files.
@@ -198,7 +200,8 @@ def check_build(
             demo = demo_model(read[0].patch_px, Path(scratch))
             checkpoint = demo.checkpoint
             source, text_encoder = source or demo.source, text_encoder or demo.text_encoder
-        loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
+        requests = [parse_lora(text, skip_text_encoder=skip_text_encoder_lora) for text in loras]
+        loaded = load_model(checkpoint, source, requests)
         for profile in read:
             profile.check_model(loaded.model.spec)
         stem = "demo" if is_demo else loaded.checkpoint.path.stem
@@ -229,6 +232,8 @@ def build(job: BuildJob, reporter: Reporter) -> Built:
     backend = open_backend(LEDGER_BACKEND)
     if not job.is_trained:
         reporter.note(UNTRAINED)
+    for note in (note for lora in job.loaded.loras for note in lora.notes):
+        reporter.note(note)
     touched = trunk_layers_touched(job.loaded.loras, job.loaded.model.network_shapes("trunk"))
     if touched:
         reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")

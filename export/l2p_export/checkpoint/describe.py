@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from l2p_export.checkpoint.loading import LoadedModel, load_model, missing_layers, trunk_digest
+from l2p_export.checkpoint.lora.layers import methods_of, rank_of
+from l2p_export.checkpoint.lora.names import is_text_encoder, parse_key
 from l2p_export.families import Family, family_claiming, known_as, qwen3
 from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
 from l2p_export.tensors.files import Weights, open_weights
@@ -18,8 +19,6 @@ from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import ArtifactError
 
-_LORA = re.compile(r"\.lora_(?:A|B|down|up)\b|\.(?:hada|lokr)_|\.dora_scale$")
-_LORA_DOWN = re.compile(r"\.lora_(?:A|down)\b")
 _WRITERS = {
     ("", False): "the published training code",
     ("diffusion_model.", False): "ai-toolkit",
@@ -49,8 +48,9 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
         "size_bytes": _size_bytes(weights),
         "licence": licence(weights.metadata) or "not stated",
     }
-    if any(_LORA.search(name) for name in weights.tensors):
-        return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values()), **_lora_facts(weights)}
+    lora = _lora_facts(weights)
+    if lora:
+        return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values()), **lora}
     family = family_claiming(weights.tensors)
     if family is None:
         kind = "text encoder" if qwen3.claims(weights.tensors) else facts["kind"]
@@ -102,10 +102,26 @@ def _model_facts(loaded: LoadedModel, *, digest: bool) -> dict[str, Any]:
 
 
 def _lora_facts(weights: Weights) -> dict[str, Any]:
-    ranks = Counter(
-        tensor.shape[0] for name, tensor in weights.tensors.items() if _LORA_DOWN.search(name) and tensor.shape
-    )
-    return {"layers": sum(ranks.values()), "ranks": {str(rank): count for rank, count in sorted(ranks.items())}}
+    """Layers, their methods and ranks, and keys of a text encoder; empty for a file that is no LoRA."""
+    layers: dict[str, dict[str, TensorSource]] = {}
+    text_encoder = 0
+    for name, tensor in weights.tensors.items():
+        key = parse_key(name)
+        if key is not None and is_text_encoder(name):
+            text_encoder += 1
+        elif key is not None:
+            layers.setdefault(key.layer, {})[key.part] = tensor
+    layers = {layer: parts for layer, parts in layers.items() if parts.keys() != {"alpha"}}
+    if not layers and not text_encoder:
+        return {}
+    methods = Counter(method for parts in layers.values() for method in methods_of(parts))
+    ranks = Counter(rank for parts in layers.values() if (rank := rank_of(parts)))
+    return {
+        "layers": len(layers),
+        "methods": dict(sorted(methods.items())),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "text_encoder_keys": text_encoder,
+    }
 
 
 def _size_bytes(weights: Weights) -> int:

@@ -143,5 +143,8 @@ def _text(name: str) -> str:
 
 
 def _merge(family: Family, checkpoint: Checkpoint, loras: Sequence[LoraRequest]) -> tuple[Lora, ...]:
-    aliases = family.aliases(checkpoint.shapes) if loras else {}
-    return tuple(open_lora(request, checkpoint.shapes, aliases) for request in loras)
+    if not loras:
+        return ()
+    shapes = checkpoint.shapes
+    aliases, replaced = family.aliases(shapes), family.replaced_layers(shapes)
+    return tuple(open_lora(request, shapes, aliases, replaced) for request in loras)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@click.option("--skip-text-encoder-lora", is_flag=True, help="Leave out what a LoRA changes in a text encoder.")
 @click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; created if absent.")
 @click.option(
@@ -82,6 +83,7 @@ def command(
     jobs: int,
     out: Path | None,
     *,
+    skip_text_encoder_lora: bool,
     as_json: bool,
     dry_run: bool,
     quiet: bool,
@@ -97,6 +99,7 @@ def command(
     from l2p_export.build.bundle import build, check_build
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
+    inputs["skip_text_encoder_lora"] = skip_text_encoder_lora
     inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}
     inputs["base_grid"] = parse_grid(base_grid)
     inputs["engines"] = read_engine_options(**engine_arguments)

@@ -19,6 +19,7 @@ from l2p_runtime import UsageError
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@click.option("--skip-text-encoder-lora", is_flag=True, help="Leave out what a LoRA changes in a text encoder.")
 @click.option(
     "--spelling",
     type=click.Choice(["published", "node-ui"]),
@@ -37,6 +38,7 @@ def command(
     spelling: str,
     out: Path,
     *,
+    skip_text_encoder_lora: bool,
     as_json: bool,
     dry_run: bool,
     quiet: bool,
@@ -50,7 +52,9 @@ def command(
     from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 
     _check_out(out)
-    loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
+    loaded = load_model(
+        checkpoint, source, [parse_lora(text, skip_text_encoder=skip_text_encoder_lora) for text in loras]
+    )
     if out.resolve() in {Path(file).resolve() for file in (checkpoint, source) if file is not None}:
         raise UsageError(f"--out `{out}` is what is read from", hint="choose another name")
     total = output_bytes(loaded.checkpoint.tensors)
@@ -63,6 +67,8 @@ def command(
         "trunk_layers": list(loaded.model.spec.trunk_layers),
     }
     console = Console(quiet=quiet)
+    for note in (note for lora in loaded.loras for note in lora.notes):
+        console.note(note)
     touched = trunk_layers_touched(loaded.loras, loaded.model.network_shapes("trunk"))
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")

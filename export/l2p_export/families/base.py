@@ -118,6 +118,12 @@ class Family(Protocol):
         A fused layer has the rows of its weights in this order.
         """
 
+    def replaced_layers(self, shapes: Shapes) -> Shapes:
+        """Layers that only the latent source has, by every name that LoRA files give them, to their weights' shapes.
+
+        A LoRA of the source may change them; a model in pixel space has others in their place.
+        """
+
     def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
         """The tensors under the names that ComfyUI uses."""
 

@@ -1,7 +1,7 @@
-"""Merges LoRA files into a checkpoint before anything is exported; `--lora FILE:STRENGTH` on the command line.
+"""Merges LoRAs and their kin into a checkpoint before anything is exported; `--lora FILE:STRENGTH` of the commands.
 
 request = parse_lora("style.safetensors:0.8")
-lora = open_lora(request, checkpoint.shapes, family.aliases(checkpoint.shapes))
+lora = open_lora(request, checkpoint.shapes, family.aliases(checkpoint.shapes), family.replaced_layers(...))
 tensors = merge_loras(checkpoint.tensors, [lora])
 """
 

@@ -1,16 +1,16 @@
-"""Reads the alpha of a LoRA from its metadata or its PEFT configuration."""
+"""Reads the alpha of a LoRA from its metadata or its PEFT configuration; `.alpha` tensors are read elsewhere."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l2p_export.checkpoint.lora.names import without_prefix
+from l2p_export.checkpoint.lora.patterns import first_matches
+from l2p_export.checkpoint.lora.refused import MERGED, refused_setting
 from l2p_runtime.errors import ArtifactError
 from l2p_runtime.tensorfile import TensorFile
 
@@ -24,49 +24,96 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
-class StatedAlpha:
-    """Alpha as a file's metadata or its configuration states it; `.alpha` tensors are read elsewhere.
+class Pattern:
+    """One setting of PEFT's: a number for every layer, and other numbers for layers that match a key.
 
     Attributes:
-        alpha: for every layer without its own; None if it is not stated, which means alpha = r.
-        by_layer: layer, or the end of its name, to alpha.
-        root: the scale is alpha / sqrt(r) (rsLoRA) instead of alpha / r.
+        default: None where it is not stated.
+        by_key: regular expression to number, in the order of the file.
+        name: of the setting, for messages.
+        path: the file that states it.
     """
 
-    alpha: float | None = None
-    by_layer: Mapping[str, float] = field(default_factory=dict)
+    default: float | None = None
+    by_key: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
+    path: Path = Path()
+
+    def of_modules(self, modules: Iterable[str]) -> dict[str, float | None]:
+        """Module name to its number.
+
+        Raises:
+            ArtifactError: a key cannot be matched.
+        """
+        modules = tuple(modules)
+        keys = first_matches(tuple(self.by_key), modules, self.name, self.path) if self.by_key else {}
+        return {module: self.by_key[keys[module]] if module in keys else self.default for module in modules}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a file states for all its layers.
+
+    Attributes:
+        alpha: None by default, which means alpha = r.
+        rank: needed where the factors themselves do not show it.
+        root: the scale is alpha / sqrt(r) (rsLoRA) instead of alpha / r.
+        is_peft: they are PEFT's.
+    """
+
+    alpha: Pattern = field(default_factory=Pattern)
+    rank: Pattern = field(default_factory=Pattern)
     root: bool = False
-
-    def scale(self, layer: str, rank: int) -> float:
-        """The factor of `up @ down` for a layer, given without prefix."""
-        alpha = next((value for end, value in self.by_layer.items() if f".{layer}".endswith(f".{end}")), self.alpha)
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self.root else rank)
+    is_peft: bool = False
 
 
-def stated_alpha(file: TensorFile) -> StatedAlpha:
-    """Read alpha from the file's metadata, or from the configuration that PEFT writes beside its file.
+def read_settings(file: TensorFile) -> Settings:
+    """Read the file's metadata, or the configuration that PEFT writes beside its file.
 
     Raises:
-        ArtifactError: the configuration is not JSON, an alpha is not a finite number, or the method changes the base
-            weights.
+        ArtifactError: the configuration is not JSON, a number is not finite, or the method changes the base weights or
+            is none that can be merged.
     """
     for key in _CONFIG_KEYS:
         if key in file.metadata:
             return _from_config(_parse(file.metadata[key], f"`{file.path}` metadata `{key}`"), file.path)
     if "lora_alpha" in file.metadata:
-        return StatedAlpha(_number(file.metadata["lora_alpha"], "lora_alpha", file.path))
+        return Settings(Pattern(_number(file.metadata["lora_alpha"], "lora_alpha", file.path)))
     # PEFT writes alpha nowhere else; without it a LoRA of alpha = 2 r would silently act at half its strength.
     config = file.path.with_name(PEFT_CONFIG)
     if file.path.name == PEFT_FILE and config.is_file():
         return _from_config(_parse(_read(config), f"`{config}`"), config)
-    return StatedAlpha()
+    return Settings()
 
 
-def _from_config(config: dict[str, Any], path: Path) -> StatedAlpha:
+def _from_config(config: dict[str, Any], path: Path) -> Settings:
     # diffusers pipelines put the component's name in front: `transformer.lora_alpha`.
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    _require_sum(config, path)
+    # PEFT's LoHa and LoKr call it alpha.
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    return Settings(
+        _pattern(alpha, "lora_alpha", config.get("alpha_pattern"), "alpha_pattern", path),
+        _pattern(config.get("r"), "r", config.get("rank_pattern"), "rank_pattern", path),
+        root=config.get("use_rslora") is True,
+        is_peft=True,
+    )
+
+
+def _require_sum(config: dict[str, Any], path: Path) -> None:
+    """Refuse adapters whose change is none of ours, or none on the base as published."""
+    method = config.get("peft_type")
+    if method is not None and str(method).upper() not in MERGED:
+        raise ArtifactError(
+            f"`{path}` is a {str(method)[:40]}, expected LoRA, LoHa or LoKr",
+            hint="merge it with the tool that trained it, and give the merged checkpoint",
+        )
+    setting = refused_setting(config)
+    if setting:
+        raise ArtifactError(
+            f"`{path}` was trained with {setting}, with which the change is more than a LoRA's",
+            hint="merge it with the tool that trained it, and give the merged checkpoint",
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise ArtifactError(
@@ -74,27 +121,18 @@ def _from_config(config: dict[str, Any], path: Path) -> StatedAlpha:
             "on the base as published",
             hint="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
         )
-    pattern = config.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise ArtifactError(f"`{path}` has an alpha_pattern that is no object, expected layer to alpha")
-    alpha = config.get("lora_alpha")
-    return StatedAlpha(
-        None if alpha is None else _number(alpha, "lora_alpha", path),
-        {_layer(key, path): _number(value, f"alpha_pattern of {key!a}", path) for key, value in pattern.items()},
-        root=config.get("use_rslora") is True,
+
+
+def _pattern(default: object, default_name: str, by_key: object, name: str, path: Path) -> Pattern:
+    by_key = by_key or {}
+    if not isinstance(by_key, dict):
+        raise ArtifactError(f"`{path}` has {name} that is no object, expected layer to number")
+    return Pattern(
+        None if default is None else _number(default, default_name, path),
+        {key: _number(value, f"{name} of {key[:60]!a}", path) for key, value in by_key.items()},
+        name,
+        path,
     )
-
-
-def _layer(pattern: str, path: Path) -> str:
-    """A key of `alpha_pattern`. PEFT allows a regular expression; real files have the name of a layer or its end."""
-    layer = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    # A regular expression from an untrusted file may never finish matching.
-    if not re.fullmatch(r"[\w.-]+", layer):
-        raise ArtifactError(
-            f"`{path}` has the alpha_pattern {pattern!a}, a regular expression, expected names of layers",
-            hint="write the name of each layer, or its end, into alpha_pattern",
-        )
-    return without_prefix(layer)
 
 
 def _number(value: object, what: str, path: Path) -> float:

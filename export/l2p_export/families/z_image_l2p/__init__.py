@@ -149,6 +149,10 @@ class ZImageL2P:
         """Further names that tools give layers in LoRA files, to the published weights that each stands for."""
         return spelling.layer_aliases(shapes)
 
+    def replaced_layers(self, shapes: Shapes) -> Shapes:
+        """The latent embedder and final layer, to the shapes of their weights."""
+        return spelling.replaced_layers(shapes)
+
     def node_ui(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
         """The tensors under the names that ComfyUI uses."""
         return spelling.node_ui_tensors(tensors)

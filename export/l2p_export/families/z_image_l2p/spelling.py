@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from l2p_export.families.z_image_l2p.latent_shapes import LATENT_PATCH_VALUES
 from l2p_export.tensors.checkpoint import Checkpoint, Spelling
 from l2p_export.tensors.files import Weights
 from l2p_export.tensors.sources import FileTensor, JoinedTensor, TensorSource
@@ -18,6 +19,7 @@ _RENAMES = (
     (".attention.q_norm.", ".attention.norm_q."),
     (".attention.k_norm.", ".attention.norm_k."),
 )
+_PIXEL_EMBEDDER = re.compile(r"all_x_embedder\.(?!2-1\.)\d+-1\.weight")
 _TELLING = re.compile(r"local_decoder\.|all_x_embedder\.|all_final_layer\.|(?:noise|context)_refiner\.\d")
 
 
@@ -64,13 +66,18 @@ def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSour
 
 
 def layer_aliases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
-    """ComfyUI's layer names to published weights: fused q/k/v, `attention.out`, the bare embedder."""
+    """ComfyUI's layer names to published weights: fused q/k/v, `attention.out`, norms, the bare embedder."""
     fused = tuple(f".attention.{part}.weight" for part in ("to_q", "to_k", "to_v"))
     found: dict[str, tuple[str, ...]] = {}
     for name, shape in shapes.items():
-        if not name.endswith(".weight") or len(shape) not in (2, 4):
+        if not name.endswith(".weight"):
             continue
         layer = name.removesuffix(".weight")
+        for projection in "qk":
+            if layer.endswith(f".attention.norm_{projection}"):
+                found[layer.removesuffix(f"norm_{projection}") + f"{projection}_norm"] = (name,)
+        if len(shape) not in (2, 4):
+            continue
         if layer.endswith(".attention.to_out.0"):
             found[layer.removesuffix("to_out.0") + "out"] = (name,)
         if layer.startswith("all_x_embedder."):
@@ -80,6 +87,20 @@ def layer_aliases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str,
         if block != name and all(part in shapes for part in parts):
             found[f"{block}.attention.qkv"] = parts
     return found
+
+
+def replaced_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The layers at the latent model's ends, as diffusers and ComfyUI name them, to the shapes of their weights."""
+    embedder = next((shape for name, shape in shapes.items() if _PIXEL_EMBEDDER.fullmatch(name)), None)
+    if embedder is None:
+        return {}
+    width = embedder[0]
+    time_width = next((shape[1] for name, shape in shapes.items() if name.endswith(".adaLN_modulation.0.weight")), 0)
+    ends = {"linear": (LATENT_PATCH_VALUES, width), "adaLN_modulation.1": (width, time_width)}
+    embedders = ("all_x_embedder.2-1", "x_embedder")
+    finals = ("all_final_layer.2-1", "final_layer")
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(embedders, (width, LATENT_PATCH_VALUES))
+    return found | {f"{final}.{end}": shape for final in finals for end, shape in ends.items()}
 
 
 def _published(weights: Weights, stored: str, whole: FileTensor) -> Iterator[tuple[str, TensorSource]]:
@@ -113,6 +134,5 @@ def _patch_px(weights: Weights) -> int:
     """The patch size of an embedder whose name lacks it: it has 3 p p inputs."""
     for stored, source in weights.tensors.items():
         if _without_prefix(stored) == "x_embedder.weight" and len(source.shape) == 2:
-            # 64 inputs are the latent model's 2x2 patches of 16 channels.
-            return 2 if source.shape[1] == 64 else math.isqrt(source.shape[1] // 3)
+            return 2 if source.shape[1] == LATENT_PATCH_VALUES else math.isqrt(source.shape[1] // 3)
     return 0

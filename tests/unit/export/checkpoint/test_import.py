@@ -215,6 +215,12 @@ def test_describe_has_an_answer_for_every_file(tmp_path: Path) -> None:
         json.dumps(facts)
     save_file(files["LoRA"], tmp_path / "x.safetensors")
     assert describe(tmp_path / "x.safetensors")["ranks"] == {"2": 1}
+    factors = {"hada_w1_b": (3, 96), "dora_scale": (96, 1), "alpha": ()}
+    loha = {f"lycoris_layers_1_attention_to_q.{part}": torch.ones(shape) for part, shape in factors.items()}
+    save_file(loha | {"lora_te_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    facts = describe(tmp_path / "x.safetensors")
+    assert (facts["methods"], facts["ranks"], facts["layers"]) == ({"DoRA": 1, "LoHa": 1}, {"3": 1}, 1)
+    assert facts["text_encoder_keys"] == 1
     save_file(state, tmp_path / "x.safetensors")
     facts = describe(tmp_path / "x.safetensors", digest=True)
     assert facts["spelling"]["as_written_by"] == "the published training code"

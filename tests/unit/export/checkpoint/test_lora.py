@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,159 +31,30 @@ from l2p_export.checkpoint.lora.names import LayerNames
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P
 from l2p_export.families.z_image_l2p.dimensions import VARIANTS, expected_shapes, published_dimensions
 from l2p_export.tensors.digests import weights_digest
-from l2p_export.tensors.sources import TensorSource, read_tensor
 from l2p_runtime.errors import ArtifactError, UsageError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Array = np.ndarray[Any, np.dtype[Any]]
-State = dict[str, Array]
-
-D, FFN, TIME, CAPTION = 6, 8, 4, 5
-
-
-def _shapes() -> dict[str, tuple[int, ...]]:
-    """A model of 3 layers that is small enough to write a thousand times."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "all_x_embedder.16-1.weight": (D, 12),
-        "all_x_embedder.16-1.bias": (D,),
-        "t_embedder.mlp.0.weight": (7, 9),
-        "t_embedder.mlp.2.weight": (TIME, 7),
-        "cap_embedder.0.weight": (CAPTION,),
-        "cap_embedder.1.weight": (D, CAPTION),
-        "x_pad_token": (1, D),
-        "local_decoder.enc1.0.weight": (4, 3, 3, 3),
-        "local_decoder.bottleneck.0.weight": (5, 4 + D, 1, 1),
-    }
-    for block in ("layers.0", "layers.1", "layers.2", "noise_refiner.0", "context_refiner.0"):
-        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
-            shapes[f"{block}.attention.{projection}.weight"] = (D, D)
-        shapes[f"{block}.attention_norm1.weight"] = (D,)
-        shapes[f"{block}.feed_forward.w1.weight"] = (FFN, D)
-        shapes[f"{block}.feed_forward.w2.weight"] = (D, FFN)
-        shapes[f"{block}.feed_forward.w3.weight"] = (FFN, D)
-        if not block.startswith("context"):
-            shapes[f"{block}.adaLN_modulation.0.weight"] = (4 * D, TIME)
-    return shapes
-
-
-SHAPES = _shapes()
-ALIASES = Z_IMAGE_L2P.aliases(SHAPES)
-TARGETS = tuple(name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) > 1 and "pad" not in name)
-Q = "layers.1.attention.to_q"
-QKV = tuple(f"layers.1.attention.{name}" for name in ("to_q", "to_k", "to_v"))
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """A tensor in memory that hands out pieces of any size it likes."""
-
-    values: NDArray[np.float32]
-    dtype: str = "BF16"
-    piece: int = 5
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def chunks(self, chunk_bytes: int = 0) -> Iterator[NDArray[np.float32]]:
-        flat = self.values.reshape(-1)
-        step = self.piece if chunk_bytes == 0 else max(1, chunk_bytes // 4)
-        for start in range(0, flat.size, step):
-            yield flat[start : start + step]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What a tool trained for one layer; alpha None where it stored none."""
-
-    down: NDArray[np.float32]
-    up: NDArray[np.float32]
-    alpha: float | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-
-def base() -> dict[str, TensorSource]:
-    rng = np.random.default_rng(0)
-    return {name: ArraySource(rng.standard_normal(shape, np.float32)) for name, shape in SHAPES.items()}
-
-
-def random_pair(layer: str, rank: int, seed: int, alpha: float | None = None) -> Pair:
-    rng = np.random.default_rng(seed)
-    shape = SHAPES[f"{layer}.weight"]
-    ones = (1,) * (len(shape) - 2)
-    down = rng.standard_normal((rank, *shape[1:]), np.float32)
-    return Pair(down, rng.standard_normal((shape[0], rank, *ones), np.float32), alpha)
-
-
-def pairs_of(*layers: str, rank: int = 2, alpha: float | None = None) -> dict[str, Pair]:
-    return {layer: random_pair(layer, rank, seed, alpha) for seed, layer in enumerate(layers)}
-
-
-def spelled(
-    pairs: Mapping[str, Pair], name: Callable[[str], str] = str, down: str = "lora_A.weight", up: str = "lora_B.weight"
-) -> State:
-    """Keys as one tool writes them, alpha as a tensor."""
-    state: State = {}
-    for layer, pair in pairs.items():
-        state |= {f"{name(layer)}.{down}": pair.down, f"{name(layer)}.{up}": pair.up}
-        if pair.alpha is not None:
-            state[f"{name(layer)}.alpha"] = np.asarray(pair.alpha, np.float32)
-    return state
-
-
-def with_fused(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-    """The three projections of layer 1 as one, when they share what comes before."""
-    first = pairs[Q]
-    rows = np.concatenate([pairs[layer].up for layer in QKV])
-    rest = {layer: pair for layer, pair in pairs.items() if layer not in QKV}
-    return rest | {"layers.1.attention.qkv": Pair(first.down, rows, first.alpha)}
-
-
-def renamed(layer: str) -> str:
-    """Names of the node-based user interfaces."""
-    return layer.replace(".attention.to_out.0", ".attention.out").replace("all_x_embedder.16-1", "x_embedder")
-
-
-def flat(layer: str) -> str:
-    return layer.replace(".", "_")
-
-
-def opened(folder: Path, state: State, strength: float = 1.0, metadata: dict[str, str] | None = None) -> Lora:
-    path = folder / "x.safetensors"
-    save_file({name: np.array(value, order="C") for name, value in state.items()}, path, metadata)
-    return open_lora(LoraRequest(path, strength), SHAPES, ALIASES)
-
-
-def values_of(tensors: Mapping[str, TensorSource]) -> State:
-    return {name: read_tensor(source) for name, source in tensors.items()}
-
-
-def merged(loras: Sequence[Lora]) -> State:
-    return values_of(merge_loras(base(), loras))
-
-
-def assert_same(found: State, wanted: State) -> None:
-    assert found.keys() == wanted.keys()
-    for name, values in wanted.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
-
-
-def by_hand(pairs: Mapping[str, Pair], strength: float = 1.0) -> State:
-    """The definition, in float64 and without a matrix product."""
-    wanted = values_of(base())
-    for layer, pair in pairs.items():
-        scale = strength * (1.0 if pair.alpha is None else pair.alpha / pair.rank)
-        up, down = pair.up.reshape(-1, pair.rank).astype(np.float64), pair.down.reshape(pair.rank, -1)
-        delta = sum(np.outer(up[:, r], down[r].astype(np.float64)) for r in range(pair.rank))
-        name = f"{layer}.weight"
-        wanted[name] = wanted[name] + np.asarray(scale * delta).reshape(SHAPES[name])
-    return wanted
-
+from unit.export.checkpoint.lora_files import (
+    ALIASES,
+    QKV,
+    SHAPES,
+    TARGETS,
+    ArraySource,
+    D,
+    Pair,
+    Q,
+    State,
+    assert_same,
+    base,
+    by_hand,
+    every_spelling,
+    flat,
+    merged,
+    opened,
+    pairs_of,
+    random_pair,
+    spelled,
+    values_of,
+    with_fused,
+)
 
 # The command line's form
 
@@ -213,6 +84,11 @@ def test_bad_forms(text: str) -> None:
 
 # Spellings
 
+SHARED = pairs_of("layers.0.feed_forward.w2", "local_decoder.enc1.0", "t_embedder.mlp.0", rank=3, alpha=5.0)
+SHARED |= {layer: replace(pair, down=random_pair(Q, 2, 9).down) for layer, pair in pairs_of(*QKV, alpha=3.0).items()}
+SHARED |= {layer: replace(SHARED[layer], down=SHARED[Q].down) for layer in QKV}
+SPELLINGS = every_spelling(SHARED)
+
 
 @st.composite
 def random_loras(draw: st.DrawFn) -> dict[str, Pair]:
@@ -227,69 +103,37 @@ def random_loras(draw: st.DrawFn) -> dict[str, Pair]:
     return pairs
 
 
-def peft_config(pairs: Mapping[str, Pair]) -> dict[str, Any]:
-    """What PEFT writes beside: one alpha, and a pattern for layers of another."""
-    pattern = {layer: pair.rank if pair.alpha is None else pair.alpha for layer, pair in pairs.items()}
-    return {"lora_alpha": 8, "r": 8, "alpha_pattern": pattern, "init_lora_weights": True}
-
-
-def every_spelling(pairs: Mapping[str, Pair]) -> dict[str, tuple[State, dict[str, str] | None]]:
-    """Tool to keys and metadata, all of them the same LoRA."""
-    bare = {layer: replace(pair, alpha=None) for layer, pair in pairs.items()}
-    config = peft_config(pairs)
-    prefixed = {f"transformer.{key}": value for key, value in config.items()}
-    peft = "base_model.model.{}".format
-    spellings: dict[str, tuple[State, dict[str, str] | None]] = {
-        "peft": (spelled(bare, peft), {"adapter_config": json.dumps(config)}),
-        "peft, adapter named": (
-            spelled(bare, peft, "lora_A.default.weight", "lora_B.default.weight"),
-            {"peft_config": json.dumps(config)},
-        ),
-        "diffusers model": (spelled(bare), {"lora_adapter_metadata": json.dumps(config)}),
-        "diffusers pipeline": (
-            spelled(bare, "transformer.{}".format),
-            {"lora_adapter_metadata": json.dumps(prefixed)},
-        ),
-        "ai-toolkit": (spelled(pairs, "diffusion_model.{}".format), None),
-        "peft around a prefix": (spelled(pairs, "base_model.model.model.diffusion_model.{}".format), None),
-        "bare": (spelled(pairs), None),
-        "node UI": (spelled(pairs, lambda layer: f"diffusion_model.{renamed(layer)}"), None),
-        "down and up": (spelled(pairs, "diffusion_model.{}".format, "lora_down.weight", "lora_up.weight"), None),
-    }
-    for prefix in ("lora_unet_", "lora_unet__", "lora_transformer_"):
-        for alias in (str, renamed):
-            name = lambda layer, prefix=prefix, alias=alias: prefix + flat(alias(layer))  # noqa: E731
-            spellings[f"{prefix} {alias.__name__}"] = (spelled(pairs, name, "lora_down.weight", "lora_up.weight"), None)
-    if all(layer in pairs and pairs[layer].down is pairs[Q].down for layer in QKV):
-        fused = with_fused(pairs)
-        spellings["fused"] = (spelled(fused, "diffusion_model.{}".format), None)
-        kohya = spelled(fused, lambda layer: "lora_unet_" + flat(renamed(layer)), "lora_down.weight", "lora_up.weight")
-        spellings["fused kohya"] = (kohya, None)
-    return spellings
-
-
 @settings(max_examples=40, deadline=None)
-@given(random_loras(), st.sampled_from([1.0, 0.75, -0.3]))
+@given(random_loras(), st.sampled_from([1.0, 0.75, -0.3]), st.sets(st.sampled_from(list(SPELLINGS)), max_size=8))
 def test_every_spelling_merges_to_the_same_bits(
-    tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, Pair], strength: float
+    tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, Pair], strength: float, tools: set[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("lora")
     wanted = merged([opened(folder, spelled(pairs), strength)])
     for name, values in by_hand(pairs, strength).items():
         np.testing.assert_allclose(wanted[name], values, rtol=1e-6, atol=1e-6)
-    for tool, (state, metadata) in every_spelling(pairs).items():
+    spellings = every_spelling(pairs)
+    for tool in sorted(tools & spellings.keys()):
+        state, metadata = spellings[tool]
         found = opened(folder, state, strength, metadata)
         assert found.deltas.keys() == {f"{layer}.weight" for layer in pairs}, tool
         assert_same(merged([found]), wanted)
+
+
+@pytest.mark.parametrize("tool", SPELLINGS)
+def test_one_lora_in_each_spelling(tmp_path: Path, tool: str) -> None:
+    assert len(SPELLINGS) > 25
+    state, metadata = SPELLINGS[tool]
+    assert_same(merged([opened(tmp_path, state, metadata=metadata)]), merged([opened(tmp_path, spelled(SHARED))]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values())
 def test_every_published_layer_is_found_under_its_underscores(variant: str) -> None:
     shapes = expected_shapes(published_dimensions(variant))
     names = LayerNames(shapes, Z_IMAGE_L2P.aliases(shapes))
-    for name, shape in shapes.items():
+    for name in shapes:
         layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and len(shape) > 1:
+        if name.endswith(".weight"):
             assert tuple(names.weights(layer)) == (name,)
             assert tuple(names.weights(flat(layer))) == (name,)
         else:
@@ -324,8 +168,14 @@ def test_alpha_absent_means_scale_one(tmp_path: Path) -> None:
     assert scale_of(opened(tmp_path, spelled(pairs_of(Q, rank=3)))) == 1.0
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, ml_dtypes.bfloat16])
+DTYPES = (
+    *(np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.int8),
+    *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_alpha_as_a_tensor_of_any_dtype(tmp_path: Path, shape: tuple[int, ...], dtype: Any) -> None:
     alpha = np.full(shape, 6, dtype)
     assert scale_of(opened(tmp_path, spelled(pairs_of(Q, rank=4)) | {f"{Q}.alpha": alpha})) == 1.5
@@ -342,13 +192,23 @@ def test_alpha_in_the_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["to_q", "attention.to_q", Q, f"^{Q}$", r"layers\.1\.attention\.to_q", f"transformer.{Q}"]
+    "pattern",
+    ["to_q", "attention.to_q", Q, f"^{Q}$", r"layers\.1\.attention\.to_q", "layers.1.attention.to.q", "to_[qx]", ".*q"],
 )
 def test_alpha_patterns_name_layers_or_their_ends(tmp_path: Path, pattern: str) -> None:
     config = {"lora_alpha": 8, "alpha_pattern": {pattern: 2}}
     state = spelled(pairs_of(Q, "layers.1.attention.to_k", rank=4), "transformer.{}".format)
     lora = opened(tmp_path, state, metadata={"lora_adapter_metadata": json.dumps(config)})
     assert (scale_of(lora), scale_of(lora, "layers.1.attention.to_k")) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("pattern", ["^to_q", "o_q", "layers.1", f"transformer.{Q}", "q"])
+def test_alpha_patterns_that_match_no_whole_name(tmp_path: Path, pattern: str) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 8, "alpha_pattern": {pattern: 2}})}
+    assert scale_of(opened(tmp_path, spelled(pairs_of(Q, rank=4), "transformer.{}".format), metadata=metadata)) == 2.0
+    if pattern.startswith("transformer"):
+        state = spelled(pairs_of(Q, rank=4), "base_model.model.transformer.{}".format)
+        assert scale_of(opened(tmp_path, state, metadata=metadata)) == 0.5
 
 
 def test_peft_keeps_alpha_in_the_file_beside(tmp_path: Path) -> None:
@@ -371,18 +231,21 @@ def test_peft_keeps_alpha_in_the_file_beside(tmp_path: Path) -> None:
         ('{"lora_alpha": NaN}', "expected a finite number"),
         ('{"lora_alpha": true}', "expected a finite number"),
         ('{"alpha_pattern": [1]}', "alpha_pattern that is no object"),
-        ('{"alpha_pattern": {"(a+)+b": 1}}', "a regular expression"),
+        ('{"alpha_pattern": {"(a": 1}}', "alpha_pattern key '(a', which is no regular expression"),
+        ('{"rank_pattern": {"a": "x"}}', "rank_pattern of 'a' = 'x', expected a finite number"),
+        ('{"peft_type": "VERA"}', "is a VERA, expected LoRA, LoHa or LoKr"),
+        ('{"peft_type": "LORA", "use_qalora": true}', "was trained with use_qalora"),
         ('{"alpha_pattern": {"to_q": []}}', "expected a finite number"),
         ('{"init_lora_weights": "pissa_niter_4"}', "changes the base weights"),
     ],
 )
 def test_bad_configurations(tmp_path: Path, config: str, wanted: str) -> None:
     state = spelled(pairs_of(Q))
-    with pytest.raises(ArtifactError, match=wanted.replace("(", r"\(")):
+    with pytest.raises(ArtifactError, match=re.escape(wanted)):
         opened(tmp_path, state, metadata={"adapter_config": config})
     save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(config)
-    with pytest.raises(ArtifactError, match=wanted):
+    with pytest.raises(ArtifactError, match=re.escape(wanted)):
         open_lora(LoraRequest(tmp_path / "adapter_model.safetensors"), SHAPES, ALIASES)
 
 
@@ -517,13 +380,16 @@ def refused(folder: Path, state: State) -> str:
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        (f"diffusion_model.{Q}.dora_scale", "DoRA"),
-        (f"base_model.model.{Q}.lora_magnitude_vector", "DoRA"),
-        (f"base_model.model.{Q}.lora_magnitude_vector.default.weight", "DoRA"),
-        ("lora_unet_layers_1_attention_to_q.hada_w1_a", "LoHa"),
-        ("lycoris_layers_1_attention_to_q.lokr_w1", "LoKr"),
-        ("lora_unet_local_decoder_enc1_0.lora_mid.weight", "LoCon"),
         (f"{Q}.oft_blocks", "OFT"),
+        ("lycoris_layers_1_attention_to_q.rescale", "OFT"),
+        (f"{Q}.boft_R", "BOFT"),
+        (f"base_model.model.{Q}.ia3_l", "IA3"),
+        ("lycoris_layers_1_attention_to_q.on_input", "IA3"),
+        ("lycoris_layers_1_attention_to_q.a1.weight", "GLoRA"),
+        (f"base_model.model.{Q}.vera_lambda_b", "VeRA"),
+        (f"base_model.model.{Q}.lora_E", "AdaLoRA"),
+        (f"base_model.model.{Q}.miss_block", "MISS"),
+        ("lycoris_layers_1_attention_to_q.lambda_layer", "T-LoRA"),
     ],
 )
 def test_other_methods_are_refused_by_name(tmp_path: Path, key: str, method: str) -> None:
@@ -536,9 +402,9 @@ def test_unmatched_keys_are_listed_in_one_error(tmp_path: Path) -> None:
     few = {
         "layers.9.attention.to_q.lora_A.weight": np.ones((1, D), np.float32),
         "layers.1.attention_norm1.lora_A.weight": np.ones((1, D), np.float32),
-        "lora_te_encoder.alpha": np.ones((), np.float32),
-        f"{Q}.diff": np.ones((D, D), np.float32),
-        f"base_model.model.{Q}.lora_A.other.weight": np.ones((1, D), np.float32),
+        "lora_other_encoder.alpha": np.ones((), np.float32),
+        f"{Q}.deeper.lora_A.weight": np.ones((1, D), np.float32),
+        f"{Q}.reshape_weight": np.ones((1, D), np.float32),
         "layers.1.attention.to_out.0.bias": np.ones(D, np.float32),
     }
     message = refused(tmp_path, GOOD | few)
@@ -574,14 +440,20 @@ def test_half_pairs(tmp_path: Path, kept: str) -> None:
         ({A: np.full((2, D), np.nan, np.float32)}, f"`{A}` holds NaN or Inf"),
         ({B: np.full((D, 2), np.inf, np.float32)}, f"`{B}` holds NaN or Inf"),
         ({B: np.full((D, 2), 1e300, np.float64)}, f"`{B}` holds NaN or Inf"),
-        ({A: np.ones((2, D), np.int8)}, f"`{A}` is I8, expected one of F64, F32, F16, BF16"),
+        ({A: np.ones((2, D), np.int8)}, f"`{A}` is I8, expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"),
         ({B: np.ones((D, 2), np.int64)}, f"`{B}` is I64, expected"),
         ({f"{Q}.alpha": np.float32(np.nan)}, f"`{Q}.alpha` is nan, expected a finite number"),
         ({f"{Q}.alpha": np.ones(2, np.float32)}, f"`{Q}.alpha` is F32 [2], expected one number"),
         ({f"{Q}.alpha": np.ones(1, bool)}, f"`{Q}.alpha` is BOOL [1], expected one number"),
         ({f"transformer.{A}": GOOD[A]}, "are both the down of one layer"),
-        ({f"lora_unet_{flat(Q)}.{p}.weight": GOOD[k] for p, k in (("lora_down", A), ("lora_up", B))}, "both change"),
-        (spelled(with_fused(shared_qkv())), f"both change `{Q}.weight`"),
+        ({f"lora_unet_{flat(Q)}.lora_down.weight": GOOD[A]}, "are both the down of one layer"),
+        (spelled(with_fused(pairs_of(*QKV, alpha=1.0))), f"both change `{Q}.weight`, and differ"),
+        ({f"{Q}.diff": np.ones((D, D), np.float32)}, f"`{Q}` is changed by LoRA and difference"),
+        ({f"{Q}.dora_scale": np.ones((D + 1, 1), np.float32)}, "has shape [7, 1], expected [6, 1] or [1, 6]"),
+        ({f"{Q}.lora_magnitude_vector": np.ones(D + 1, np.float32)}, "has shape [7], expected [6]"),
+        ({f"{Q}.lora_B.bias": np.ones(D, np.float32)}, f"changes the bias of `{Q}`, which has none"),
+        ({f"{Q}.lora_mid.weight": np.ones((2, 3), np.float32)}, "has shape [2, 3], expected [r, r]"),
+        (spelled(pairs_of("layers.0.attention.to_q"), down="lora_A.other.weight", up="lora_B.x.weight"), "2 adapters"),
     ],
 )
 def test_bad_pairs(tmp_path: Path, changes: State, wanted: str) -> None:
