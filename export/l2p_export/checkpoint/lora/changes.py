@@ -44,6 +44,26 @@ class Full:
 
 
 @dataclass(frozen=True, slots=True)
+class Summed:
+    """Two changes of one weight, each with its scale and its first row in the layer that states it."""
+
+    one: Change
+    one_scale: float
+    one_row: int
+    other: Change
+    other_scale: float
+    other_row: int
+    shape: tuple[int, int]
+
+    def load(self) -> Rows:
+        """Read the factors of both."""
+        one, other = self.one.load(), self.other.load()
+        return lambda first, count: (
+            self.one_scale * one(self.one_row + first, count) + self.other_scale * other(self.other_row + first, count)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """`up @ down`: a LoRA, and half of a LoHa or LoKr.
 

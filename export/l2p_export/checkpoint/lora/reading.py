@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from l2p_export.checkpoint.lora.changes import Summed
 from l2p_export.checkpoint.lora.layers import Group, bias_of, change_of, decomposition_of
 from l2p_export.checkpoint.lora.model import Delta, Lora, LoraRequest
 from l2p_export.checkpoint.lora.names import PEFT_PREFIX, LayerNames, Shapes, is_text_encoder, module_name, parse_key
@@ -53,15 +54,20 @@ def open_lora(
     deltas: dict[str, Delta] = {}
     owners: dict[str, Group] = {}
     doubled: set[tuple[str, str]] = set()
+    summed: set[tuple[str, str]] = set()
     for group, scale in zip(groups, scales, strict=True):
         for name, delta in _deltas(group, scale, shapes):
             if name in deltas:
-                _require_same(deltas[name], delta, owners[name], group, shapes[name])
-                doubled.add((owners[name].layer, group.layer))
+                layers = owners[name].layer, group.layer
+                if not deltas[name].agrees(delta, shapes[name][0]):
+                    deltas[name] = _summed(name, deltas[name], delta, layers, shapes[name], file)
+                    summed.add(layers)
+                    continue
+                doubled.add(layers)
                 if len(delta.layer) >= len(deltas[name].layer):
                     continue
             deltas[name], owners[name] = delta, group
-    notes = _notes(file, groups, settings, left_out, sorted_keys.text_encoder, doubled)
+    notes = _notes(file, groups, settings, left_out, sorted_keys.text_encoder, doubled, summed)
     return Lora(file.path, request.strength, deltas, notes)
 
 
@@ -223,14 +229,17 @@ def _split(tensors: tuple[str, ...], shapes: Shapes, whole: Delta) -> Iterator[t
         first_row += shapes[name][0]
 
 
-def _require_same(one: Delta, other: Delta, owner: Group, group: Group, shape: tuple[int, ...]) -> None:
-    """A fused layer may repeat what its parts say; two statements that differ have no one meaning."""
-    if not one.agrees(other, shape[0]):
+def _summed(
+    tensor: str, one: Delta, other: Delta, layers: tuple[str, str], shape: tuple[int, ...], file: TensorFile
+) -> Delta:
+    """Two statements on one tensor that differ, as a fused layer beside its parts: the weight gets both changes."""
+    if one.decomposition is not None or other.decomposition is not None:
         raise ArtifactError(
-            f"`{group.file.path}`: `{owner.layer}` and `{group.layer}` both change "
-            f"`{min(set(one.layer) & set(other.layer))}`, and differ",
-            hint="tools that read such files disagree on whether to add both: remove the keys of one",
+            f"`{file.path}`: `{layers[0]}` and `{layers[1]}` both change `{tensor}`, and rescale it (DoRA)",
+            hint="two rescalings of one weight have no one meaning: remove the keys of one",
         )
+    both = (one.change, one.scale, one.first_row, other.change, other.scale, other.first_row)
+    return Delta(Summed(*both, (shape[0], math.prod(shape[1:]))), 1.0, 0, (tensor,))
 
 
 def _check_values(file: TensorFile, info: TensorInfo) -> None:
@@ -262,6 +271,7 @@ def _notes(
     left_out: list[str],
     text_encoder: list[str],
     doubled: set[tuple[str, str]],
+    summed: set[tuple[str, str]],
 ) -> tuple[str, ...]:
     """Sentences on what the file is and what of it is left out; none for a plain LoRA that is merged whole."""
     parts = {part for group in groups for part in group.parts}
@@ -279,6 +289,9 @@ def _notes(
     if doubled:
         pairs = _list(f"{one} and {other}" for one, other in doubled)
         notes.append(f"`{name}` states the change of some layers twice, which is added once: {pairs}")
+    if summed:
+        pairs = _list(f"{one} and {other}" for one, other in summed)
+        notes.append(f"`{name}` changes some layers under two names, and both changes are added: {pairs}")
     if groups[0].layer.startswith(PEFT_PREFIX) and settings == Settings() and "alpha" not in parts:
         notes.append(f"`{name}` states no alpha, and there is no {PEFT_CONFIG} beside {PEFT_FILE}: alpha = r")
     return tuple(notes)

@@ -447,7 +447,6 @@ def test_half_pairs(tmp_path: Path, kept: str) -> None:
         ({f"{Q}.alpha": np.ones(1, bool)}, f"`{Q}.alpha` is BOOL [1], expected one number"),
         ({f"transformer.{A}": GOOD[A]}, "are both the down of one layer"),
         ({f"lora_unet_{flat(Q)}.lora_down.weight": GOOD[A]}, "are both the down of one layer"),
-        (spelled(with_fused(pairs_of(*QKV, alpha=1.0))), f"both change `{Q}.weight`, and differ"),
         ({f"{Q}.diff": np.ones((D, D), np.float32)}, f"`{Q}` is changed by LoRA and difference"),
         ({f"{Q}.dora_scale": np.ones((D + 1, 1), np.float32)}, "has shape [7, 1], expected [6, 1] or [1, 6]"),
         ({f"{Q}.lora_magnitude_vector": np.ones(D + 1, np.float32)}, "has shape [7], expected [6]"),

@@ -228,8 +228,31 @@ def test_a_layer_that_is_stated_twice_is_added_once(tmp_path: Path) -> None:
     out = pairs_of("layers.0.attention.to_out.0")
     named = spelled({"layers.0.attention.out": out["layers.0.attention.to_out.0"]})
     assert_same(merged([opened(tmp_path, named | spelled(out))]), merged([opened(tmp_path, spelled(out))]))
-    with pytest.raises(ArtifactError, match="and differ"):
-        opened(tmp_path, named | spelled(pairs_of("layers.1.attention.to_q", "layers.0.attention.to_out.0")))
+
+
+def test_statements_that_differ_are_both_added(tmp_path: Path) -> None:
+    """As a file that changes a fused layer and one of its parts: the weight gets both changes."""
+    split = pairs_of(*QKV, "layers.0.attention.to_out.0", alpha=1.0)
+    shared = {layer: replace(split[layer], down=split[Q].down) for layer in QKV}
+    other = pairs_of("layers.0.attention.to_k")["layers.0.attention.to_k"]
+    fused = with_fused(shared) | {"layers.0.attention.out": other}
+    parts = spelled({layer: replace(pair, up=pair.up * 3) for layer, pair in split.items()})
+    both = opened(tmp_path, spelled(fused, "diffusion_model.{}".format) | parts)
+    assert "both changes are added" in both.notes[0]
+    found = merged([both])
+    for name in ("fused", "parts"):
+        (tmp_path / name).mkdir()
+    apart = merged([opened(tmp_path / "fused", spelled(fused)), opened(tmp_path / "parts", parts)])
+    assert found.keys() == apart.keys()
+    for name, values in apart.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-7)
+
+
+def test_two_rescalings_of_one_weight_are_refused(tmp_path: Path) -> None:
+    out = "layers.0.attention.to_out.0"
+    rescaled = spelled(pairs_of(out)) | {f"{out}.dora_scale": np.ones((D, 1), np.float32)}
+    with pytest.raises(ArtifactError, match="rescale"):
+        opened(tmp_path, rescaled | spelled({"layers.0.attention.out": pairs_of(Q)[Q]}))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
