@@ -17,7 +17,8 @@ HEAD_BYTES = 512
 FROM_PICKLE = (
     "convert it where you trust it: "
     'python -c "import sys, torch; from safetensors.torch import save_file; '
-    'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" IN.pt OUT.safetensors'
+    "state = torch.load(sys.argv[1], map_location='cpu', weights_only=True); state = state.get('state_dict', state); "
+    'save_file({k: v.clone() for k, v in state.items() if torch.is_tensor(v)}, sys.argv[2])" IN.pt OUT.safetensors'
 )
 FROM_GGUF = (
     "dequantize it (pip install gguf safetensors): "
