@@ -54,7 +54,7 @@ def open_weights(path: Path) -> Weights:
     _require_present(path)
     if path.is_dir():
         folder = model_folder(path)
-        return _open_folder(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+        return _open_folder(inside(folder, "transformer") if (folder / "transformer").is_dir() else folder)
     if is_part(path.name):
         return _open_set(weight_sets(path.parent)[set_name(path.name)])
     return _one_file(path)

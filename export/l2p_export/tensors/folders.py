@@ -113,8 +113,7 @@ def is_part(file: str) -> bool:
 
 def visible_files(folder: Path) -> list[str]:
     """Names of the files of a folder in order, without hidden ones: macOS leaves `._NAME` beside a copied file."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir())
+    return sorted(name for name in os.listdir(folder) if not name.startswith(".") and not (folder / name).is_dir())
 
 
 def model_folder(path: Path) -> Path:
