@@ -113,7 +113,7 @@ def is_part(file: str) -> bool:
 
 def visible_files(folder: Path) -> list[str]:
     """Names of the files of a folder in order, without hidden ones: macOS leaves `._NAME` beside a copied file."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith(".") and not (folder / name).is_dir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
 
 
 def model_folder(path: Path) -> Path:
