@@ -13,7 +13,7 @@ from l2p_export.families import Family, family_claiming, known_as, qwen3
 from l2p_export.families.company import grouped
 from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
 from l2p_export.tensors.files import Weights, open_weights
-from l2p_export.tensors.layouts import unreadable_layout
+from l2p_export.tensors.foreign_layouts import unreadable_layout
 from l2p_export.tensors.metadata import is_trained, licence
 from l2p_export.tensors.quantized import quantization
 from l2p_export.tensors.sources import TensorSource

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from l2p_export.tensors.files import Weights
-from l2p_export.tensors.layouts import MARKER, comfy_formats, unreadable_layout
+from l2p_export.tensors.foreign_layouts import MARKER, comfy_formats, unreadable_layout
 from l2p_export.tensors.sources import FileTensor, TensorSource
 from l2p_export.tensors.values import FLOAT_DTYPES, Scales, scales_of
 from l2p_runtime.errors import ArtifactError

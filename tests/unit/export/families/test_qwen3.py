@@ -178,7 +178,7 @@ def test_a_folder_of_a_cache(good: Path, tmp_path: Path) -> None:
     for path in (model, snapshot):
         assert open_text_encoder(path, WIDTH).tokenizer == snapshot / "tokenizer.json"
     (model / "blobs" / "config.json").unlink()
-    with pytest.raises(ArtifactError, match="is a link to .*, which is not there"):
+    with pytest.raises(ArtifactError, match=r"is a link to .*, which is not there"):
         open_text_encoder(model, WIDTH)
 
 

@@ -59,6 +59,10 @@ _COMFY = (
     "dequantize each layer with comfy-kitchen (pip install comfy-kitchen) and save the weights as BF16, or fetch the "
     "BF16 or FP8 file of the model instead"
 )
+_NVFP4 = (
+    "dequantize each layer by comfy_kitchen.dequantize_nvfp4(weight, weight_scale_2, weight_scale) "
+    "(pip install comfy-kitchen) and save the weights as BF16, or fetch the BF16 or FP8 file of the model instead"
+)
 _DIFFUSERS = "load it with diffusers, call `dequantize()` on the model, then `save_pretrained`; or " + _ORIGINAL
 
 _LIBRARY = "load it with that library, call `dequantize()` on each weight and save them as BF16; or " + _ORIGINAL
@@ -110,7 +114,7 @@ def _packed_floats(tensors: Tensors) -> Layout | None:
         if tensor.dtype.startswith("F6_"):
             return Layout(f"FP6 ({tensor.dtype})", name, _ORIGINAL)
         if is_packed and (f"{layer}.weight_scale_2" in tensors or (scale is not None and scale.dtype == "F8_E4M3")):
-            return Layout("NVFP4", name, _COMFY)
+            return Layout("NVFP4", name, _NVFP4)
         if is_packed and scale is not None and scale.dtype in ("U8", "F8_E8M0"):
             return Layout("MXFP4", name, _ORIGINAL)
         if tensor.dtype == "F4":
