@@ -122,7 +122,8 @@ def format_of_name(name: str) -> Format | None:
 def _zip_format(head: bytes) -> Format:
     """PyTorch's archives begin with the entry `NAME/data.pkl`; the name's length is at byte 26, the name at byte 30."""
     name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
-    if name.endswith((b".pkl", b"/version", b"/.data/serialization_id", b"/byteorder")):
+    # Without a first entry it cannot be told; most archives under such a name are PyTorch's.
+    if not name or name.endswith((b".pkl", b"/version", b"/.data/serialization_id", b"/byteorder")):
         return PICKLE
     return Format("a zip archive", _UNPACK)
 
