@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2p_runtime.errors import ArtifactError, counted
 from l2p_runtime.files import atomic_file
+from l2p_runtime.foreign import HEAD_BYTES, ForeignFileError, format_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,13 +28,18 @@ HEADER_BYTES_MAX = 100_000_000
 NAME_CHARACTERS_MAX = 512
 """Published names take up to 60 characters."""
 
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+ITEM_BITS: Mapping[str, int] = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+"""Every dtype of the format, and the bits of one value."""
+
+ITEM_BYTES: Mapping[str, int] = {dtype: bits // 8 for dtype, bits in ITEM_BITS.items() if bits % 8 == 0}
 
 _NUMPY_NAMES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "C64": "<c8",
+    "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1", "F8_E8M0": "u1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
     "BOOL": "?",
 }  # fmt: skip
@@ -63,10 +69,15 @@ class TensorFile:
 
         Returns:
             A read-only array of the stored shape; BF16 and FP8 come as their bits (uint16, uint8).
+
+        Raises:
+            ArtifactError: values of 4 or 6 bits, for which NumPy has no dtype.
         """
         import numpy as np
 
         info = self.tensors[name]
+        if info.dtype not in _NUMPY_NAMES:
+            raise ArtifactError(f"`{self.path}`: `{name}` is {info.dtype}, whose values are no whole bytes")
         dtype = np.dtype(_NUMPY_NAMES[info.dtype])
         if info.size_bytes == 0:
             return np.zeros(info.shape, dtype)
@@ -77,6 +88,7 @@ def open_tensorfile(path: Path) -> TensorFile:
     """Read and check the header of a safetensors file.
 
     Raises:
+        ForeignFileError: another format, which the message names.
         ArtifactError: the file is absent, not a safetensors file, truncated, or its header contradicts itself.
     """
     try:
@@ -86,7 +98,10 @@ def open_tensorfile(path: Path) -> TensorFile:
             raise _bad(path, "is not a regular file")
         size_bytes = status.st_size
         with path.open("rb") as file:
-            header, data_start = _read_header(file.read(8), file.read, size_bytes, path)
+            head = file.read(HEAD_BYTES)
+            _refuse_foreign(head, size_bytes, path)
+            file.seek(min(len(head), 8))
+            header, data_start = _read_header(head[:8], file.read, size_bytes, path)
     except OSError as error:
         raise ArtifactError(f"cannot read `{path}`: {error.strerror or error}") from error
     metadata = _metadata(header.pop("__metadata__", {}), path)
@@ -148,6 +163,16 @@ def write_tensorfile(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
+def _refuse_foreign(head: bytes, size_bytes: int, path: Path) -> None:
+    # The length of a header may be any bytes, those of a pickle or of "BZh" too; a header begins with a brace.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and 8 + length <= min(size_bytes, HEADER_BYTES_MAX):
+        return
+    found = format_of(head)
+    if found is not None:
+        raise ForeignFileError(path, found)
+
+
 def _read_header(
     prefix: bytes,
     read: Any,
@@ -158,9 +183,6 @@ def _read_header(
         what = "is empty" if not prefix else f"has {counted(size_bytes, 'byte')}"
         raise _bad(path, f"{what}, too short for a safetensors header")
     length = struct.unpack("<Q", prefix)[0]
-    # A header of 128 bytes also starts with 0x80; only a length that cannot be is taken for a pickle's first bytes.
-    if 8 + length > min(size_bytes, HEADER_BYTES_MAX) and (prefix[:2] == b"PK" or prefix[:1] == b"\x80"):
-        raise _pickle(path)
     if length > HEADER_BYTES_MAX:
         raise _bad(path, f"claims a header of {length} bytes, more than the limit of {HEADER_BYTES_MAX}")
     if 8 + length > size_bytes:
@@ -184,8 +206,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(entry: object, path: Path) -> dict[str, str]:
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise _bad(path, "has `__metadata__` that is not an object of strings")
+    if not isinstance(entry, dict):
+        raise _bad(path, f"has `__metadata__` that is {_short(entry)}, expected an object of strings")
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise _bad(
+                path,
+                f"has {_short(value)} as `__metadata__` {_short(key)}, expected only strings",
+                hint="the tool that wrote it broke the format; write it again with the text of that value",
+            )
     # A lone surrogate is legal JSON and cannot be written again.
     wrong = [key for key, value in entry.items() if not (_is_text(key) and _is_text(value))]
     if wrong:
@@ -201,8 +230,12 @@ def _tensor_info(name: str, entry: object, data_start: int, size_bytes: int, pat
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _bad(path, f"tensor `{name}` lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _bad(path, f"tensor `{name}` has unknown dtype {_short(dtype)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise _bad(
+            path,
+            f"tensor `{name}` has unknown dtype {_short(dtype)}",
+            hint="a newer tool may have written it: fetch the model as BF16, F16, F32 or FP8",
+        )
     if not _is_sizes(shape) or len(shape) > 8:
         raise _bad(path, f"tensor `{name}` has shape {_short(shape)}, expected up to 8 sizes of 0 or more")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -215,11 +248,13 @@ def _tensor_info(name: str, entry: object, data_start: int, size_bytes: int, pat
             f"tensor `{name}` ends at byte {data_start + end}, but the file has {size_bytes} bytes",
             hint="the file is truncated; download it again",
         )
-    wanted = math.prod(shape) * ITEM_BYTES[dtype]
+    wanted, odd_bits = divmod(math.prod(shape) * ITEM_BITS[dtype], 8)
+    if odd_bits:
+        raise _bad(path, f"tensor `{name}` {dtype} {shape} does not fill whole bytes")
     if wanted != end - begin:
         raise _bad(path, f"tensor `{name}` {dtype} {shape} needs {wanted} bytes, its data_offsets hold {end - begin}")
     # An axis of 0 must not hide one that no array can have.
-    if math.prod(size or 1 for size in shape) * ITEM_BYTES[dtype] >= 2**63:
+    if math.prod(size or 1 for size in shape) * ITEM_BITS[dtype] >= 2**66:
         raise _bad(path, f"tensor `{name}` has shape {shape}, which no machine can hold")
     return TensorInfo(name, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -259,12 +294,3 @@ def _short(value: object) -> str:
 
 def _bad(path: Path, what: str, hint: str = "") -> ArtifactError:
     return ArtifactError(f"`{path}` {what}", hint=hint or "expected a complete .safetensors file")
-
-
-def _pickle(path: Path) -> ArtifactError:
-    return ArtifactError(
-        f"`{path}` is a pickle (a PyTorch .pt or .ckpt file), which can run code when opened and is refused",
-        hint="convert it where you trust it: "
-        'python -c "import sys, torch; from safetensors.torch import save_file; '
-        'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" IN.pt OUT.safetensors',
-    )

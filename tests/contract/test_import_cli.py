@@ -124,6 +124,33 @@ def test_build_takes_all_of_these_directly(files: Path) -> None:
         assert len(plan.loaded.loras) == 1
 
 
+def test_inspect_answers_for_files_that_import_refuses(tmp_path: Path) -> None:
+    for name, content, kind in (
+        ("a.gguf", b"GGUF\x03\x00\x00\x00" + bytes(40), "GGUF file"),
+        ("b.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        ("c.safetensors", b"<!DOCTYPE html><html></html>", "HTML page"),
+        ("d.ckpt", b"\x80\x02}q\x00.", "pickle"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        facts = json.loads(run_cli("inspect", tmp_path / name, "--json").stdout)
+        assert facts["kind"].startswith(kind)
+        assert facts["hint"]
+        refused = run_cli("import", tmp_path / name, "--out", tmp_path / "x.safetensors")
+        assert refused.returncode == 4
+        assert kind in refused.stderr
+        assert facts["hint"] in refused.stderr
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_import_never_writes_over_a_file_that_it_reads(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shard = tmp_path / "model" / "x-00001-of-00001.safetensors"
+    shard.write_bytes((files / "merged.safetensors").read_bytes())
+    result = run_cli("import", tmp_path / "model", "--out", shard)
+    assert result.returncode == 2
+    assert "is what is read from" in result.stderr
+
+
 def test_dry_runs_write_nothing(files: Path, tmp_path: Path) -> None:
     result = run_cli("import", files / "merged.safetensors", "--out", tmp_path / "x.safetensors", "--dry-run")
     assert result.returncode == 0

@@ -139,7 +139,7 @@ HEADERS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "name an escape": (raw({"layers.\x1b[2J": entry(0, 4)}, bytes(4)), (r"layers.\x1b[2J", "printed")),
     "name endless": (raw({"layers." + "x" * 100_000: entry(0, 4)}, bytes(4)), ("layers.xxx", "512 characters")),
     "pickle": (pickle.dumps({"state_dict": [1.0] * 10}), ("is a pickle", "convert it")),
-    "text": (b"version https://git-lfs.github.com/spec/v1\n", ("claims a header", "bad.safetensors")),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", ("Git LFS pointer", "git lfs pull")),
 }
 
 

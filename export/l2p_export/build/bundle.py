@@ -36,7 +36,7 @@ from l2p_engines.store.shared import open_store, register_bundle
 from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
 from l2p_export.build.text import add_text_encoder
 from l2p_export.checkpoint.demo import UNTRAINED, demo_model
-from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
+from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, company_note, load_model, require_own_trunk
 from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
@@ -234,6 +234,8 @@ def build(job: BuildJob, reporter: Reporter) -> Built:
         reporter.note(UNTRAINED)
     for note in (note for lora in job.loaded.loras for note in lora.notes):
         reporter.note(note)
+    if job.loaded.checkpoint.company:
+        reporter.note(company_note(job.loaded.checkpoint))
     touched = trunk_layers_touched(job.loaded.loras, job.loaded.model.network_shapes("trunk"))
     if touched:
         reporter.note(f"the LoRA changes {len(touched)} frozen layers and makes another trunk: {_listed(touched)}")

@@ -11,13 +11,16 @@ from l2p_export.checkpoint.loading import LoadedModel, load_model, missing_layer
 from l2p_export.checkpoint.lora.layers import methods_of, rank_of
 from l2p_export.checkpoint.lora.names import is_text_encoder, parse_key
 from l2p_export.families import Family, family_claiming, known_as, qwen3
+from l2p_export.families.company import grouped
 from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
 from l2p_export.tensors.files import Weights, open_weights
+from l2p_export.tensors.foreign_layouts import unreadable_layout
 from l2p_export.tensors.metadata import is_trained, licence
-from l2p_export.tensors.quantized import with_scales
+from l2p_export.tensors.quantized import quantization
 from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.contract.codec import to_json
 from l2p_runtime.errors import ArtifactError
+from l2p_runtime.foreign import ForeignFileError
 
 _WRITERS = {
     ("", False): "the published training code",
@@ -38,9 +41,12 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
         Facts as JSON values; `kind` and `path` are always among them.
 
     Raises:
-        ArtifactError: the file cannot be read as weights at all.
+        ArtifactError: absent, or damaged weights. A file of a known other format is described by its name.
     """
-    weights = open_weights(path)
+    try:
+        weights = open_weights(path)
+    except ForeignFileError as error:
+        return {"path": str(path), "kind": error.format, "problem": str(error), "hint": error.hint}
     facts: dict[str, Any] = {
         "path": str(weights.path),
         "kind": "unknown weights",
@@ -48,7 +54,8 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
         "size_bytes": _size_bytes(weights),
         "licence": licence(weights.metadata) or "not stated",
     }
-    lora = _lora_facts(weights)
+    layout = unreadable_layout(weights.tensors, weights.metadata)
+    lora = _lora_facts(weights) if layout is None else None
     if lora:
         return facts | {"kind": "LoRA", "dtypes": _dtypes(weights.tensors.values()), **lora}
     family = family_claiming(weights.tensors)
@@ -56,15 +63,21 @@ def describe(path: Path, source: Path | None = None, *, digest: bool = False) ->
         kind = "text encoder" if qwen3.claims(weights.tensors) else facts["kind"]
         mark = fingerprint({name: tensor.shape for name, tensor in weights.tensors.items()})
         facts |= {"kind": kind, "fingerprint": mark, "known_as": known_as(mark) or "unknown"}
+        if layout is not None:
+            facts |= {"quantization": f"{layout.name}, not read", "hint": layout.conversion}
         return facts | {"dtypes": _dtypes(weights.tensors.values())}
     return facts | _family_facts(weights, family, path, source, digest=digest)
 
 
 def _family_facts(weights: Weights, family: Family, path: Path, source: Path | None, *, digest: bool) -> dict[str, Any]:
     try:
-        checkpoint = family.read(with_scales(weights))
+        checkpoint = family.read(weights)
     except ArtifactError as error:
-        return {"family": family.name, "kind": "checkpoint that cannot be used", "problem": str(error)}
+        refused = {"family": family.name, "kind": "checkpoint that cannot be used", "problem": str(error)}
+        layout = unreadable_layout(weights.tensors, weights.metadata)
+        if layout is not None:
+            refused["quantization"] = f"{layout.name}, not read"
+        return refused | {"dtypes": _dtypes(weights.tensors.values()), "hint": error.hint}
     mark = fingerprint(checkpoint.shapes)
     facts: dict[str, Any] = {
         "kind": "latent source" if family.is_source(checkpoint.tensors) else "checkpoint",
@@ -73,6 +86,8 @@ def _family_facts(weights: Weights, family: Family, path: Path, source: Path | N
         "known_as": known_as(mark) or "unknown",
         "parameters": checkpoint.parameters,
         "dtypes": _dtypes_by_group(checkpoint),
+        "quantization": quantization(checkpoint.tensors.values()) or "none",
+        "passed_over": grouped(checkpoint.company) or "none",
         "spelling": {
             "prefix": checkpoint.spelling.prefix or "none",
             "fused_qkv": checkpoint.spelling.fused,

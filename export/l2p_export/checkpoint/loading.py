@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from l2p_export.checkpoint.lora import Lora, LoraRequest, merge_loras, open_lora
 from l2p_export.checkpoint.overlay import overlay
 from l2p_export.families import Family, Model, family_of
+from l2p_export.families.company import grouped
 from l2p_export.tensors.checkpoint import Checkpoint, fingerprint
 from l2p_export.tensors.digests import weights_digest
 from l2p_export.tensors.files import open_weights
 from l2p_export.tensors.metadata import TRUNK_SHA256, is_trained, licence
-from l2p_export.tensors.quantized import with_scales
+from l2p_export.tensors.sources import TensorSource
 from l2p_runtime.contract import CheckpointRecord
-from l2p_runtime.errors import ArtifactError
+from l2p_runtime.errors import ArtifactError, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +55,20 @@ def load_model(path: Path, source: Path | None = None, loras: Sequence[LoraReque
     """
     weights = open_weights(path)
     family = family_of(weights)
-    checkpoint = family.read(with_scales(weights))
+    checkpoint = family.read(weights)
     equal: tuple[int, ...] | None = None
     files = {tensor.file.path for tensor in weights.tensors.values()} | {request.path for request in loras}
+    own = checkpoint.tensors
     if source is not None:
         latent = open_weights(source)
         files |= {tensor.file.path for tensor in latent.tensors.values()}
-        completed = overlay(checkpoint, family.read(with_scales(latent)), family)
+        completed = overlay(checkpoint, family.read(latent), family)
         checkpoint, equal = completed.checkpoint, completed.equal_layers
     model = family.model(checkpoint.shapes, equal)
-    faults = model.faults(checkpoint.shapes)
-    if faults:
-        missing, trunk = missing_layers(family, checkpoint), checkpoint.metadata.get(TRUNK_SHA256)
-        if source is None and missing and trunk:
-            raise ArtifactError(
-                f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
-                hint="give the source that the adapters were trained from: --source DIR",
-            )
-        strange = model.shapes.keys() ^ checkpoint.shapes.keys()
-        lacks_layers = source is None and any(family.main_layer(name) is not None for name in strange)
-        raise ArtifactError(
-            f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
-            + "; ".join(faults),
-            hint="if the file holds only adapters, give the source that they were trained from: --source DIR"
-            if lacks_layers
-            else "download it again, or check which tool wrote it",
-        )
+    # What a source has besides the model's layers is no fault of the adapters.
+    used = {name: tensor for name, tensor in checkpoint.tensors.items() if name in own or name in model.shapes}
+    checkpoint = replace(checkpoint, tensors=used)
+    _require_fit(family, model, checkpoint, own, source)
     merged = _merge(family, checkpoint, loras)
     loaded = LoadedModel(family, checkpoint, model, source, equal or (), merged, tuple(sorted(files)))
     if not merged:
@@ -131,6 +120,13 @@ def require_own_trunk(loaded: LoadedModel, digest: str) -> None:
         )
 
 
+def company_note(checkpoint: Checkpoint) -> str:
+    """One line on the tensors of other models in a checkpoint's file, which are passed over; empty without any."""
+    if not checkpoint.company:
+        return ""
+    return f"passed over what is no part of the transformer: {', '.join(grouped(checkpoint.company))}"
+
+
 def missing_layers(family: Family, checkpoint: Checkpoint) -> list[int]:
     """Numbers of the main layers that a file lacks below its last one; empty for a file without any main layer."""
     indices = {index for index in map(family.main_layer, checkpoint.tensors) if index is not None}
@@ -140,6 +136,41 @@ def missing_layers(family: Family, checkpoint: Checkpoint) -> list[int]:
 def _text(name: str) -> str:
     """A file name is bytes; those that are not UTF-8 are replaced, since the manifest cannot hold them."""
     return name.encode(errors="replace").decode()
+
+
+def _require_fit(
+    family: Family, model: Model, checkpoint: Checkpoint, own: Mapping[str, TensorSource], source: Path | None
+) -> None:
+    """Refuse missing, unknown and misshapen tensors; those of the source are told as the source's."""
+    faults = model.faults(checkpoint.shapes)
+    if not faults:
+        return
+    missing, trunk = missing_layers(family, checkpoint), checkpoint.metadata.get(TRUNK_SHA256)
+    if source is None and missing and trunk:
+        raise ArtifactError(
+            f"`{checkpoint.path}` lacks layers {missing[0]} to {missing[-1]}, those of trunk {trunk[:16]}",
+            hint="give the source that the adapters were trained from: --source DIR",
+        )
+    foreign = {
+        name: shape for name, shape in checkpoint.shapes.items() if name not in own and shape != model.shapes[name]
+    }
+    if foreign:
+        name, shape = next(iter(sorted(foreign.items())))
+        raise ArtifactError(
+            f"the source `{source}` does not fit `{checkpoint.path}`: {counted(len(foreign), 'tensor')} of other "
+            f"shapes, `{name}` {list(shape)} first, expected {list(model.shapes[name])}",
+            hint="give the source that the adapters were trained from",
+        )
+    strange = model.shapes.keys() ^ checkpoint.shapes.keys()
+    lacks_layers = source is None and any(family.main_layer(name) is not None for name in strange)
+    faults += [f"unknown {names}" for names in grouped(checkpoint.company)]
+    raise ArtifactError(
+        f"`{checkpoint.path}` does not fit a {model.spec.variant} model of {model.spec.layers} layers: "
+        + "; ".join(faults),
+        hint="if the file holds only adapters, give the source that they were trained from: --source DIR"
+        if lacks_layers
+        else "download it again, or check which tool wrote it",
+    )
 
 
 def _merge(family: Family, checkpoint: Checkpoint, loras: Sequence[LoraRequest]) -> tuple[Lora, ...]:

@@ -45,17 +45,18 @@ def command(
 ) -> None:
     """Convert CHECKPOINT, in the key names of any known tool, into one canonical file.
 
-    CHECKPOINT is a file or a folder. It may hold only adapters (with --source), or FP8 weights with scales.
+    CHECKPOINT is a file, a folder, or a model's folder in a Hugging Face cache. It may hold only adapters (with
+    --source), or FP8 weights with scales.
     """
     from l2p_export.checkpoint.convert import output_bytes, write_checkpoint
-    from l2p_export.checkpoint.loading import load_model
+    from l2p_export.checkpoint.loading import company_note, load_model
     from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 
     _check_out(out)
     loaded = load_model(
         checkpoint, source, [parse_lora(text, skip_text_encoder=skip_text_encoder_lora) for text in loras]
     )
-    if out.resolve() in {Path(file).resolve() for file in (checkpoint, source) if file is not None}:
+    if out.resolve() in {file.resolve() for file in loaded.files}:
         raise UsageError(f"--out `{out}` is what is read from", hint="choose another name")
     total = output_bytes(loaded.checkpoint.tensors)
     facts: dict[str, Any] = {
@@ -65,10 +66,13 @@ def command(
         "size_bytes": total,
         "equal_layers": list(loaded.equal_layers),
         "trunk_layers": list(loaded.model.spec.trunk_layers),
+        "passed_over": list(loaded.checkpoint.company),
     }
     console = Console(quiet=quiet)
     for note in (note for lora in loaded.loras for note in lora.notes):
         console.note(note)
+    if loaded.checkpoint.company:
+        console.note(company_note(loaded.checkpoint))
     touched = trunk_layers_touched(loaded.loras, loaded.model.network_shapes("trunk"))
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")

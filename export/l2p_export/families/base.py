@@ -93,7 +93,11 @@ class Family(Protocol):
         """Whether tensors of these names can only be this family's."""
 
     def read(self, weights: Weights) -> Checkpoint:
-        """Rename tensors to their published names."""
+        """Rename tensors to their published names, and join FP8 weights with their scales.
+
+        Raises:
+            ArtifactError: names that contradict each other, or weights in a quantized layout that is not read.
+        """
 
     def model(self, shapes: Shapes, equal_layers: tuple[int, ...] | None = None) -> Model:
         """Read the dimensions from shapes. Raises only if there is no model to read; `faults` lists the rest.

@@ -21,12 +21,17 @@ class Spelling:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint under published names."""
+    """An opened checkpoint under published names.
+
+    Attributes:
+        company: stored names of tensors that lie in its file and are no part of the model.
+    """
 
     path: Path
     spelling: Spelling
     tensors: Mapping[str, TensorSource]
     metadata: Mapping[str, str]
+    company: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

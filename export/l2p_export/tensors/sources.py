@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from l2p_export.tensors.values import Scales, as_float32, scaled
 from l2p_runtime.tensorfile import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 16 << 20
 
 _TILE = 256
-
-_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 class TensorSource(Protocol):
@@ -43,14 +42,14 @@ class FileTensor:
     """A whole tensor of a file, or some of its rows when the file fuses several into one.
 
     Attributes:
-        scale: multiplies the stored values: per tensor, or per row of the whole tensor.
+        scale: multiplies the stored values: per tensor, or per row or block of the whole tensor.
     """
 
     file: TensorFile
     info: TensorInfo
     shape: tuple[int, ...]
     first_row: int = 0
-    scale: FileTensor | None = None
+    scale: Scales | None = None
 
     @property
     def dtype(self) -> str:
@@ -66,19 +65,18 @@ class FileTensor:
         stored = self.file.read(self.info.name)
         flat = stored[self.first_row : self.first_row + self.shape[0]].reshape(-1) if self.shape else stored.reshape(-1)
         step = max(1, chunk_bytes // max(flat.itemsize, 1))
-        scales = None if self.scale is None else read_tensor(self.scale).reshape(-1)
-        if scales is None or scales.size == 1:
+        scales = None if self.scale is None else self.scale.read()
+        if self.scale is None or scales is None or scales.size == 1:
             for start in range(0, flat.size, step):
-                values = _as_float32(flat[start : start + step], self.info.dtype)
-                yield values if scales is None else values * scales
+                values = as_float32(flat[start : start + step], self.info.dtype)
+                yield values if scales is None else values * scales[0]
             return
         columns = math.prod(self.shape[1:])
-        rows = max(1, step // columns)
+        rows = max(1, step // max(columns, 1))
         for first in range(0, self.shape[0], rows):
             count = min(rows, self.shape[0] - first)
-            values = _as_float32(flat[first * columns : (first + count) * columns], self.info.dtype)
-            of_rows = scales[self.first_row + first :][:count]
-            yield (values.reshape(count, columns) * of_rows[:, None]).reshape(-1)
+            values = as_float32(flat[first * columns : (first + count) * columns], self.info.dtype)
+            yield scaled(values.reshape(count, columns), scales, self.scale.block, self.first_row + first).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,18 +224,3 @@ def read_tensor(source: TensorSource) -> NDArray[np.float32]:
         flat[start : start + chunk.size] = chunk
         start += chunk.size
     return values
-
-
-def _as_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
-    import numpy as np
-
-    if dtype in _FLOAT8:
-        import ml_dtypes
-
-        widened: NDArray[np.float32] = values.view(getattr(ml_dtypes, _FLOAT8[dtype])).astype(np.float32)
-        return widened
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    # Values beyond float32 become Inf, which `write_weights` refuses with the tensor's name.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float32)

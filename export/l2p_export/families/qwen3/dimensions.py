@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2p_export.tensors.folders import inside
 from l2p_runtime.errors import ArtifactError
 
 PRODUCT_SCALE = 2.0**-6
@@ -79,7 +80,7 @@ def read_config(folder: Path) -> TextEncoderConfig:
         ArtifactError: absent, not JSON, another architecture, or a field that is missing or out of bounds.
     """
     path = folder / CONFIG_NAME
-    require_inside(path)
+    inside(folder, CONFIG_NAME)
     try:
         if path.stat().st_size > CONFIG_BYTES_MAX:
             raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes, which is no configuration")
@@ -94,19 +95,6 @@ def read_config(folder: Path) -> TextEncoderConfig:
         return parse_config(parsed)
     except ArtifactError as error:
         raise ArtifactError(f"`{path}`: {error}", hint=error.hint) from error
-
-
-def require_inside(path: Path) -> None:
-    """Refuse a link that leaves its folder, since folders come from untrusted sources.
-
-    Raises:
-        ArtifactError: the path is such a link.
-    """
-    if not path.resolve().is_relative_to(path.parent.resolve()):
-        raise ArtifactError(
-            f"`{path}` is a link that leaves its folder",
-            hint=f"copy the folder with its contents: cp -rL {path.parent} COPY",
-        )
 
 
 def parse_config(config: object) -> TextEncoderConfig:

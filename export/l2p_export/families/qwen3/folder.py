@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2p_export.families.qwen3.dimensions import LAYER, TextEncoderConfig, read_config, require_inside
+from l2p_export.families.qwen3.dimensions import LAYER, TextEncoderConfig, read_config
 from l2p_export.families.qwen3.model import Qwen3Model
 from l2p_export.tensors.files import open_folder_tensors
+from l2p_export.tensors.folders import inside, model_folder
 from l2p_export.tensors.sources import read_tensor
 from l2p_runtime.contract import TEXT_ENCODER
 from l2p_runtime.errors import ArtifactError, UsageError
@@ -49,7 +50,7 @@ def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
     """Open a Qwen3 folder, or a diffusers pipeline folder that holds one as `text_encoder` beside `tokenizer`.
 
     Args:
-        path: the folder.
+        path: the folder, or a model's folder in a Hugging Face cache.
         caption_width: C, the width of embeddings that the denoiser takes.
 
     Raises:
@@ -60,7 +61,9 @@ def open_text_encoder(path: Path, caption_width: int) -> TextEncoder:
     """
     if not path.is_dir():
         raise UsageError(f"`{path}` is no folder", hint="give the Hugging Face folder of the text encoder")
-    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    folder = model_folder(path)
+    if (folder / "text_encoder").is_dir():
+        folder = inside(folder, "text_encoder")
     config = read_config(folder)
     if config.sizes.width != caption_width:
         raise ArtifactError(
@@ -109,8 +112,7 @@ def _tokenizer_file(folder: Path) -> Path:
             f"`{folder}` has no {TOKENIZER_NAME}, and there is no folder `tokenizer` in it or beside it",
             hint="copy the model's tokenizer.json into the folder",
         )
-    require_inside(found)
-    return found
+    return inside(found.parent, found.name)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, path: Path, config: TextEncoderConfig) -> None:

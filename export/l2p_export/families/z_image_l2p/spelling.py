@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
+from l2p_export.families.company import sort_tensors, without_prefix
 from l2p_export.families.z_image_l2p.latent_shapes import LATENT_PATCH_VALUES
 from l2p_export.tensors.checkpoint import Checkpoint, Spelling
 from l2p_export.tensors.files import Weights
+from l2p_export.tensors.quantized import with_scales
 from l2p_export.tensors.sources import FileTensor, JoinedTensor, TensorSource
 from l2p_runtime.errors import ArtifactError
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+NODE_UI_PREFIX = "model.diffusion_model."
 
 _RENAMES = (
     (".attention.out.", ".attention.to_out.0."),
@@ -22,29 +25,45 @@ _RENAMES = (
 _PIXEL_EMBEDDER = re.compile(r"all_x_embedder\.(?!2-1\.)\d+-1\.weight")
 _TELLING = re.compile(r"local_decoder\.|all_x_embedder\.|all_final_layer\.|(?:noise|context)_refiner\.\d")
 
+# The blocks of a Qwen3 text encoder are named `layers.N` too.
+_OWN = re.compile(
+    r"(?:layers|noise_refiner|context_refiner)\.\d+\.(?!self_attn|mlp|input_layernorm|post_attention_layernorm)"
+    r"|(?:all_x_embedder|x_embedder|all_final_layer|final_layer|t_embedder|cap_embedder|local_decoder)\."
+    r"|(?:(?:x|cap)_pad_token|scaled_fp8)$"
+)
+
 
 def claims(names: Iterable[str]) -> bool:
     """Whether any name is one that only Z-Image and L2P files use."""
-    return any(_TELLING.match(_without_prefix(name)) for name in names)
+    return any(_TELLING.match(without_prefix(name, is_own)) for name in names)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name without prefix begins as those of Z-Image's and L2P's tensors do, in any spelling."""
+    return bool(_OWN.match(name))
 
 
 def read_checkpoint(weights: Weights) -> Checkpoint:
-    """Rename tensors to published names: no prefix, split q/k/v, embedder named after its patch.
+    """Rename tensors to published names: no prefix, split q/k/v, embedder named after its patch; join FP8 scales.
 
     Raises:
-        ArtifactError: two tensors claim one name, or a fused matrix does not split in three.
+        ArtifactError: two tensors claim one name, a fused matrix does not split in three, or a quantized layout that is
+            not read.
     """
+    found = sort_tensors(weights.path, weights.tensors, is_own)
+    model = with_scales(replace(weights, tensors={n: tensor for n, tensor in found.model.items() if is_own(n)}))
+    unknown = {name: tensor for name, tensor in found.model.items() if not is_own(name)}
     tensors: dict[str, TensorSource] = {}
     claimed_by: dict[str, str] = {}
     fused = False
-    for stored, whole in weights.tensors.items():
-        for name, source in _published(weights, stored, whole):
+    for bare, whole in (*model.tensors.items(), *unknown.items()):
+        stored = whole.info.name
+        for name, source in _published(model, bare, whole):
             if name in tensors:
                 raise ArtifactError(f"`{weights.path}`: `{claimed_by[name]}` and `{stored}` both hold `{name}`")
             tensors[name], claimed_by[name] = source, stored
-            fused |= ".qkv." in stored
-    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in weights.tensors)), "")
-    return Checkpoint(weights.path, Spelling(prefix, fused), tensors, weights.metadata)
+            fused |= ".qkv." in bare
+    return Checkpoint(weights.path, Spelling(found.prefix, fused), tensors, weights.metadata, found.company)
 
 
 def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -55,13 +74,13 @@ def node_ui_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSour
             continue
         if ".attention.to_q." in name:
             parts = tuple(tensors[name.replace(".to_q.", f".{part}.")] for part in ("to_q", "to_k", "to_v"))
-            spelled[PREFIXES[0] + name.replace(".to_q.", ".qkv.")] = JoinedTensor(parts)
+            spelled[NODE_UI_PREFIX + name.replace(".to_q.", ".qkv.")] = JoinedTensor(parts)
             continue
         for new, old in _RENAMES:
             name = name.replace(old, new)  # noqa: PLW2901 - one name, renamed step by step
         if name.startswith("all_x_embedder."):
             name = "x_embedder." + name.rpartition(".")[2]  # noqa: PLW2901
-        spelled[PREFIXES[0] + name] = source
+        spelled[NODE_UI_PREFIX + name] = source
     return spelled
 
 
@@ -103,12 +122,11 @@ def replaced_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
     return found | {f"{final}.{end}": shape for final in finals for end, shape in ends.items()}
 
 
-def _published(weights: Weights, stored: str, whole: FileTensor) -> Iterator[tuple[str, TensorSource]]:
-    name = _without_prefix(stored)
+def _published(weights: Weights, name: str, whole: FileTensor) -> Iterator[tuple[str, TensorSource]]:
     if name.endswith(".attention.qkv.weight"):
         if not whole.shape or whole.shape[0] % 3:
             raise ArtifactError(
-                f"`{weights.path}`: `{stored}` has shape {list(whole.shape)}, its rows do not split in three"
+                f"`{weights.path}`: `{whole.info.name}` has shape {list(whole.shape)}, its rows do not split in three"
             )
         rows = whole.shape[0] // 3
         for index, projection in enumerate(("to_q", "to_k", "to_v")):
@@ -123,16 +141,9 @@ def _published(weights: Weights, stored: str, whole: FileTensor) -> Iterator[tup
     yield name, whole
 
 
-def _without_prefix(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
-
-
 def _patch_px(weights: Weights) -> int:
     """The patch size of an embedder whose name lacks it: it has 3 p p inputs."""
-    for stored, source in weights.tensors.items():
-        if _without_prefix(stored) == "x_embedder.weight" and len(source.shape) == 2:
-            return 2 if source.shape[1] == LATENT_PATCH_VALUES else math.isqrt(source.shape[1] // 3)
-    return 0
+    source = weights.tensors.get("x_embedder.weight")
+    if source is None or len(source.shape) != 2:
+        return 0
+    return 2 if source.shape[1] == LATENT_PATCH_VALUES else math.isqrt(source.shape[1] // 3)

@@ -167,6 +167,21 @@ def test_weight_bytes(good: Path) -> None:
     assert model.network.outputs[0].shape == ("B", "L", WIDTH)
 
 
+def test_a_folder_of_a_cache(good: Path, tmp_path: Path) -> None:
+    """A Hugging Face cache, where every file is a link to a blob."""
+    model = tmp_path / "models--org--name"
+    snapshot = model / "snapshots" / "c1"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(good, model / "blobs")
+    for blob in (model / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    for path in (model, snapshot):
+        assert open_text_encoder(path, WIDTH).tokenizer == snapshot / "tokenizer.json"
+    (model / "blobs" / "config.json").unlink()
+    with pytest.raises(ArtifactError, match=r"is a link to .*, which is not there"):
+        open_text_encoder(model, WIDTH)
+
+
 def test_pipeline_folders(good: Path, tmp_path: Path) -> None:
     """As diffusers lays them out: `text_encoder` and `tokenizer` side by side."""
     shutil.copytree(good, tmp_path / "text_encoder")
