@@ -14,7 +14,7 @@ from l2p_runtime import __version__
 ROOMS = {
     "l2p_export": ("build", "checkpoint", "families", "graphs", "precision", "proof", "tensors"),
     "l2p_calib": ("fp8.py", "layout.py", "ledger.py", "plans", "prompts.py", "statistics"),
-    "l2p_runtime": ("captions.py", "contract", "noise.py", "positions.py", "tensorfile.py", "text.py"),
+    "l2p_runtime": ("captions.py", "contract", "noise.py", "positions.py", "tensorfile.py", "text.py", "textfile.py"),
 }
 """Package to the folders and files whose code decides a stage: ONNX graphs, plans, and the proof's inputs and results.
 

@@ -227,7 +227,7 @@ def _sampling_settings(size_px: tuple[int, int], steps: int, guidance: float, sh
 def _autoencoder_sizes(path: Path) -> tuple[int, int]:
     """Pixels per latent along a side, and the side of the images that the autoencoder was made for."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         blocks, size = len(config["block_out_channels"]), config.get("sample_size", 0)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(

@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from l2p_calib.prompts import FILE_BYTES_MAX
+from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
 from l2p_export.training.loop.settings import require_settings
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
 from l2p_runtime.png import write_png
+from l2p_runtime.textfile import read_lines, read_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,8 +149,8 @@ def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) 
 def _geneval(path: Path, images_per_prompt: int, seed: int) -> Layout:
     """One folder per line of a JSON Lines file."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path, PROMPTS_BYTES_MAX)
+    except OSError as error:
         raise UsageError(
             f"cannot read prompts from `{path}`: {error}", hint="give GenEval's evaluation_metadata.jsonl"
         ) from error
@@ -194,8 +197,8 @@ def _dpg(folder: Path, images_per_prompt: int, seed: int) -> Layout:
         if "." in path.stem:
             raise UsageError(f"`{path}` has a dot in its name, where DPG-Bench's script cuts it off", hint="rename it")
         try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, FILE_BYTES_MAX).strip()
+        except OSError as error:
             raise UsageError(f"cannot read a prompt from `{path}`: {error}", hint=hint) from error
         if not text:
             raise UsageError(f"`{path}` holds no prompt", hint="write the prompt into it, or remove it")

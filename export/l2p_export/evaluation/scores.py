@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_calib.prompts import read_prompts
+from l2p_calib.prompts import numbered_prompts
 from l2p_export.evaluation.features import DIMENSIONS, features, frechet_distance
 from l2p_export.training.corpus.corpus import (
     PROMPTS_BYTES_MAX,
@@ -165,15 +165,13 @@ def file_prompts(path: Path, images_per_prompt: int, seed: int) -> tuple[Prompt,
         UsageError: no such file, no prompt in it, a line that is not a caption of the small world, or a seed out of
             range.
     """
-    texts = read_prompts(path, PROMPTS_BYTES_MAX)
+    texts = numbered_prompts(path, PROMPTS_BYTES_MAX)
     _check_seeds(seed, len(texts) * images_per_prompt)
     prompts: list[Prompt] = []
-    for text in texts:
+    for number, text in texts:
         try:
             description = describe(text)
         except UsageError as error:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            number = next(number for number, line in enumerate(lines, 1) if line.strip() == text)
             raise UsageError(
                 f"`{path}` line {number}: {error}",
                 hint=f"{error.hint}; --layout draws any prompts for the public benchmarks, without judging",

@@ -254,7 +254,7 @@ def encode_texts(source: Source, texts: Sequence[str], tokens: int | None = None
 
 def _shift(path: Path) -> float:
     try:
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         shift = float(config.get("shift", 1.0))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(
