@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_export.training.corpus.corpus import PIXELS_MAX, Row, append_rows, corpus_images, write_image, written_rows
+from l2p_export.training.corpus.corpus import Row, append_rows, corpus_images, write_image, written_rows
+from l2p_export.training.corpus.pictures import PIXELS_MAX
 from l2p_export.training.loop.settings import require_settings
 from l2p_export.world.captions import caption, describe
 from l2p_export.world.render import render
