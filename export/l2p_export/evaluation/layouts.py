@@ -22,7 +22,7 @@ import numpy as np
 
 from l2p_calib.prompts import FILE_BYTES_MAX
 from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
-from l2p_export.training.loop.settings import require_settings
+from l2p_export.training.loop.settings import locked_folder, require_settings
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
@@ -124,12 +124,17 @@ def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) 
 
     Raises:
         UsageError: the folder holds images of other settings, or the size does not suit the benchmark.
-        HostError: the disk is full; what was drawn is kept.
+        HostError: another command writes there, or the disk is full; what was drawn is kept.
     """
     check_size(layout, drawer.height_px, drawer.width_px)
-    require_settings(out, _settings(layout, drawer))
-    for name, text in layout.texts.items():
-        _write_text(out / name, text)
+    with locked_folder(out):
+        require_settings(out, _settings(layout, drawer))
+        for name, text in layout.texts.items():
+            _write_text(out / name, text)
+        return _draw(layout, drawer, out, reporter)
+
+
+def _draw(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) -> int:
     pending = [picture for picture in layout.pictures if not (out / picture.name).is_file()]
     texts = [picture.text for picture in pending for _ in picture.seeds]
     seeds = [seed for picture in pending for seed in picture.seeds]

@@ -13,14 +13,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2p_export.training.corpus.pictures import FILE_BYTES_MAX, decode_picture
+from l2p_export.training.loop.settings import SETTINGS_NAME, locked_folder, require_settings
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
-from l2p_runtime.files import write_bytes
+from l2p_runtime.files import sweep_partials, write_bytes
 from l2p_runtime.noise import checked_seed
 from l2p_runtime.textfile import read_lines
 
@@ -148,6 +150,25 @@ def read_file(corpus: Corpus, row: Row) -> bytes:
     if len(data) > FILE_BYTES_MAX:
         raise ArtifactError(f"`{path}` has more than {FILE_BYTES_MAX:,} bytes", hint=_REPLACE)
     return data
+
+
+@contextmanager
+def written_corpus(folder: Path, settings: Mapping[str, object]) -> Iterator[None]:
+    """Hold the lock of a corpus that is written, in a new folder or in one of equal settings.
+
+    Raises:
+        UsageError: the folder holds a corpus of other settings, or one that no command wrote.
+        HostError: another command writes there, or the folder cannot be written.
+    """
+    if (folder / METADATA_NAME).exists() and not (folder / SETTINGS_NAME).is_file():
+        raise UsageError(
+            f"`{folder}` has a {METADATA_NAME} that no command wrote", hint="choose another folder to write to"
+        )
+    with locked_folder(folder):
+        require_settings(folder, settings)
+        for images in (folder / IMAGES_NAME).glob("*"):
+            sweep_partials(images)
+        yield
 
 
 def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, seed: int | None) -> Row:

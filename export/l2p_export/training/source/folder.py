@@ -5,6 +5,7 @@ The same code opens the small source and the published Z-Image.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,9 @@ from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.families.z_image_l2p.pixel import published_state
 from l2p_export.tensors.checkpoint import Checkpoint
 from l2p_export.tensors.files import open_weights
+from l2p_export.training.loop.settings import locked_folder
 from l2p_export.training.source.model import TEXT_ENCODER, SourceModel
+from l2p_runtime.bundle import file_stamp
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.files import commit_file, partial_folder
 from l2p_runtime.text import CHAT_TEMPLATE, Tokenizer, load_tokenizer
@@ -79,7 +82,7 @@ def write_source(
     """Write a trained source as a pipeline folder with BF16 weights. A folder with an index file is complete.
 
     Raises:
-        HostError: the folder cannot be written.
+        HostError: the folder cannot be written, or another command writes there.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import PreTrainedTokenizerFast, Qwen3Model
@@ -120,8 +123,7 @@ def write_source(
         # PyTorch's method: the library's override warns about things that do not apply here.
         nn.Module.to(part, torch.bfloat16)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial_folder(folder / "pipeline") as written, _no_progress_bar():
+        with locked_folder(folder), partial_folder(folder / "pipeline") as written, _no_progress_bar():
             pipeline.save_pretrained(written)
             _commit(written, folder)
     except OSError as error:
@@ -250,6 +252,17 @@ def encode_texts(source: Source, texts: Sequence[str], tokens: int | None = None
     parts = [source.text(ids[i : i + 64], mask[i : i + 64].long()) for i in range(0, len(rows), 64)]
     values = torch.cat(parts) * mask.unsqueeze(-1)
     return Embeds(values, mask)
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of a source from names, sizes and stamps of its files, without reading gigabytes of weights."""
+    digest = hashlib.sha256()
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        for path in sorted((folder / part).glob("*")):
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                digest.update(f"{name}\0{path.stat().st_size}\0{file_stamp(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _shift(path: Path) -> float:

@@ -86,7 +86,10 @@ def add_line(text: str) -> Callable[[Path], None]:
         (add_line('{"text": "a"}'), "line 7: `file_name` is missing, expected text"),
         (add_line('{"file_name": "a.png"}'), "line 7: `text` is missing, expected text"),
         (add_line('{"file_name": "images/00/00000000.png", "text": 3}'), "line 7: `text` is 3, expected text"),
-        (add_line('{"file_name": "images/00/00000000.png", "text": " "}'), "line 7: `text` is ' ', expected .* not empty"),
+        (
+            add_line('{"file_name": "images/00/00000000.png", "text": " "}'),
+            "line 7: `text` is ' ', expected .* not empty",
+        ),
         (add_line('{"file_name": "a.png", "text": "\\ud83d"}'), "line 7: `text` has half of a surrogate pair"),
         (add_line('{"file_name": "a\\u0000.png", "text": "a"}'), "line 7: .* is no path: embedded null"),
         (add_line('{"file_name": "%s", "text": "a"}' % ("a" * 300)), "line 7: .* is no path: .*name too long"),
@@ -143,7 +146,7 @@ def test_folders_of_other_tools_are_read(tmp_path: Path) -> None:
 def test_links_are_followed_within_the_folder(folder: Path) -> None:
     (folder / "a.png").symlink_to(folder / "images" / "00" / "00000002.png")
     add_line('{"file_name": "a.png", "text": "a"}')(folder)
-    with pytest.raises(ArtifactError, match="line 7: `a.png` is also the file of line 3"):
+    with pytest.raises(ArtifactError, match=r"line 7: `a\.png` is also the file of line 3"):
         open_corpus(folder)
     (folder / "a.png").unlink()
     (folder / "a.png").symlink_to(folder / "a.png")
@@ -152,7 +155,7 @@ def test_links_are_followed_within_the_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("caption", ["a\u2028cat", "a\x85cat", "a\x0bcat\x0c", "a cat\\r"])
+@pytest.mark.parametrize("caption", ["a\u2028cat", "a\x85cat", "a\x0bcat\x0c", "a\rcat"])
 def test_captions_may_hold_other_line_separators(tmp_path: Path, caption: str, end: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
@@ -167,7 +170,7 @@ def test_captions_may_hold_other_line_separators(tmp_path: Path, caption: str, e
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
 def test_other_encodings_are_refused(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "café"}\n'.encode(encoding))
-    with pytest.raises(ArtifactError, match="is UTF-16, expected UTF-8|is not UTF-8: byte 0xe9 in line 1"):
+    with pytest.raises(ArtifactError, match=r"is UTF-16, expected UTF-8|is not UTF-8: byte 0xe9 in line 1"):
         open_corpus(tmp_path)
 
 

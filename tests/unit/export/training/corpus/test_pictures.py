@@ -236,7 +236,12 @@ def test_floats_are_from_0_to_1(ramp: NDArray[np.float64]) -> None:
 
 @pytest.mark.parametrize(
     ("tags", "count"),
-    [({258: (32,), 339: (1,)}, 4), ({258: (32,), 339: (2,)}, 4), ({258: (16,), 339: (2,)}, 2), ({258: (8,), 339: (2,)}, 1)],
+    [
+        ({258: (32,), 339: (1,)}, 4),
+        ({258: (32,), 339: (2,)}, 4),
+        ({258: (16,), 339: (2,)}, 2),
+        ({258: (8,), 339: (2,)}, 1),
+    ],
 )
 def test_values_without_a_stated_range_are_refused(tags: dict[int, tuple[int, ...]], count: int) -> None:
     assert "no file states their range" in refusal(tiff_file(bytes(4 * count), 2, 2, {**tags, 262: (1,)}))
@@ -311,7 +316,9 @@ def test_profiles_that_do_not_fit_are_refused(picture: Image.Image) -> None:
     assert "profile" in refusal(saved(picture, "PNG", icc_profile=b"no profile" * 20))
 
 
-@pytest.mark.parametrize(("colours", "says"), [((9, 16), "HDR (PQ)"), ((9, 18), "HDR (HLG)"), ((12, 13), "primaries 12")])
+@pytest.mark.parametrize(
+    ("colours", "says"), [((9, 16), "HDR (PQ)"), ((9, 18), "HDR (HLG)"), ((12, 13), "primaries 12")]
+)
 def test_colours_that_are_stated_without_a_profile(picture: Image.Image, colours: tuple[int, int], says: str) -> None:
     rows = b"\0" + bytes(3 * WIDTH)
     assert says in refusal(png_file(rows, WIDTH, 1, 8, 2, (b"cICP", bytes([*colours, 0, 1]))))
