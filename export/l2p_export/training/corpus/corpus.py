@@ -275,18 +275,21 @@ def _row(line: str) -> Row:
     parsed = json.loads(line)
     if not isinstance(parsed, dict):
         raise TypeError("no JSON object")
-    name, text, seed = parsed.get("file_name"), parsed.get("text", parsed.get("prompt")), parsed.get("seed")
-    for key, value in (("file_name", name), ("text", text)):
-        if not isinstance(value, str) or not value.strip() or len(value) > TEXT_CHARACTERS_MAX:
-            raise TypeError(
-                f"`{key}` is {_shown(value)}, expected text of up to {TEXT_CHARACTERS_MAX:,} characters, not empty"
-            )
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"`{key}` has half of a surrogate pair, which is no character")
+    name, text = _text("file_name", parsed.get("file_name")), _text("text", parsed.get("text", parsed.get("prompt")))
+    seed, digest = parsed.get("seed"), parsed.get("sha256", "")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
         raise TypeError(f"`seed` is {_shown(seed)}, expected 0 to 2^64 - 1")
-    digest = parsed.get("sha256", "")
     return Row(name, text, seed, digest if isinstance(digest, str) else "")
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > TEXT_CHARACTERS_MAX:
+        raise TypeError(
+            f"`{key}` is {_shown(value)}, expected text of up to {TEXT_CHARACTERS_MAX:,} characters, not empty"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"`{key}` has half of a surrogate pair, which is no character")
+    return value
 
 
 def _shown(value: object) -> str:

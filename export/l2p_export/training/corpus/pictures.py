@@ -176,7 +176,7 @@ def _scaled(image: PillowImage) -> PillowImage:
         # False for NaN too.
         if not (low >= 0 and high <= 1):
             raise _UnreadableError(f"its floats are from {low:g} to {high:g}, expected 0 to 1")
-        shares = values.astype(np.float32)
+        shares: NDArray[np.floating[Any]] = values.astype(np.float32)
     elif image.mode == "I" and image.format != "PPM":
         raise _UnreadableError("its values are signed or of 32 bits, and no file states their range")
     else:
