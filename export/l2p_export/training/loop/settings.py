@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from l2p_engines.store.locks import locked
@@ -14,10 +15,14 @@ from l2p_runtime.files import sweep_partials, write_json
 
 LOCK_NAME, SETTINGS_NAME = ".writing.lock", "settings.json"
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
 
 @contextmanager
 def locked_folder(folder: Path, busy: str = "") -> Iterator[None]:
     """Make a folder, hold its lock, and remove what a killed writer left in it.
+
+    A folder that is made here and stays empty is removed.
 
     Args:
         folder: the folder.
@@ -26,16 +31,23 @@ def locked_folder(folder: Path, busy: str = "") -> Iterator[None]:
     Raises:
         HostError: another process writes there, or the folder cannot be written.
     """
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / LOCK_NAME, busy=busy or f"another command is writing `{folder}`"))
-            sweep_partials(folder)
-        except OSError as error:
-            raise HostError(
-                f"cannot write `{folder}`: {error.strerror or error}", hint="choose another folder"
-            ) from error
-        yield
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / LOCK_NAME, busy=busy or f"another command is writing `{folder}`"))
+                sweep_partials(folder)
+            except OSError as error:
+                raise HostError(
+                    f"cannot write `{folder}`: {error.strerror or error}", hint="choose another folder"
+                ) from error
+            yield
+    finally:
+        # The first that is not empty ends it.
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def digest(values: object) -> str:
@@ -92,4 +104,6 @@ def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return f"digest {value[:16]}"
     return "not set" if value is None else repr(value)

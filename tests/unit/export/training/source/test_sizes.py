@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def test_steps_take_equal_tokens_of_every_size(monkeypatch: pytest.MonkeyPatch, 
     assert shapes == taken
     expected = first.state_dict()
     assert all(value.equal(expected[name]) for name, value in again.state_dict().items())
+
+
+def test_other_latents_are_another_run(tmp_path: Path) -> None:
+    """As many scenes through another autoencoder, which another number of its steps makes."""
+    schedule = Schedule(steps=1, batch=2, learning_rate=1e-3)
+    data = replace(scenes(4, 10), made_from="one autoencoder")
+    train_transformer(initial_source(source_dimensions(), 0), [data], tmp_path, schedule, Silent())
+    longer, other = replace(schedule, steps=2), replace(data, made_from="another autoencoder")
+    with pytest.raises(UsageError, match=r"data is digest [0-9a-f]{16}, it began with digest"):
+        train_transformer(initial_source(source_dimensions(), 0), [other], tmp_path, longer, Silent())
 
 
 @pytest.mark.parametrize("sizes_px", [(), (128, 72), (48,), (0,), (-128,)])
