@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop.loop import generator
 from l2p_export.training.transfer.batches import Batch, Captions, Draws, assembler, draw_window
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import write_text
 
 if TYPE_CHECKING:
     from l2p_export.families.z_image_l2p.dimensions import Dimensions
@@ -98,9 +98,9 @@ def append_loss(folder: Path, step: int, loss: float) -> None:
     """
     path = folder / LOSSES_NAME
     rows = [(before, value) for before, value in read_losses(folder) if before < step]
+    lines = [",".join(COLUMNS), *(f"{at},{value:.6g}" for at, value in [*rows, (step, loss)])]
     try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *((at, f"{value:.6g}") for at, value in [*rows, (step, loss)])])
+        write_text(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
 
@@ -110,9 +110,8 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
     path = folder / LOSSES_NAME
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
-    return [(int(step), float(loss)) for step, loss in rows if step.isdecimal() and _is_number(loss)]
+    rows = (line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [(int(row[0]), float(row[1])) for row in rows if len(row) == len(COLUMNS) and _is_row(*row)]
 
 
 def _draws(captions: Captions, spec: TransferSpec) -> Iterator[Draws]:
@@ -142,8 +141,8 @@ def _subset(images: Images, places: list[int]) -> Images:
     return replace(images, rows=rows)
 
 
-def _is_number(text: str) -> bool:
+def _is_row(step: str, loss: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return step.isdecimal() and math.isfinite(float(loss))
     except ValueError:
         return False
