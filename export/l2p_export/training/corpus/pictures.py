@@ -177,7 +177,7 @@ def _scaled(image: PillowImage) -> PillowImage:
         if not (low >= 0 and high <= 1):
             raise _UnreadableError(f"its floats are from {low:g} to {high:g}, expected 0 to 1")
         shares: NDArray[np.floating[Any]] = values.astype(np.float32)
-    elif image.mode == "I" and image.format != "PPM":
+    elif image.mode == "I" and image.format not in ("PPM", "PNG"):  # both of 16 bits; PNG in older releases of Pillow
         raise _UnreadableError("its values are signed or of 32 bits, and no file states their range")
     else:
         bits = _tag(image, _BITS_PER_SAMPLE, 16)

@@ -24,7 +24,6 @@ from l2p_export.families.z_image_l2p.dimensions import Dimensions
 from l2p_export.families.z_image_l2p.pixel import published_state
 from l2p_export.tensors.checkpoint import Checkpoint
 from l2p_export.tensors.files import open_weights
-from l2p_export.training.loop.settings import locked_folder
 from l2p_export.training.source.model import TEXT_ENCODER, SourceModel
 from l2p_runtime.bundle import file_stamp
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
@@ -82,7 +81,7 @@ def write_source(
     """Write a trained source as a pipeline folder with BF16 weights. A folder with an index file is complete.
 
     Raises:
-        HostError: the folder cannot be written, or another command writes there.
+        HostError: the folder cannot be written.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import PreTrainedTokenizerFast, Qwen3Model
@@ -123,7 +122,8 @@ def write_source(
         # PyTorch's method: the library's override warns about things that do not apply here.
         nn.Module.to(part, torch.bfloat16)
     try:
-        with locked_folder(folder), partial_folder(folder / "pipeline") as written, _no_progress_bar():
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial_folder(folder / "pipeline") as written, _no_progress_bar():
             pipeline.save_pretrained(written)
             _commit(written, folder)
     except OSError as error:

@@ -99,9 +99,10 @@ def train_source(
         device: device of all computations, which are in float32.
 
     Raises:
-        As `loop.train`; ArtifactError if `init` is another kind of source; HostError if a file cannot be written.
+        As `loop.train`; ArtifactError if `init` is another kind of source; HostError if a file cannot be written,
+        or another run writes one of the folders.
     """
-    with locked_folder(work, busy=f"another run is training in `{work}`"):
+    with locked_folder(work, busy=f"another run is training in `{work}`"), locked_folder(out):
         _train_parts(out, work, spec, report, samples, init, device)
 
 
