@@ -107,7 +107,9 @@ def _faults_naming(name: str, hint: str) -> Iterator[None]:
             yield
     except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
-        raise ArtifactError(f"`{name}` is no readable image, expected one of {known}", hint=hint) from error
+        raise ArtifactError(
+            f"`{name}` is no readable image, expected one of {known} in a kind that Pillow opens", hint=hint
+        ) from error
     except Exception as error:  # readers of damaged files raise what their parsing happens to hit
         raise ArtifactError(f"`{name}` is no readable image: {error or type(error).__name__}", hint=hint) from error
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 _INDEX_NAME = "model_index.json"
 TOKENS_MULTIPLE = 32
 
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+"""Folders of a pipeline folder."""
+
 # The published template for one user message, as a Jinja template for transformers.
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -254,10 +257,10 @@ def encode_texts(source: Source, texts: Sequence[str], tokens: int | None = None
     return Embeds(values, mask)
 
 
-def folder_digest(folder: Path) -> str:
-    """Digest of a source from names, sizes and stamps of its files, without reading gigabytes of weights."""
+def folder_digest(folder: Path, parts: Sequence[str] = PARTS) -> str:
+    """Digest of parts of a source from names, sizes and stamps of their files, without reading gigabytes of weights."""
     digest = hashlib.sha256()
-    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in parts:
         for path in sorted((folder / part).glob("*")):
             if path.is_file():
                 name = path.relative_to(folder).as_posix()

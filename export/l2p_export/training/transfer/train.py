@@ -26,7 +26,7 @@ from l2p_export.training.corpus.rendered import RenderedScenes
 from l2p_export.training.loop.distributed import ALONE, ProcessGroup, averaging_gradients, shard_across
 from l2p_export.training.loop.loop import Schedule, train_weights
 from l2p_export.training.loop.masters import Weights, trained_weights
-from l2p_export.training.source.folder import Source
+from l2p_export.training.source.folder import Source, folder_digest
 from l2p_export.training.transfer.adapters import copy_adapters, trunk_sha256, write_adapters
 from l2p_export.training.transfer.batches import Batch, batches, embed_captions, require_seeds
 from l2p_export.training.transfer.holdout import append_loss, held_out_batches, mean_loss, read_losses
@@ -128,6 +128,7 @@ def transfer(
                 on_save(step, model)
 
     settings = {"stage": "transfer", "trunk": digest, "corpus": images_digest(images), "images": len(images)}
+    settings |= {"text_encoder": folder_digest(source.folder, ("text_encoder", "tokenizer"))}
     settings |= {"held_out": None if held_out is None else images_digest(held_out)}
     settings |= {**asdict(spec), **options.settings}
     # Only for scenes: states of runs on a corpus have no such key.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from l2p_export.training.corpus import reader
 from l2p_export.training.corpus.corpus import Corpus, Row, open_corpus, read_image
 from l2p_export.training.corpus.rendered import RenderedScenes, world_scenes
 from l2p_export.training.loop.distributed import ALONE
-from l2p_export.training.source.folder import Source
+from l2p_export.training.source.folder import Source, open_source
 from l2p_export.training.transfer.batches import embed_captions
 from l2p_export.training.transfer.holdout import (
     DRAWS_PER_IMAGE,
@@ -203,6 +204,19 @@ def test_other_scenes_are_another_run(source: Source, tmp_path: Path) -> None:
     scenes(images=world_scenes(6, 2), steps=2)
     with pytest.raises(UsageError, match="corpus is digest"):
         scenes(images=world_scenes(6, 3), steps=4)
+
+
+def test_another_text_encoder_is_another_run(source: Source, corpus: Corpus, tmp_path: Path) -> None:
+    run(source, corpus, tmp_path, 2, None)
+    folder = tmp_path / "copy"
+    shutil.copytree(source.folder, folder)
+    run(open_source(folder), corpus, tmp_path, 2, None)
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UsageError, match=r"text_encoder is digest [0-9a-f]{16}, it began with digest"):
+        run(open_source(folder), corpus, tmp_path, 4, None)
 
 
 def test_one_run_writes_a_file_of_adapters(source: Source, corpus: Corpus, tmp_path: Path) -> None:
