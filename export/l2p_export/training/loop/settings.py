@@ -22,7 +22,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 def locked_folder(folder: Path, busy: str = "") -> Iterator[None]:
     """Make a folder, hold its lock, and remove what a killed writer left in it.
 
-    A folder that is made here and stays empty is removed.
+    If it is used wrongly (UsageError), a folder that is made here and stays empty is removed.
 
     Args:
         folder: the folder.
@@ -43,11 +43,12 @@ def locked_folder(folder: Path, busy: str = "") -> Iterator[None]:
                     f"cannot write `{folder}`: {error.strerror or error}", hint="choose another folder"
                 ) from error
             yield
-    finally:
+    except UsageError:
         # The first that is not empty ends it.
         with suppress(OSError):
             for path in made:
                 path.rmdir()
+        raise
 
 
 def digest(values: object) -> str:
