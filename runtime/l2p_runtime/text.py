@@ -190,8 +190,8 @@ def _read_text(path: Path, most_bytes: int) -> str:
         size_bytes = path.stat().st_size
         if size_bytes > most_bytes:
             raise ArtifactError(f"`{path}` has {size_bytes:,} bytes, expected up to {most_bytes:,}")
-        # Bytes, because reading as text would turn \r\n into \n.
-        return path.read_bytes().decode("utf-8")
+        # Bytes, because reading as text would turn \r\n into \n. A template would put a byte order mark into prompts.
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ArtifactError(f"cannot read `{path}`: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

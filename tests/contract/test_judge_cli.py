@@ -54,3 +54,21 @@ def test_what_cannot_be_judged(picture: Path, tmp_path: Path) -> None:
         result = run_cli("judge", path, "--prompt", prompt)
         assert (result.returncode, result.stdout) == (code, "")
         assert says in result.stderr
+
+
+def test_a_turned_picture_is_judged_upright(picture: Path, tmp_path: Path) -> None:
+    """As a camera that is held upright stores it: turned, with a note that says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(picture) as upright:
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    result = run_cli("judge", tmp_path / "turned.jpg", "--prompt", "a red circle to the left of a blue square")
+    assert result.stdout == "right: a red circle to the left of a blue square\n"
+
+
+def test_an_animation_is_not_judged(picture: Path, tmp_path: Path) -> None:
+    with Image.open(picture) as first:
+        first.save(tmp_path / "a.gif", save_all=True, append_images=[first.transpose(Image.Transpose.ROTATE_180)])
+    result = run_cli("judge", tmp_path / "a.gif", "--prompt", "a red circle")
+    assert (result.returncode, result.stdout) == (4, "")
+    assert "has 2 frames or pages, expected one" in result.stderr

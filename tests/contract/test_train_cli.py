@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -93,9 +94,50 @@ def test_other_settings_are_refused_by_name(folder: Path, more: tuple[str, ...],
     assert says in result.stderr
 
 
+def test_own_images(folder: Path, tmp_path: Path) -> None:
+    """A folder as a user has it: a turned photo, a transparent drawing, captions in any script, keys of other tools."""
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 70), "red").save(photos / "1.jpg", exif=exif)
+    Image.new("RGBA", (40, 40), (0, 0, 255, 99)).save(photos / "more" / "2.png")
+    Image.new("RGB", (64, 64), "green").save(photos / "3.webp")
+    captions = {"1.jpg": "a red wall", "more/2.png": "blue\u2028glass", "3.webp": "緑の草"}
+    rows = [{"file_name": name, "text": text, "license": "CC0"} for name, text in captions.items()]
+    metadata = photos / "metadata.jsonl"
+    metadata.write_text(
+        "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+
+    out = tmp_path / "a.safetensors"
+    own = ("--corpus", photos, "--noise", "fresh", "--holdout", "1", "--out", out)
+    made = run_cli(*transfer(folder, "--json"), *own)
+    assert made.returncode == 0, made.stderr
+    assert "3 images: 1 upscaled, 1 cropped to squares, 1 turned upright, 1 put on white\n" in made.stderr
+    facts = json.loads(made.stdout)
+    assert (facts["images"], facts["held_out_images"], facts["image_changes"]["upscaled"]) == (3, 1, 1)
+    with safe_open(out, "pt") as file:
+        assert float(file.metadata()["l2p.holdout_loss"]) == facts["holdout_loss"] > 0
+
+    changed = rows[0] | {"text": "a blue wall"}
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in (changed, *rows[1:])), encoding="utf-8")
+    other = run_cli(*transfer(folder), *own)
+    assert other.returncode == 2
+    assert "is digest" in other.stderr
+
+    (photos / "3.webp").write_bytes((photos / "3.webp").read_bytes()[:30])
+    broken = run_cli(*transfer(folder), *own, "--work", tmp_path / "new")
+    assert broken.returncode == 4
+    assert "1 of 3 images cannot be trained on" in broken.stderr
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
+        (("--holdout", "5"), 2, "5 of 5 images held out leave none to train on"),
+        (("--holdout", "1.5"), 2, "expected a share below 1, or a number of images"),
         (("--size-px", "65"), 2, "expected a multiple of the 1k patch, 16 px"),
         (("--window-tokens", "9"), 2, "a window of 9 tokens is larger than an image of 64 px"),
         (("--variant", "9k"), 2, "9k"),

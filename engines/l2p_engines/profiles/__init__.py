@@ -9,6 +9,7 @@ from pathlib import Path
 from l2p_runtime.contract import Profile
 from l2p_runtime.contract.codec import from_json
 from l2p_runtime.errors import L2PError, UsageError
+from l2p_runtime.textfile import read_text
 
 PROFILE_BYTES_MAX = 1 << 20
 
@@ -28,11 +29,9 @@ def load_profile(name_or_path: str) -> Profile:
             f"there is no profile `{name_or_path}`",
             hint=f"built-in profiles: {', '.join(profile_names())}; or give the path of a .toml file",
         )
-    if path.stat().st_size > PROFILE_BYTES_MAX:
-        raise UsageError(f"`{path}` has {path.stat().st_size} bytes, which is no profile")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, PROFILE_BYTES_MAX)
+    except OSError as error:
         raise UsageError(f"cannot read profile `{path}`: {error}") from error
     return _parse(text, str(path), default_name=path.stem)
 

@@ -37,11 +37,14 @@ def command(picture: Path, prompt: str, *, as_json: bool) -> None:
 
 
 def _pixels(picture: Path) -> NDArray[np.uint8]:
-    from l2p_export.training.corpus.corpus import decode_image
+    from l2p_export.training.corpus.pictures import FILE_BYTES_MAX, decode_picture
     from l2p_runtime.errors import UsageError
 
     try:
-        data = picture.read_bytes()
+        with picture.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise UsageError(f"cannot read `{picture}`: {error.strerror or error}", hint="give a picture") from error
-    return decode_image(data, str(picture), "give a picture that other programs can open")
+    if len(data) > FILE_BYTES_MAX:
+        raise UsageError(f"`{picture}` has more than {FILE_BYTES_MAX:,} bytes", hint="give a picture")
+    return decode_picture(data, str(picture), "give a picture that other programs can open").pixels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,6 @@ import click
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
-    format_bytes,
     json_option,
     parse_size,
     print_json,
@@ -23,7 +22,6 @@ from l2p_runtime import CancelledError, UsageError
 
 if TYPE_CHECKING:
     from l2p_export.training.loop.distributed import ProcessGroup
-    from l2p_export.training.transfer.forecast import TrainingForecast
     from l2p_export.training.transfer.spec import TransferSpec
 
 _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
@@ -197,7 +195,15 @@ def corpus_command(
 @click.option(
     "--corpus",
     type=click.Path(path_type=Path),
-    help="Folder that `train corpus` wrote; default: scenes of the small world.",
+    help="Folder that `train corpus` wrote, or of your own images with a metadata.jsonl; default: scenes of the small "
+    "world.",
+)
+@click.option(
+    "--holdout",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Images to compute the loss on instead of training on them: a number, or a share below 1.",
 )
 @click.option("--count", default=20_000, show_default=True, help="Scenes of the small world, without --corpus.")
 @click.option("--variant", type=click.Choice(["1k", "4k", "8k", "10k"]), default="1k", show_default=True)
@@ -299,7 +305,8 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 def _transfer(
     source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], ranks: ProcessGroup
 ) -> None:
-    from l2p_export.training.transfer.run import check_transfer, run_transfer
+    from l2p_export.cli.plan_text import training_lines
+    from l2p_export.training.transfer.run import check_job_images, check_transfer, run_transfer
     from l2p_export.training.transfer.spec import TrainingOptions
     from l2p_runtime.progress import Silent
 
@@ -307,16 +314,19 @@ def _transfer(
     autocast = options["autocast"] or ("bf16" if ranks.device.type == "cuda" else "none")
     means = TrainingOptions(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
     job = check_transfer(source, corpus, spec, means, ranks, scenes=options["count"], samples=options["samples"])
-    facts = {"out": str(out), "work": str(work), **job.facts, "forecast": job.forecast.as_dict()}
     dry_run, as_json = options["dry_run"], options["as_json"]
+    console = Console(quiet=options["quiet"] or not ranks.is_rank_zero)
+    report = console if ranks.is_rank_zero else Silent()
     if not dry_run:
-        console = Console(quiet=options["quiet"] or not ranks.is_rank_zero)
-        for line in forecast_lines(job.forecast):
+        for line in training_lines(job.forecast):
             console.done(line)
         job.require_memory()
-        run_transfer(job, out, work, options["init"], metadata, console if ranks.is_rank_zero else Silent())
+    job = check_job_images(job, report)
+    facts = {"out": str(out), "work": str(work), **job.facts, "forecast": job.forecast.as_dict()}
+    if not dry_run:
+        facts["holdout_loss"] = run_transfer(job, out, work, options["init"], metadata, report)
     if ranks.is_rank_zero and dry_run and not as_json:
-        facts["forecast"] = "\n  ".join(["", *forecast_lines(job.forecast)])
+        facts["forecast"] = "\n  ".join(["", *training_lines(job.forecast)])
     if ranks.is_rank_zero:
         _tell(facts, out, as_json=as_json, dry_run=dry_run)
     if dry_run:
@@ -350,28 +360,12 @@ def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
         "halo_tokens",
         "head_divisor",
         "checkpointing",
+        "holdout",
     )
     taken = ("steps", "batch", "micro_batches", "learning_rate", "warmup_steps", "ema", "save_every", "seed")
     schedule = Schedule(cooldown_steps=options["steps"] // 5, **{name: options[name] for name in taken})
     sizes_px = options["sizes_px"] or (_PUBLISHED_SIDE_PX[options["variant"]],)
     return TransferSpec(sizes_px=sizes_px, schedule=schedule, **{name: options[name] for name in names})
-
-
-def forecast_lines(forecast: TrainingForecast) -> list[str]:
-    """Text of a training forecast, line by line."""
-    trained, frozen = forecast.trained_parameters, forecast.frozen_parameters
-    host = {what: size for what, size in forecast.host_bytes.items() if size}
-    share = "" if forecast.processes == 1 else f" of each of {forecast.processes} processes"
-
-    def listed(parts: Mapping[str, int]) -> str:
-        return ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
-
-    return [
-        f"trained parameters {trained:,}, frozen {frozen:,}",
-        f"{forecast.device}{share}: {format_bytes(forecast.device_total)}: {listed(forecast.device_bytes)}",
-        f"host memory, total: {format_bytes(forecast.host_total)}" + (f": {listed(host)}" if host else ""),
-        f"activations: {forecast.basis}",
-    ]
 
 
 @contextmanager

@@ -5,14 +5,13 @@ The runtime draws with a bundle, so torch is not imported for it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from l2p_runtime.bundle import file_stamp, open_bundle
+from l2p_runtime.bundle import open_bundle
 from l2p_runtime.contract import MANIFEST_NAME
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 
@@ -183,7 +182,7 @@ def _source_drawer(folder: Path, options: DrawOptions) -> Drawer:
     try:
         from l2p_export.families.z_image_l2p.latent import LATENT_PATCH
         from l2p_export.training.source.draw import DrawSpec, draw_images, load_artist
-        from l2p_export.training.source.folder import open_source
+        from l2p_export.training.source.folder import folder_digest, open_source
     except ModuleNotFoundError as error:
         raise HostError(
             f"a pipeline folder needs `{error.name}`, which is not installed", hint="pip install 'l2p-export[export]'"
@@ -213,7 +212,7 @@ def _source_drawer(folder: Path, options: DrawOptions) -> Drawer:
             yield from draw_images(artist, texts[part], seeds[part], spec)
 
     settings = {
-        "model_sha256": _source_digest(folder),
+        "model_sha256": folder_digest(folder),
         **_sampling_settings((height, width), spec.steps, spec.guidance, spec.shift),
     }
     return Drawer(height, width, settings, source.tokenizer.tokens, draw)
@@ -227,7 +226,7 @@ def _sampling_settings(size_px: tuple[int, int], steps: int, guidance: float, sh
 def _autoencoder_sizes(path: Path) -> tuple[int, int]:
     """Pixels per latent along a side, and the side of the images that the autoencoder was made for."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         blocks, size = len(config["block_out_channels"]), config.get("sample_size", 0)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
@@ -238,17 +237,6 @@ def _autoencoder_sizes(path: Path) -> tuple[int, int]:
             f"`{path}` has {blocks} block_out_channels and sample_size {size!r}, expected 1 to 8 and a size in pixels"
         )
     return 1 << (blocks - 1), size
-
-
-def _source_digest(folder: Path) -> str:
-    """Digest of a source from names, sizes and stamps of its files, without reading gigabytes of weights."""
-    digest = hashlib.sha256()
-    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        for path in sorted((folder / part).glob("*")):
-            if path.is_file():
-                name = path.relative_to(folder).as_posix()
-                digest.update(f"{name}\0{path.stat().st_size}\0{file_stamp(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def _nearest(size: int, multiple: int) -> int:

@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_export.training.loop.settings import require_settings
+from l2p_calib.prompts import FILE_BYTES_MAX
+from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
+from l2p_export.training.loop.settings import locked_folder, require_settings
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
 from l2p_runtime.png import write_png
+from l2p_runtime.textfile import read_lines, read_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,12 +124,17 @@ def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) 
 
     Raises:
         UsageError: the folder holds images of other settings, or the size does not suit the benchmark.
-        HostError: the disk is full; what was drawn is kept.
+        HostError: another command writes there, or the disk is full; what was drawn is kept.
     """
     check_size(layout, drawer.height_px, drawer.width_px)
-    require_settings(out, _settings(layout, drawer))
-    for name, text in layout.texts.items():
-        _write_text(out / name, text)
+    with locked_folder(out):
+        require_settings(out, _settings(layout, drawer))
+        for name, text in layout.texts.items():
+            _write_text(out / name, text)
+        return _draw(layout, drawer, out, reporter)
+
+
+def _draw(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) -> int:
     pending = [picture for picture in layout.pictures if not (out / picture.name).is_file()]
     texts = [picture.text for picture in pending for _ in picture.seeds]
     seeds = [seed for picture in pending for seed in picture.seeds]
@@ -146,8 +154,8 @@ def write_layout(layout: Layout, drawer: Drawer, out: Path, reporter: Reporter) 
 def _geneval(path: Path, images_per_prompt: int, seed: int) -> Layout:
     """One folder per line of a JSON Lines file."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path, PROMPTS_BYTES_MAX)
+    except OSError as error:
         raise UsageError(
             f"cannot read prompts from `{path}`: {error}", hint="give GenEval's evaluation_metadata.jsonl"
         ) from error
@@ -194,8 +202,8 @@ def _dpg(folder: Path, images_per_prompt: int, seed: int) -> Layout:
         if "." in path.stem:
             raise UsageError(f"`{path}` has a dot in its name, where DPG-Bench's script cuts it off", hint="rename it")
         try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, FILE_BYTES_MAX).strip()
+        except OSError as error:
             raise UsageError(f"cannot read a prompt from `{path}`: {error}", hint=hint) from error
         if not text:
             raise UsageError(f"`{path}` holds no prompt", hint="write the prompt into it, or remove it")

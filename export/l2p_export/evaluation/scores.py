@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_calib.prompts import read_prompts
+from l2p_calib.prompts import numbered_prompts
+from l2p_export.evaluation.contact_sheet import SHEET_IMAGES, contact_sheet, framed_tile
 from l2p_export.evaluation.features import DIMENSIONS, features, frechet_distance
 from l2p_export.training.corpus.corpus import (
+    METADATA_NAME,
     PROMPTS_BYTES_MAX,
     append_rows,
     open_corpus,
     read_image,
     write_image,
+    written_corpus,
     written_rows,
 )
-from l2p_export.training.loop.settings import require_settings
 from l2p_export.world.captions import caption, describe
 from l2p_export.world.judge import Verdict, judge
 from l2p_export.world.render import render
 from l2p_export.world.scenes import Description, draw_description, place
-from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.files import write_text
 from l2p_runtime.noise import checked_seed
 from l2p_runtime.png import write_png
@@ -45,12 +47,6 @@ SCORES_NAME, ROWS_NAME, SHEET_NAME = "scores.json", "rows.jsonl", "contact.png"
 
 PARTS = ("background", "colours", "shapes", "relation", "object count")
 """Parts of a caption that the judge checks separately."""
-
-SHEET_IMAGES, SHEET_COLUMNS, SHEET_PX, FRAME_PX = 64, 8, 128, 4
-"""The contact sheet: number of images, columns, side of the square that each fits into, and width of its frame."""
-
-RIGHT, WRONG = (44, 160, 44), (214, 39, 40)
-"""Frame colours of an image that passed, and of one that failed."""
 
 _Z = 1.959963984540054
 """Half width of the central 95 % interval of a normal distribution, in standard deviations."""
@@ -165,15 +161,13 @@ def file_prompts(path: Path, images_per_prompt: int, seed: int) -> tuple[Prompt,
         UsageError: no such file, no prompt in it, a line that is not a caption of the small world, or a seed out of
             range.
     """
-    texts = read_prompts(path, PROMPTS_BYTES_MAX)
+    texts = numbered_prompts(path, PROMPTS_BYTES_MAX)
     _check_seeds(seed, len(texts) * images_per_prompt)
     prompts: list[Prompt] = []
-    for text in texts:
+    for number, text in texts:
         try:
             description = describe(text)
         except UsageError as error:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            number = next(number for number, line in enumerate(lines, 1) if line.strip() == text)
             raise UsageError(
                 f"`{path}` line {number}: {error}",
                 hint=f"{error.hint}; --layout draws any prompts for the public benchmarks, without judging",
@@ -189,7 +183,7 @@ def draw_all(
     """Yield the image [H,W,3] of each prompt, in order.
 
     With a folder, the images that it holds are read. The others are drawn, and written there as a corpus one by one as
-    they are consumed.
+    they are consumed. The folder is locked until all images are consumed.
 
     Args:
         drawer: the model.
@@ -199,35 +193,56 @@ def draw_all(
 
     Raises:
         UsageError: the folder holds images of other settings.
-        ArtifactError: an image in the folder was changed or damaged.
-        HostError: the disk is full; what was drawn is kept.
+        ArtifactError: an image in the folder was changed or damaged, or is of another prompt.
+        HostError: another command writes there, or the disk is full; what was drawn is kept.
     """
-    done = 0
-    if out is not None:
-        texts = "\n".join(prompt.text for prompt in prompts)
-        settings: dict[str, object] = {
-            "evaluation": "small world",
-            "prompts": hashlib.sha256(texts.encode()).hexdigest(),
-            "images": len(prompts),
-            "seed": prompts[0].seed,
-            **drawer.settings,
-        }
-        require_settings(out, settings)
+    if out is None:
+        yield from _draw_rest(drawer, prompts, None, 0, reporter)
+        return
+    texts = "\n".join(prompt.text for prompt in prompts)
+    settings: dict[str, object] = {
+        "evaluation": "small world",
+        "prompts": hashlib.sha256(texts.encode()).hexdigest(),
+        "images": len(prompts),
+        "seed": prompts[0].seed,
+        **drawer.settings,
+    }
+    with written_corpus(out, settings):
         done = written_rows(out)
-    if out is not None and done:
-        corpus = open_corpus(out)
-        with reporter.task("judging what was drawn before", done, "images") as advance:
-            for row in corpus.rows:
-                yield read_image(corpus, row)
-                advance(1)
-    if done < len(prompts):
-        with reporter.task("drawing", len(prompts) - done, "images") as advance:
-            for number, image in enumerate(_draw(drawer.draw, prompts[done:]), done):
-                if out is not None:
-                    prompt = prompts[number]
-                    append_rows(out, [write_image(out, number, image, prompt.text, prompt.seed)])
-                yield image
-                advance(1)
+        if done:
+            yield from _drawn_before(out, prompts, reporter)
+        yield from _draw_rest(drawer, prompts, out, done, reporter)
+
+
+def _drawn_before(out: Path, prompts: Sequence[Prompt], reporter: Reporter) -> Iterator[NDArray[np.uint8]]:
+    """The images that a folder holds, which must be those of the first prompts."""
+    corpus = open_corpus(out)
+    for number, row in enumerate(corpus.rows):
+        if number >= len(prompts) or (row.text, row.seed) != (prompts[number].text, prompts[number].seed):
+            raise ArtifactError(
+                f"`{out / METADATA_NAME}`: image {number + 1}, of {row.text!r} and seed {row.seed}, is not one of this "
+                "evaluation",
+                hint="give another --out",
+            )
+    with reporter.task("judging what was drawn before", len(corpus), "images") as advance:
+        for row in corpus.rows:
+            yield read_image(corpus, row)
+            advance(1)
+
+
+def _draw_rest(
+    drawer: Drawer, prompts: Sequence[Prompt], out: Path | None, done: int, reporter: Reporter
+) -> Iterator[NDArray[np.uint8]]:
+    """Draw the prompts from number `done` on, and write each image to the folder before it is yielded."""
+    if done >= len(prompts):
+        return
+    with reporter.task("drawing", len(prompts) - done, "images") as advance:
+        for number, image in enumerate(_draw(drawer.draw, prompts[done:]), done):
+            if out is not None:
+                prompt = prompts[number]
+                append_rows(out, [write_image(out, number, image, prompt.text, prompt.seed)])
+            yield image
+            advance(1)
 
 
 def evaluate(prompts: Sequence[Prompt], images: Iterable[NDArray[np.uint8]]) -> Evaluation:
@@ -250,7 +265,7 @@ def evaluate(prompts: Sequence[Prompt], images: Iterable[NDArray[np.uint8]]) -> 
         verdict = judge(image, prompt.description)
         rows.append(Row(prompt, verdict.passed, verdict.text, _parts(verdict)))
         if index < SHEET_IMAGES:
-            tiles.append(_tile(image, passed=verdict.passed))
+            tiles.append(framed_tile(image, passed=verdict.passed))
         height, width = image.shape[:2]
         renders = (_render(prompt, height, width, which) for which in range(2))
         found[:, index] = [features(pixels) for pixels in (image, *renders)]
@@ -263,7 +278,7 @@ def evaluate(prompts: Sequence[Prompt], images: Iterable[NDArray[np.uint8]]) -> 
         {name: _score(row.passed for row, of in zip(rows, names, strict=True) if of[name]) for name in names[0]},
         {name: _score(row.parts[name] for row in rows if name in row.parts) for name in PARTS},
         frechet,
-        _sheet(tiles),
+        contact_sheet(tiles),
     )
 
 
@@ -351,30 +366,6 @@ def _render(prompt: Prompt, height: int, width: int, which: int) -> NDArray[np.u
     short = min(height, width)
     scene = place(prompt.description, np.random.default_rng([prompt.seed, which]), (height / short, width / short))
     return render(scene, height, width)
-
-
-def _tile(image: NDArray[np.uint8], *, passed: bool) -> NDArray[np.uint8]:
-    """An image in its frame, downscaled by an integer factor if it is large."""
-    factor = math.ceil(max(image.shape[:2]) / SHEET_PX)
-    height, width = max(1, image.shape[0] // factor), max(1, image.shape[1] // factor)
-    # A side shorter than the factor is averaged to one pixel.
-    down, across = (min(factor, size) for size in image.shape[:2])
-    squares = image[: height * down, : width * across].reshape(height, down, width, across, 3)
-    tile = np.empty((height + 2 * FRAME_PX, width + 2 * FRAME_PX, 3), np.uint8)
-    tile[:] = RIGHT if passed else WRONG
-    tile[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] = np.rint(squares.mean(axis=(1, 3)))
-    return tile
-
-
-def _sheet(tiles: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Tiles of one size in rows of `SHEET_COLUMNS`; the rest of the last row is white."""
-    height, width = tiles[0].shape[:2]
-    columns = min(SHEET_COLUMNS, len(tiles))
-    sheet = np.full((math.ceil(len(tiles) / columns) * height, columns * width, 3), 255, np.uint8)
-    for index, tile in enumerate(tiles):
-        top, left = index // columns * height, index % columns * width
-        sheet[top : top + height, left : left + width] = tile
-    return sheet
 
 
 def _check_seeds(seed: int, count: int) -> None:

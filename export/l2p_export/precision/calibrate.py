@@ -34,7 +34,7 @@ from l2p_export.toolchain import toolchain
 from l2p_runtime import Pipeline, __version__
 from l2p_runtime.contract import NETWORKS
 from l2p_runtime.errors import UsageError
-from l2p_runtime.files import sweep_partials, write_bytes, write_text
+from l2p_runtime.files import is_partial_of, sweep_partials, write_bytes, write_text
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.tensorfile import open_tensorfile, write_tensorfile
 
@@ -188,24 +188,32 @@ def calibrate(
         write_bytes(job.out, statistics_to_bytes(found))
         if more is not None:
             more(folder, found)
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return found
 
 
 @contextmanager
 def _work_folder(work: Path, job: CalibrationJob) -> Iterator[Path]:
     """The work folder, with the results so far of this calibration; it is emptied if it is another calibration's."""
-    if work.exists() and not (work / _SETTINGS).is_file():
-        raise UsageError(f"`{work}` is in the way: no calibration made it", hint="remove it, or choose another --out")
-    work.mkdir(exist_ok=True)
+    # Beside the folder, which is removed under the lock.
     with locked(work.with_name(f"{work.name}.lock"), busy=f"another calibration is writing `{job.out}`"):
         path = work / _SETTINGS
+        if work.exists() and not path.is_file() and not _is_empty(work):
+            raise UsageError(
+                f"`{work}` is in the way: no calibration made it", hint="remove it, or choose another --out"
+            )
+        work.mkdir(exist_ok=True)
         if path.is_file() and path.read_text(encoding="utf-8") != job.settings:
             shutil.rmtree(work)
             work.mkdir()
         sweep_partials(work)
         write_text(path, job.settings)
         yield work
+
+
+def _is_empty(work: Path) -> bool:
+    """Whether a calibration that was killed at its start may have left the folder."""
+    return work.is_dir() and all(is_partial_of(entry.name, _SETTINGS) for entry in work.iterdir())
 
 
 def _draw(job: CalibrationJob, folder: Path, reporter: Reporter) -> None:

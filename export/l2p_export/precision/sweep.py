@@ -31,6 +31,7 @@ from l2p_calib.sensitivity import (
     sensitivity_to_json,
     sweep,
 )
+from l2p_engines.store.locks import locked
 from l2p_export.graphs.stored import bundle_model, float32_plan
 from l2p_export.precision.calibrate import STEPS_MAX, CalibrationJob, sample_values
 from l2p_export.precision.sweep_plot import has_matplotlib, write_plot
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 NAME = "fp8-swept"
 """Name of the plan that a sweep writes."""
+
+_LOCK = ".writing.lock"
 
 PICTURES_MAX = 8
 """Maximum pictures that are drawn and judged for each measurement, one per prompt. Without captions one is drawn."""
@@ -92,9 +95,23 @@ def sweep_bundle(
 
     Raises:
         UsageError: the gate is one that nothing or everything passes.
-        HostError: the memory does not hold the networks in torch float32.
+        HostError: another command writes to the folder, or the memory does not hold the networks in torch float32.
     """
     require_gate(gate)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / _LOCK, busy=f"another calibration is writing `{out}`"):
+        return _sweep(job, samples, statistics, out, gate, reporter, precision)
+
+
+def _sweep(
+    job: CalibrationJob,
+    samples: Path,
+    statistics: Statistics,
+    out: Path,
+    gate: float,
+    reporter: Reporter,
+    precision: BasePrecision,
+) -> SweepResult:
     cache = out / "measurements"
     cache.mkdir(parents=True, exist_ok=True)
     model = bundle_model(job.bundle)

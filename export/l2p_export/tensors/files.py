@@ -216,7 +216,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if index.stat().st_size > INDEX_BYTES_MAX:
         raise ArtifactError(f"`{index}` has {index.stat().st_size:,} bytes, which is no index")
     try:
-        parsed = json.loads(index.read_text(encoding="utf-8"))
+        parsed = json.loads(index.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{index}` is not JSON: {error}", hint="download the index again") from error
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None

@@ -7,8 +7,9 @@ whether it is held out, so that no training run on any machine sees a held-out c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from l2p_runtime.errors import UsageError
@@ -150,6 +151,12 @@ def place(description: Description, random: np.random.Generator, aspect: tuple[f
         along = (first.x - second.x) * along_x + (first.y - second.y) * along_y
         if along >= REACH * (first.radius + second.radius) + GAP:
             return Scene(background, (first, second))
+
+
+def scenes_digest(captioned: Iterable[tuple[str, Scene]]) -> str:
+    """Hex SHA-256 of captions with their scenes, in order."""
+    rows = [[text, asdict(scene)] for text, scene in captioned]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _near(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from l2p_calib.prompts import read_prompts
+from l2p_calib.prompts import numbered_prompts, read_prompts
 from l2p_runtime.errors import UsageError
 
 
@@ -24,6 +24,23 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     assert read_prompts(path) == ("a", "b")
     with pytest.raises(UsageError, match="has 4 bytes, expected at most 3"):
         read_prompts(path, 3)
+
+
+@pytest.mark.parametrize("character", "\u2028\u2029\x85\x0b\x0c\x1c")
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_only_newlines_separate_prompts(tmp_path: Path, character: str, mark: bytes) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(mark + f"# mine\na{character}cat\r\na dog\n".encode())
+    assert read_prompts(path) == (f"a{character}cat", "a dog")
+    assert numbered_prompts(path) == ((2, f"a{character}cat"), (3, "a dog"))
+
+
+@pytest.mark.parametrize("data", [b"a cat\ra dog\r", b"a cat\ra dog\n"])
+def test_a_carriage_return_inside_a_prompt_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\n" + data)
+    with pytest.raises(UsageError, match="line 2 has a carriage return inside a prompt"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize(("data", "needle"), [(b"", "holds no prompt"), (b"# x\n", "holds no"), (b"\xff", "not UTF-8")])

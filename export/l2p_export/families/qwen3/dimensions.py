@@ -84,7 +84,7 @@ def read_config(folder: Path) -> TextEncoderConfig:
     try:
         if path.stat().st_size > CONFIG_BYTES_MAX:
             raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes, which is no configuration")
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ArtifactError(
             f"cannot read `{path}`: {error.strerror or error}", hint="give the folder that holds the encoder's weights"

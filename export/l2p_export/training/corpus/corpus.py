@@ -3,7 +3,9 @@
     DIR/metadata.jsonl     {"file_name": "images/000000.png", "text": "a red circle", "seed": 7, "sha256": "..."}
     DIR/images/*.png
 
-The file names follow Hugging Face's ImageFolder format, so other tools can read a corpus.
+The file names follow Hugging Face's ImageFolder format, so other tools can read a corpus, and a folder of that format
+is a corpus: only `file_name` and `text` are needed, and unknown keys are passed over (docs/training.md, "Your own
+images").
 """
 
 from __future__ import annotations
@@ -11,30 +13,41 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2p_export.training.corpus.pictures import FILE_BYTES_MAX, decode_picture
+from l2p_export.training.loop.settings import SETTINGS_NAME, locked_folder, require_settings
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
-from l2p_runtime.files import write_bytes
+from l2p_runtime.files import sweep_partials, write_bytes
 from l2p_runtime.noise import checked_seed
+from l2p_runtime.textfile import read_lines
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from l2p_export.training.corpus.pictures import Picture
 
 METADATA_NAME, IMAGES_NAME = "metadata.jsonl", "images"
 SHARD_IMAGES = 10_000
 """Maximum images per folder: `images/00`, `images/01` and so on."""
 
 TEXT_CHARACTERS_MAX = 1 << 16
-PIXELS_MAX = 1 << 28
+FAULTS_SHOWN = 5
 KEPT_BYTES = 1 << 30
 """Maximum bytes of decoded training images that each process keeps in memory."""
 
 PROMPTS_BYTES_MAX = 64 << 20
 """Maximum size of a prompt file."""
+
+METADATA_BYTES_MAX = 1 << 31
+
+_HOW_TO = f"write one with `train corpus`, or a {METADATA_NAME} beside your images, as docs/training.md shows"
+_REPLACE = "replace the file or remove its line; a corpus that `train corpus` wrote can be drawn again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,67 +77,98 @@ def open_corpus(folder: Path) -> Corpus:
 
     Raises:
         UsageError: the folder is not a corpus.
-        ArtifactError: a row is damaged, points outside of the folder or names a missing file; lists the rows.
+        ArtifactError: a row is damaged, has no caption, points outside of the folder, or names a file that is missing
+            or that another row names; lists the rows.
     """
     path = folder / METADATA_NAME
     if not path.is_file():
-        raise UsageError(f"`{folder}` has no {METADATA_NAME}, so it is no corpus", hint="write one with `train corpus`")
+        raise UsageError(f"`{folder}` has no {METADATA_NAME}, so it is no corpus", hint=_HOW_TO)
     rows, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    lines_of = dict[Path, int]()
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = _row(line)
-        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            file = _file(folder, row.file_name)
+        except (ValueError, RecursionError, TypeError) as error:
             faults.append(f"line {number}: {error}")
             continue
-        fault = _file_fault(folder, row)
-        if fault:
-            faults.append(f"line {number}: {fault}")
+        if file in lines_of:
+            faults.append(f"line {number}: `{row.file_name}` is also the file of line {lines_of[file]}")
+        lines_of.setdefault(file, number)
         rows.append(row)
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ArtifactError(
-            f"`{path}`: {'; '.join(faults[:5])}{more}",
-            hint="run the corpus command that wrote it again, which resumes, or remove these lines",
+            f"`{path}`: {listed(faults)}",
+            hint="correct or remove these lines; or run the corpus command that wrote it again, into another folder",
         )
     if not rows:
-        raise ArtifactError(f"`{path}` lists no image", hint="write a corpus with `train corpus`")
+        raise ArtifactError(f"`{path}` lists no image", hint=_HOW_TO)
     return Corpus(folder, tuple(rows))
 
 
+def listed(faults: Sequence[str]) -> str:
+    """The first faults in a sentence, and the number of others."""
+    more = f" and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+    return "; ".join(faults[:FAULTS_SHOWN]) + more
+
+
 def read_image(corpus: Corpus, row: Row) -> NDArray[np.uint8]:
-    """uint8 pixels [H,W,3] of one row.
+    """uint8 sRGB pixels [H,W,3] of one row, as `decode_picture` makes them.
 
     Raises:
-        ArtifactError: damaged, changed since it was written, or larger than `PIXELS_MAX`.
+        ArtifactError: damaged, or changed since its digest was taken.
     """
-    path, again = corpus.folder / row.file_name, "draw the corpus again"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"`{path}` is no readable image: {error}", hint=again) from error
+    return row_picture(corpus, row, read_file(corpus, row)).pixels
+
+
+def row_picture(corpus: Corpus, row: Row, data: bytes) -> Picture:
+    """The picture of a row from the bytes of its file.
+
+    Raises:
+        ArtifactError: damaged, or not the file of which the row has a digest.
+    """
+    path = corpus.folder / row.file_name
     if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
-        raise ArtifactError(f"`{path}` is not the file that its row was written for", hint=again)
-    return decode_image(data, str(path), again)
+        raise ArtifactError(f"`{path}` is not the file that its row was written for", hint=_REPLACE)
+    return decode_picture(data, str(path), _REPLACE)
 
 
-def decode_image(data: bytes, name: str, hint: str) -> NDArray[np.uint8]:
-    """uint8 pixels [H,W,3] of an image file; `name` and `hint` are for errors.
+def read_file(corpus: Corpus, row: Row) -> bytes:
+    """Bytes of a row's file.
 
     Raises:
-        ArtifactError: damaged, not an image, or larger than `PIXELS_MAX`.
+        ArtifactError: it cannot be read, or is larger than `FILE_BYTES_MAX`.
     """
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
+    path = corpus.folder / row.file_name
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > PIXELS_MAX:
-                raise ArtifactError(f"`{name}` has {image.width}x{image.height} pixels, expected up to {PIXELS_MAX:,}")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ArtifactError(f"`{name}` is no readable image: {error}", hint=hint) from error
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise ArtifactError(f"`{path}` is no readable image: {error.strerror or error}", hint=_REPLACE) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise ArtifactError(f"`{path}` has more than {FILE_BYTES_MAX:,} bytes", hint=_REPLACE)
+    return data
+
+
+@contextmanager
+def written_corpus(folder: Path, settings: Mapping[str, object]) -> Iterator[None]:
+    """Hold the lock of a corpus that is written, in a new folder or in one of equal settings.
+
+    Raises:
+        UsageError: the folder holds a corpus of other settings, or one that no command wrote.
+        HostError: another command writes there, or the folder cannot be written.
+    """
+    if (folder / METADATA_NAME).exists() and not (folder / SETTINGS_NAME).is_file():
+        raise UsageError(
+            f"`{folder}` has a {METADATA_NAME} that no command wrote", hint="choose another folder to write to"
+        )
+    with locked_folder(folder):
+        require_settings(folder, settings)
+        for images in (folder / IMAGES_NAME).glob("*"):
+            sweep_partials(images)
+        yield
 
 
 def write_image(folder: Path, index: int, pixels: NDArray[np.uint8], text: str, seed: int | None) -> Row:
@@ -190,10 +234,10 @@ def next_image(folder: Path) -> int:
     """
     if not written_rows(folder):
         return 0
-    line = (folder / METADATA_NAME).read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]
+    line = (folder / METADATA_NAME).read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
     try:
-        return int(Path(_row(line).file_name).stem) + 1
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        return int(Path(_row(line.decode()).file_name).stem) + 1
+    except (ValueError, RecursionError, TypeError) as error:
         raise ArtifactError(
             f"`{folder / METADATA_NAME}`: the last line is damaged: {error}", hint="remove that line, then run again"
         ) from error
@@ -213,21 +257,61 @@ def corpus_images(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> i
     return total
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_lines(path, METADATA_BYTES_MAX)
+    except OSError as error:
+        raise ArtifactError(f"cannot read `{path}`: {error.strerror or error}") from error
+    except UsageError as error:
+        raise ArtifactError(str(error), hint=error.hint) from error
+
+
 def _row(line: str) -> Row:
+    """Read a line; keys other than those of `Row` are passed over.
+
+    Raises:
+        ValueError, TypeError, RecursionError: the line is damaged; says how.
+    """
     parsed = json.loads(line)
     if not isinstance(parsed, dict):
         raise TypeError("no JSON object")
-    name, text, seed = parsed["file_name"], parsed.get("text", parsed.get("prompt")), parsed.get("seed")
-    if not isinstance(name, str) or not isinstance(text, str) or len(text) > TEXT_CHARACTERS_MAX:
-        raise TypeError("`file_name` and `text` must be text")
+    name, text = _text("file_name", parsed.get("file_name")), _text("text", parsed.get("text", parsed.get("prompt")))
+    seed, digest = parsed.get("seed"), parsed.get("sha256", "")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
-        raise TypeError(f"`seed` is {seed!r}, expected 0 to 2^64 - 1")
-    digest = parsed.get("sha256", "")
+        raise TypeError(f"`seed` is {_shown(seed)}, expected 0 to 2^64 - 1")
     return Row(name, text, seed, digest if isinstance(digest, str) else "")
 
 
-def _file_fault(folder: Path, row: Row) -> str:
-    path = folder / row.file_name
-    if Path(row.file_name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        return f"`{row.file_name}` leaves the folder"
-    return "" if path.is_file() else f"`{row.file_name}` is missing"
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > TEXT_CHARACTERS_MAX:
+        raise TypeError(
+            f"`{key}` is {_shown(value)}, expected text of up to {TEXT_CHARACTERS_MAX:,} characters, not empty"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"`{key}` has half of a surrogate pair, which is no character")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value as an error shows it: the start of a long one."""
+    shown = "missing" if value is None else repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}…"
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The real path of a row's file.
+
+    Raises:
+        ValueError: it is missing, no file, or outside of the folder.
+    """
+    path = folder / name
+    try:
+        real = path.resolve()
+        is_file = real.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero character, links in a circle
+        raise ValueError(f"`{_shown(name)}` is no path: {error}") from error
+    if Path(name).is_absolute() or not real.is_relative_to(folder.resolve()):
+        raise ValueError(f"`{name}` leaves the folder")
+    if not is_file:
+        raise ValueError(f"`{name}` is missing")
+    return real

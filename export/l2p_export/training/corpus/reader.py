@@ -30,15 +30,16 @@ def image_reader(images: Images, device: torch.device) -> Callable[[Sequence[int
     """
     if isinstance(images, RenderedScenes):
         return partial(_rendered_values, images.scenes, device)
-    corpus, kept = images, dict[int, Tensor]()
+    corpus, kept, kept_bytes = images, dict[int, Tensor](), 0
 
     def pixels(place: int) -> Tensor:
+        nonlocal kept_bytes
         found = kept.get(place)
         if found is None:
             found = torch.from_numpy(np.array(read_image(corpus, corpus.rows[place]))).permute(2, 0, 1).contiguous()
-            # All images of a corpus have about the same size.
-            if (len(kept) + 1) * found.numel() <= KEPT_BYTES:
+            if kept_bytes + found.numel() <= KEPT_BYTES:
                 kept[place] = found
+                kept_bytes += found.numel()
         return found
 
     return lambda places, size_px: torch.stack([square_values(pixels(place).to(device), size_px) for place in places])

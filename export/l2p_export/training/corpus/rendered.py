@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2p_export.training.corpus.corpus import PIXELS_MAX, Row, append_rows, corpus_images, write_image, written_rows
-from l2p_export.training.loop.settings import require_settings
+from l2p_export.training.corpus.corpus import (
+    Row,
+    append_rows,
+    corpus_images,
+    write_image,
+    written_corpus,
+    written_rows,
+)
+from l2p_export.training.corpus.pictures import PIXELS_MAX
+from l2p_export.training.loop.settings import digest
 from l2p_export.world.captions import caption, describe
 from l2p_export.world.render import render
 from l2p_export.world.scenes import Scene, draw_description, place
@@ -84,7 +92,7 @@ def render_corpus(
     Raises:
         UsageError: no prompt, one that is not a caption of the small world, a size or seed out of range, or the folder
             holds a corpus of other settings.
-        HostError: the disk is full; what was rendered is kept.
+        HostError: another command writes there, or the disk is full; what was rendered is kept.
     """
     height, width = size_px
     short = min(height, width)
@@ -97,19 +105,19 @@ def render_corpus(
     descriptions = [describe(prompt) for prompt in prompts]
     settings: dict[str, object] = {
         "source": "renders",
-        "prompts": len(prompts),
+        "prompts": digest(prompts),
         "seeds_per_prompt": seeds_per_prompt,
         "seed": seed,
         "size": f"{width}x{height}",
     }
-    require_settings(out, settings)
-    done = written_rows(out)
-    with report.task("rendering the corpus", total - done, "images") as advance:
-        for number in range(done, total):
-            index = number // seeds_per_prompt
-            random = np.random.default_rng([seed + number])
-            scene = place(descriptions[index], random, (height / short, width / short))
-            image = render(scene, height, width)
-            append_rows(out, [write_image(out, number, image, prompts[index], None)])
-            advance(1)
-    return total - done
+    with written_corpus(out, settings):
+        done = written_rows(out)
+        with report.task("rendering the corpus", total - done, "images") as advance:
+            for number in range(done, total):
+                index = number // seeds_per_prompt
+                random = np.random.default_rng([seed + number])
+                scene = place(descriptions[index], random, (height / short, width / short))
+                image = render(scene, height, width)
+                append_rows(out, [write_image(out, number, image, prompts[index], None)])
+                advance(1)
+        return total - done

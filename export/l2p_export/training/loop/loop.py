@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from l2p_engines.store.locks import locked
 from l2p_export.training.loop.distributed import ALONE, ProcessGroup, gathered, without_exchange
 from l2p_export.training.loop.masters import (
     Weights,
@@ -29,6 +28,7 @@ from l2p_export.training.loop.masters import (
     trained_weights,
     whole_averages,
 )
+from l2p_export.training.loop.settings import locked_folder
 from l2p_export.training.loop.states import latest_state, save_state
 from l2p_runtime.errors import ArtifactError, CancelledError, HostError, L2PError, UsageError
 from l2p_runtime.files import write_text
@@ -37,7 +37,7 @@ from l2p_runtime.noise import checked_seed
 if TYPE_CHECKING:
     from l2p_runtime.progress import Reporter
 
-PROGRESS_NAME, LOCK_NAME = "progress.csv", ".training.lock"
+PROGRESS_NAME = "progress.csv"
 COLUMNS = ("step", "samples", "loss", "gradient_norm", "learning_rate", "seconds")
 
 CPU = torch.device("cpu")
@@ -188,7 +188,10 @@ def train_weights(
     Raises:
         As `train`.
     """
-    with _working_folder(folder, ranks), _stop_signals() as stopped, ExitStack() as stack:
+    with ExitStack() as stack:
+        if ranks.is_rank_zero:
+            stack.enter_context(locked_folder(folder, busy=f"another run is training in `{folder}`"))
+        stopped = stack.enter_context(_stop_signals())
         step, seconds = _resume(folder, weights, settings, schedule.steps, ranks)
         saved_step = step
         write = _progress_writer(folder, step, stack) if ranks.is_rank_zero else _write_nothing
@@ -291,20 +294,6 @@ def _resume(
     saved.require(settings, steps)
     saved.load(weights)
     return saved.step, saved.seconds
-
-
-@contextmanager
-def _working_folder(folder: Path, ranks: ProcessGroup) -> Iterator[None]:
-    """Create and lock the folder."""
-    if not ranks.is_rank_zero:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"cannot write `{folder}`: {error.strerror or error}", hint="choose another folder") from error
-    with locked(folder / LOCK_NAME, busy=f"another run is training in `{folder}`"):
-        yield
 
 
 @contextmanager

@@ -1,16 +1,62 @@
-"""Settings file of a working folder, so that a run resumes only with equal settings."""
+"""Lock and settings file of a folder that a run writes: one run at a time, resumed only with equal settings."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from l2p_engines.store.locks import locked
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
-from l2p_runtime.files import write_json
+from l2p_runtime.files import sweep_partials, write_json
+
+LOCK_NAME, SETTINGS_NAME = ".writing.lock", "settings.json"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def require_settings(folder: Path, settings: Mapping[str, object], name: str = "settings.json") -> None:
+@contextmanager
+def locked_folder(folder: Path, busy: str = "") -> Iterator[None]:
+    """Make a folder, hold its lock, and remove what a killed writer left in it.
+
+    If it is used wrongly (UsageError), a folder that is made here and stays empty is removed.
+
+    Args:
+        folder: the folder.
+        busy: what the error says if another process holds the lock.
+
+    Raises:
+        HostError: another process writes there, or the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / LOCK_NAME, busy=busy or f"another command is writing `{folder}`"))
+                sweep_partials(folder)
+            except OSError as error:
+                raise HostError(
+                    f"cannot write `{folder}`: {error.strerror or error}", hint="choose another folder"
+                ) from error
+            yield
+    except UsageError:
+        # The first that is not empty ends it.
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def digest(values: object) -> str:
+    """Hex SHA-256 of JSON values, for settings that are too long to be written."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def require_settings(folder: Path, settings: Mapping[str, object], name: str = SETTINGS_NAME) -> None:
     """Write the settings of a new folder, or check that an existing folder has the same.
 
     Raises:
@@ -59,4 +105,6 @@ def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return f"digest {value[:16]}"
     return "not set" if value is None else repr(value)

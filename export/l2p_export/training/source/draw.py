@@ -18,11 +18,11 @@ from l2p_export.families.z_image_l2p.pixel import load_published
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors.digests import weights_digest
 from l2p_export.tensors.sources import read_tensor
-from l2p_export.training.corpus.corpus import append_rows, corpus_images, next_image, write_image
+from l2p_export.training.corpus.corpus import append_rows, corpus_images, next_image, write_image, written_corpus
 from l2p_export.training.flow import sample
 from l2p_export.training.loop.loop import CPU
-from l2p_export.training.loop.settings import require_settings
-from l2p_export.training.source.folder import Embeds, Source, encode_texts, load_autoencoder
+from l2p_export.training.loop.settings import digest
+from l2p_export.training.source.folder import Embeds, Source, encode_texts, folder_digest, load_autoencoder
 from l2p_export.world.captions import describe
 from l2p_export.world.judge import judge, require_judge
 from l2p_runtime.errors import ArtifactError, UsageError
@@ -161,7 +161,8 @@ def draw_corpus(
     Raises:
         UsageError: no prompt, one that the judge cannot read, a seed out of range, or the folder holds a corpus of
             other settings.
-        HostError: the disk is full (drawn images are kept), or scikit-image, which the judge needs, is not installed.
+        HostError: another command writes there, the disk is full (drawn images are kept), or scikit-image, which the
+            judge needs, is not installed.
     """
     total = corpus_images(prompts, seeds_per_prompt, seed)
     if judged:
@@ -170,7 +171,8 @@ def draw_corpus(
     settings: dict[str, object] = {
         # By content, because a folder of the same name may hold another source when a run resumes.
         "source": weights_digest(artist.source.transformer.tensors, artist.source.transformer.tensors),
-        "prompts": len(prompts),
+        "source_files": folder_digest(artist.source.folder),
+        "prompts": digest(prompts),
         "seeds_per_prompt": seeds_per_prompt,
         "seed": seed,
         "size": f"{spec.width_px}x{spec.height_px}",
@@ -180,21 +182,21 @@ def draw_corpus(
     }
     if judged:
         settings["judged"] = True
-    require_settings(out, settings)
-    done, added = next_image(out), 0
-    with report.task("drawing the corpus", total - done, "images") as advance:
-        for start in range(done, total, spec.batch):
-            numbers = range(start, min(total, start + spec.batch))
-            texts = [prompts[number // seeds_per_prompt] for number in numbers]
-            images = draw_images(artist, texts, [seed + number for number in numbers], spec)
-            rows = [
-                write_image(out, number, image, text, seed + number)
-                for number, image, text in zip(numbers, images, texts, strict=True)
-                if descriptions is None or judge(image, descriptions[number // seeds_per_prompt]).passed
-            ]
-            append_rows(out, rows)
-            advance(len(numbers))
-            added += len(rows)
+    with written_corpus(out, settings):
+        done, added = next_image(out), 0
+        with report.task("drawing the corpus", total - done, "images") as advance:
+            for start in range(done, total, spec.batch):
+                numbers = range(start, min(total, start + spec.batch))
+                texts = [prompts[number // seeds_per_prompt] for number in numbers]
+                images = draw_images(artist, texts, [seed + number for number in numbers], spec)
+                rows = [
+                    write_image(out, number, image, text, seed + number)
+                    for number, image, text in zip(numbers, images, texts, strict=True)
+                    if descriptions is None or judge(image, descriptions[number // seeds_per_prompt]).passed
+                ]
+                append_rows(out, rows)
+                advance(len(numbers))
+                added += len(rows)
     return added
 
 

@@ -5,6 +5,7 @@ The same code opens the small source and the published Z-Image.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from l2p_export.families.z_image_l2p.pixel import published_state
 from l2p_export.tensors.checkpoint import Checkpoint
 from l2p_export.tensors.files import open_weights
 from l2p_export.training.source.model import TEXT_ENCODER, SourceModel
+from l2p_runtime.bundle import file_stamp
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.files import commit_file, partial_folder
 from l2p_runtime.text import CHAT_TEMPLATE, Tokenizer, load_tokenizer
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 _INDEX_NAME = "model_index.json"
 TOKENS_MULTIPLE = 32
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+"""Folders of a pipeline folder."""
 
 # The published template for one user message, as a Jinja template for transformers.
 _TEMPLATE = (
@@ -252,9 +257,20 @@ def encode_texts(source: Source, texts: Sequence[str], tokens: int | None = None
     return Embeds(values, mask)
 
 
+def folder_digest(folder: Path, parts: Sequence[str] = PARTS) -> str:
+    """Digest of parts of a source from names, sizes and stamps of their files, without reading gigabytes of weights."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for path in sorted((folder / part).glob("*")):
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                digest.update(f"{name}\0{path.stat().st_size}\0{file_stamp(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def _shift(path: Path) -> float:
     try:
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         shift = float(config.get("shift", 1.0))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(

@@ -17,7 +17,7 @@ from l2p_export.training.source.autoencoder import encode
 from l2p_export.training.source.tokens import caption_ids
 from l2p_export.world.batched import render_batch, what_lies_where
 from l2p_export.world.captions import caption
-from l2p_export.world.scenes import Scene, draw_description, place
+from l2p_export.world.scenes import Scene, draw_description, place, scenes_digest
 from l2p_runtime.errors import HostError
 from l2p_runtime.tensorfile import write_tensorfile
 
@@ -39,12 +39,14 @@ class LatentData:
 
     Attributes:
         shares: [N, h*w/4, K], the share of each of the K `LABELS` in each patch of 2 x 2 latents.
+        made_from: identifies the autoencoder and the scenes.
     """
 
     latents: Tensor
     ids: Tensor
     empty: Tensor
     shares: Tensor
+    made_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ def scene_latents(
         HostError: the file cannot be written.
     """
     # Identifies the file's inputs: latents of another autoencoder or another set of scenes are recomputed.
-    made_from = f"{_digest(model)} {scenes.seed} {scenes.count} {scenes.size_px}"
     drawn = [_scene(scenes.seed, index) for index in range(scenes.count)]
+    made_from = f"{_digest(model)} {scenes_digest(drawn)} {scenes.size_px}"
     stored = _read(path, made_from)
     if stored is None:
         stored = _encode(model, tokenizer, drawn, scenes.size_px, report, device)
@@ -97,6 +99,7 @@ def scene_latents(
         stored["ids"].to(device),
         caption_ids(tokenizer, [""])[0].to(device),
         torch.cat(shares).flatten(1, 2),
+        made_from,
     )
 
 

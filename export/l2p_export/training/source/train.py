@@ -19,6 +19,7 @@ from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.tensors.sources import read_tensor
 from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop.loop import CPU, Schedule, generator, train
+from l2p_export.training.loop.settings import digest, locked_folder
 from l2p_export.training.sheet import SampleSpec
 from l2p_export.training.source.autoencoder import IMAGE_PX, train_autoencoder
 from l2p_export.training.source.folder import load_autoencoder, open_source, write_source
@@ -98,8 +99,22 @@ def train_source(
         device: device of all computations, which are in float32.
 
     Raises:
-        As `loop.train`; ArtifactError if `init` is another kind of source; HostError if a file cannot be written.
+        As `loop.train`; ArtifactError if `init` is another kind of source; HostError if a file cannot be written,
+        or another run writes one of the folders.
     """
+    with locked_folder(work, busy=f"another run is training in `{work}`"), locked_folder(out):
+        _train_parts(out, work, spec, report, samples, init, device)
+
+
+def _train_parts(
+    out: Path,
+    work: Path,
+    spec: SourceSpec,
+    report: Reporter,
+    samples: SampleSpec | None,
+    init: Path | None,
+    device: torch.device,
+) -> None:
     d, tokenizer, seed = source_dimensions(), world_tokenizer(), spec.transformer.seed
     if init is None:
         autoencoder = train_autoencoder(work / "autoencoder", spec.autoencoder, report, device)
@@ -205,6 +220,8 @@ def train_transformer(
     start = float(sum(value.double().abs().sum() for value in model.state_dict().values()))
     images = {f"{8 * scenes.latents.shape[2]} px": len(scenes.latents) for scenes in data}
     settings = {"stage": "source", "schedule": asdict(schedule), "images": images, "start": f"{start:.6e}"}
+    # Scenes, and the autoencoder that made latents of them.
+    settings["data"] = digest([scenes.made_from for scenes in data])
     averaging = SourceModel(d).to(device)
 
     def saved(step: int, averaged: Mapping[str, Tensor]) -> None:

@@ -125,7 +125,7 @@ def draw_step(captions: Captions, spec: TransferSpec, step: int) -> Draws:
         tuple(captions.places[length][place] for place in picked),
         draw_sigmas(count, spec.shift, draws),
         torch.rand(count, generator=draws) < spec.caption_dropout,
-        _draw_window(size_px // spec.patch_px, spec, draws),
+        draw_window(size_px // spec.patch_px, spec, draws),
     )
 
 
@@ -135,24 +135,35 @@ def batches(
     """Make a function from (step, micro batch) to this rank's batch, on its device."""
     parts = spec.schedule.micro_batches
     count = spec.schedule.batch // (parts * ranks.size)
-    model, device = model_spec(d), ranks.device
-    read = image_reader(images, device)
+    assemble = assembler(images, captions, d, spec, ranks.device)
 
     def batch(step: int, micro: int) -> Batch:
-        drawn = draw_step(captions, spec, step)
         first = (ranks.rank * parts + micro) * count
-        samples = range(first, first + count)
+        return assemble(draw_step(captions, spec, step), range(first, first + count), (spec.schedule.seed, step))
+
+    return batch
+
+
+def assembler(
+    images: Images, captions: Captions, d: Dimensions, spec: TransferSpec, device: torch.device
+) -> Callable[[Draws, range, tuple[int, ...]], Batch]:
+    """Make a function from random draws, the numbers of some of their samples, and a seed of noise to their batch."""
+    model = model_spec(d)
+    read = image_reader(images, device)
+
+    def assemble(drawn: Draws, samples: range, seed: tuple[int, ...]) -> Batch:
         places = [drawn.places[sample][0] for sample in samples]
         clean = read(places, drawn.size_px)
         if spec.noise == "stored":
             noise = torch.stack([stored_noise(images.rows[place], drawn.size_px) for place in places]).to(device)
         else:
             # From 1, because a seed sequence ignores zeros at its end.
-            own = [generator(spec.schedule.seed, step, sample + 1, device=device) for sample in samples]
+            own = [generator(*seed, sample + 1, device=device) for sample in samples]
             noise = torch.stack([torch.randn(clean.shape[1:], generator=draws, device=device) for draws in own])
-        sigma = drawn.sigma[first : first + count].to(device)
+        part = slice(samples.start, samples.stop)
+        sigma = drawn.sigma[part].to(device)
         rows = [drawn.places[sample][1] for sample in samples]
-        embeds = _with_dropout(captions, drawn.length, rows, drawn.dropped[first : first + count])
+        embeds = _with_dropout(captions, drawn.length, rows, drawn.dropped[part])
         tokens = drawn.size_px // spec.patch_px
         cos, sin = (torch.from_numpy(table).to(device) for table in rope_tables(model, tokens, tokens, drawn.length))
         wanted = clean - noise
@@ -167,7 +178,7 @@ def batches(
             wanted,
         )
 
-    return batch
+    return assemble
 
 
 def stored_noise(row: Row, size_px: int) -> Tensor:
@@ -190,7 +201,8 @@ def _with_dropout(captions: Captions, length: int, rows: list[int], dropped: Ten
     return Embeds(values, mask)
 
 
-def _draw_window(tokens: int, spec: TransferSpec, draws: torch.Generator) -> Window | None:
+def draw_window(tokens: int, spec: TransferSpec, draws: torch.Generator) -> Window | None:
+    """A random window of the head in a square of tokens; None for the whole square."""
     side = spec.window_tokens
     if not side or side >= tokens:
         return None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2p_export.training.corpus.checking import check_images
 from l2p_export.training.corpus.corpus import open_corpus
 from l2p_export.training.corpus.rendered import world_scenes
 from l2p_export.training.sheet import SampleSpec
 from l2p_export.training.source.folder import open_headers, open_source
 from l2p_export.training.transfer.batches import padded_lengths, require_seeds
 from l2p_export.training.transfer.forecast import TrainingForecast, require_memory, transfer_forecast
+from l2p_export.training.transfer.holdout import holdout_count, read_losses, split_images
 from l2p_export.training.transfer.samples import pixel_samples
 from l2p_export.training.transfer.spec import pixel_dimensions, require_compiler, require_split
 from l2p_export.training.transfer.train import transfer
@@ -33,25 +35,36 @@ class TransferJob:
 
     Attributes:
         source: pipeline folder.
-        images: training images.
+        images: images to train on, and those to hold out.
+        holdout: number of images to hold out.
         samples: samples to draw and judge at each saved state; None for none.
         dimensions: of the pixel model.
+        counts: of images, by what is done to them; empty before `check_job_images`.
     """
 
     source: Path
     images: Images
+    holdout: int
     spec: TransferSpec
     options: TrainingOptions
     ranks: ProcessGroup
     samples: SampleSpec | None
     dimensions: Dimensions
     forecast: TrainingForecast
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
         """The settings as JSON values."""
         layers = [self.dimensions.trunk.start, self.dimensions.trunk.stop]
-        return {"images": len(self.images), "trunk_layers": layers, **asdict(self.spec), **asdict(self.options)}
+        return {
+            "images": len(self.images),
+            "held_out_images": self.holdout,
+            "image_changes": dict(self.counts),
+            "trunk_layers": layers,
+            **asdict(self.spec),
+            **asdict(self.options),
+        }
 
     def require_memory(self) -> None:
         """Check the forecast against this machine.
@@ -84,7 +97,7 @@ def check_transfer(
         samples: number of captions drawn and judged at each saved state; 0 for none.
 
     Raises:
-        UsageError: options that do not fit each other, or images without seeds for stored noise.
+        UsageError: options that do not fit each other, images without seeds for stored noise, or none left to train on.
         ArtifactError: the source or the corpus cannot be read.
     """
     require_split(spec.schedule, ranks)
@@ -92,6 +105,7 @@ def check_transfer(
     drawn = SampleSpec(samples, min(spec.sizes_px), shift=spec.shift) if samples else None
     transformer, encoder = open_headers(source)
     images = open_corpus(corpus) if corpus else world_scenes(scenes, spec.schedule.seed)
+    holdout = holdout_count(spec.holdout, len(images))
     if spec.noise == "stored":
         require_seeds(images)
     d = pixel_dimensions(transformer, spec)
@@ -106,13 +120,28 @@ def check_transfer(
         caption_values=sum(lengths.values()) * d.caption_width,
         files=len(images) if corpus else 0,
     )
-    return TransferJob(source, images, spec, options, ranks, drawn, d, forecast)
+    return TransferJob(source, images, holdout, spec, options, ranks, drawn, d, forecast)
+
+
+def check_job_images(job: TransferJob, report: Reporter) -> TransferJob:
+    """Decode every image once, and report what is upscaled, cropped or converted.
+
+    Raises:
+        ArtifactError: images cannot be trained on; lists them.
+    """
+    checked = check_images(job.images, max(job.spec.sizes_px), report)
+    if checked.counts:
+        report.note(checked.text)
+    return replace(job, images=checked.images, counts=checked.counts)
 
 
 def run_transfer(
     job: TransferJob, out: Path, work: Path, init: Path | None, metadata: Mapping[str, str], report: Reporter
-) -> None:
+) -> float | None:
     """Train, or resume from the last saved state in `work`, and write adapters to `out`.
+
+    Returns:
+        The loss on held-out images; None without them, and on ranks other than 0.
 
     Raises:
         UsageError: the states in `work` are of another run.
@@ -120,9 +149,10 @@ def run_transfer(
     """
     opened = open_source(job.source)
     on_save = None if job.samples is None else pixel_samples(work, job.dimensions, opened, job.samples)
+    training, held_out = split_images(job.images, job.holdout, job.spec.schedule.seed)
     transfer(
         opened,
-        job.images,
+        training,
         job.spec,
         out,
         work,
@@ -132,4 +162,10 @@ def run_transfer(
         options=job.options,
         ranks=job.ranks,
         metadata=metadata,
+        held_out=held_out,
     )
+    if held_out is None or not job.ranks.is_rank_zero:
+        return None
+    _, loss = read_losses(work)[-1]
+    report.note(f"loss on {len(held_out)} held-out images: {loss:.4f}")
+    return loss

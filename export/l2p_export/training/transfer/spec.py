@@ -48,6 +48,7 @@ class TransferSpec:
             false image borders.
         head_divisor: divisor of the published head's channels; 1 for the published head.
         checkpointing: recompute activations in the backward pass.
+        holdout: images that are not trained on: a share below 1, or a number of them; 0 for none.
     """
 
     variant: str
@@ -60,6 +61,7 @@ class TransferSpec:
     halo_tokens: int = HALO_ROWS
     head_divisor: int = 1
     checkpointing: bool = False
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -89,6 +91,8 @@ class TransferSpec:
             raise UsageError(f"a halo of {self.halo_tokens} tokens, expected 0 to {HALO_ROWS}, which is exact")
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"caption dropout is {self.caption_dropout}, expected 0 up to 1")
+        if not 0 <= self.holdout < math.inf or (self.holdout > 1 and self.holdout != int(self.holdout)):
+            raise UsageError(f"holdout is {self.holdout}, expected a share below 1, or a number of images")
         if not 0 < self.shift < math.inf or self.head_divisor < 1:
             raise UsageError(
                 f"shift is {self.shift} and head divisor {self.head_divisor}, expected above 0, and 1 or more"

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from l2p_export.evaluation.contact_sheet import FRAME_PX, RIGHT, WRONG
 from l2p_export.evaluation.scores import (
-    FRAME_PX,
     PARTS,
-    RIGHT,
     ROWS_NAME,
     SCORES_NAME,
     SHEET_NAME,
-    WRONG,
     Evaluation,
     Prompt,
     Score,

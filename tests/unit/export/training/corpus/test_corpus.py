@@ -83,8 +83,19 @@ def add_line(text: str) -> Callable[[Path], None]:
         (remove_image, "line 3: `images/00/00000002.png` is missing"),
         (add_line("{"), "line 7: "),
         (add_line("[]"), "line 7: no JSON object"),
-        (add_line('{"text": "a"}'), "line 7: 'file_name'"),
-        (add_line('{"file_name": "images/00/00000000.png", "text": 3}'), "line 7: .*must be text"),
+        (add_line('{"text": "a"}'), "line 7: `file_name` is missing, expected text"),
+        (add_line('{"file_name": "a.png"}'), "line 7: `text` is missing, expected text"),
+        (add_line('{"file_name": "images/00/00000000.png", "text": 3}'), "line 7: `text` is 3, expected text"),
+        (
+            add_line('{"file_name": "images/00/00000000.png", "text": " "}'),
+            "line 7: `text` is ' ', expected .* not empty",
+        ),
+        (add_line('{"file_name": "a.png", "text": "\\ud83d"}'), "line 7: `text` has half of a surrogate pair"),
+        (add_line('{"file_name": "a\\u0000.png", "text": "a"}'), "line 7: .* is no path: embedded null"),
+        (add_line('{"file_name": "%s", "text": "a"}' % ("a" * 300)), "line 7: .* is no path: .*name too long"),
+        (add_line('{"file_name": "images", "text": "a"}'), "line 7: `images` is missing"),
+        (add_line('{"file_name": "images/00/00000003.png", "text": "a"}'), "line 7: .* is also the file of line 4"),
+        (add_line('{"file_name": "./images/../images/00/00000003.png", "text": "a"}'), "is also the file of line 4"),
         (add_line('{"file_name": "images/00/00000000.png", "text": "a", "seed": -1}'), "line 7: `seed` is -1"),
         (add_line('{"file_name": "images/00/00000000.png", "text": "a", "seed": true}'), "line 7: `seed` is True"),
         (add_line('{"file_name": "../../etc/passwd", "text": "a"}'), "leaves the folder"),
@@ -130,6 +141,37 @@ def test_folders_of_other_tools_are_read(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path)
     assert (len(corpus), corpus.rows[0].seed) == (1, None)
     assert read_image(corpus, corpus.rows[0]).shape == (10, 20, 3)
+
+
+def test_links_are_followed_within_the_folder(folder: Path) -> None:
+    (folder / "a.png").symlink_to(folder / "images" / "00" / "00000002.png")
+    add_line('{"file_name": "a.png", "text": "a"}')(folder)
+    with pytest.raises(ArtifactError, match=r"line 7: `a\.png` is also the file of line 3"):
+        open_corpus(folder)
+    (folder / "a.png").unlink()
+    (folder / "a.png").symlink_to(folder / "a.png")
+    with pytest.raises(ArtifactError, match=r"line 7: .*a.png.* is no path"):
+        open_corpus(folder)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("caption", ["a\u2028cat", "a\x85cat", "a\x0bcat\x0c", "a\rcat"])
+def test_captions_may_hold_other_line_separators(tmp_path: Path, caption: str, end: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    rows = [{"file_name": name, "text": caption, "license": "CC0", "seed": None} for name in ("a.png", "b.png")]
+    text = "\ufeff" + end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if any(ord(character) < 32 for character in caption):  # not valid inside of JSON text
+        text = "\ufeff" + end.join(json.dumps(row) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode())
+    assert [(row.file_name, row.text) for row in open_corpus(tmp_path).rows] == [("a.png", caption), ("b.png", caption)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_other_encodings_are_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "café"}\n'.encode(encoding))
+    with pytest.raises(ArtifactError, match=r"is UTF-16, expected UTF-8|is not UTF-8: byte 0xe9 in line 1"):
+        open_corpus(tmp_path)
 
 
 def test_absent_and_empty_corpora(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fakes.sources import tiny_spec, write_tiny_corpus, write_tiny_source
 from l2p_export.training.corpus import reader
-from l2p_export.training.corpus.corpus import Corpus, Row, open_corpus, read_image
+from l2p_export.training.corpus.corpus import Corpus, Row, open_corpus, read_image, write_image
 from l2p_export.training.corpus.reader import image_reader
 from l2p_export.training.corpus.rendered import render_corpus, world_captions, world_scenes
 from l2p_export.training.loop.loop import CPU
@@ -63,6 +63,19 @@ def test_what_does_not_fit_is_read_again(tmp_path: Path, reads: list[str], monke
     assert again.equal(first)
     kept, *others = (corpus.rows[place].file_name for place in (0, 2, 4))
     assert reads == [kept, *others, *others]
+
+
+def test_what_is_kept_is_bounded_for_images_of_any_size(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small image after a large one: together they are more than what is kept."""
+    large, small = np.zeros((90, 90, 3), np.uint8), np.zeros((30, 30, 3), np.uint8)
+    rows = [write_image(tmp_path, index, pixels, "black", None) for index, pixels in enumerate((large, small))]
+    read = image_reader(Corpus(tmp_path, tuple(rows)), CPU)
+    monkeypatch.setattr(reader, "KEPT_BYTES", large.size + small.size - 1)
+    for _ in range(2):
+        read([0, 1], 32)
+    assert reads == [rows[0].file_name, rows[1].file_name, rows[1].file_name]
 
 
 def test_scenes_train_adapters(tmp_path: Path) -> None:

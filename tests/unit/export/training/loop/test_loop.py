@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fakes.toys import SCHEDULE, Toy, kill_self, progress, run, state_names, tensors
 from l2p_engines.store.locks import locked
-from l2p_export.training.loop.loop import LOCK_NAME, PROGRESS_NAME, StoppedError, generator
+from l2p_export.training.loop.loop import PROGRESS_NAME, StoppedError, generator
 from l2p_export.training.loop.masters import move, take_gradients, trained_weights
+from l2p_export.training.loop.settings import LOCK_NAME
 from l2p_export.training.loop.states import latest_state
 from l2p_runtime.errors import ArtifactError, CancelledError, HostError, L2PError, UsageError
 

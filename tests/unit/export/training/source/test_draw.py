@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 PROMPTS = world_captions(9, 4)
 SILENT = Silent()
 SPEC = DrawSpec(64, 64, 2, 1.0, 2.0, batch=2)
-ARTIST = cast("Artist", SimpleNamespace(source=SimpleNamespace(transformer=SimpleNamespace(tensors={}))))
+SOURCE = SimpleNamespace(folder=Path("nowhere"), transformer=SimpleNamespace(tensors={}))
+ARTIST = cast("Artist", SimpleNamespace(source=SOURCE))
 
 
 @pytest.fixture(autouse=True)
