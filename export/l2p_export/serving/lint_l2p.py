@@ -67,6 +67,11 @@ def _scheduling_faults(model: Model) -> Iterator[Fault]:
         yield "max_batch_size", f"is {config.max_batch_size}, expected 0: requests have no batch axis"
     if config.WhichOneof("scheduling_choice") == "sequence_batching":
         yield "sequence_batching", "is set: every request would need a correlation ID"
+    if config.response_cache.enable and not streams:
+        yield (
+            "response_cache",
+            "is enabled: a cache answers health checks and requests for PNG files with what it holds",
+        )
     if config.model_transaction_policy.decoupled != streams:
         wanted = "`decoupled: true`" if streams else "no `decoupled: true`"
         yield "model_transaction_policy", f"does not fit the code of `{model.folder.name}`, which needs {wanted}"

@@ -34,7 +34,7 @@ DEFAULT_FILES: Mapping[str, str] = {
 }
 """Backend to the file that it loads; servers recognise a model without a backend by it."""
 
-_MODULE_FILE = re.compile(r"[A-Za-z0-9_][\w/]*\.py", re.ASCII)
+_MODULE_FILE = re.compile(r"[^.]+\.py")
 _LEADING_NUMBER = re.compile(r"\s*([+-]?[0-9]+)", re.ASCII)
 _GLUE_FILE = "glue.py"
 _VERSION_MAX = 2**63 - 1
@@ -93,10 +93,9 @@ def check_versions(model: Model) -> Iterator[Fault]:
     for number, name in found.items():
         if not -_VERSION_MAX <= number <= _VERSION_MAX:
             yield "versions", f"`{name}` is beyond {_VERSION_MAX}: the server crashes"
-        elif name != str(number):
-            text = f"`{name}` is version {number} to the server, which then waits for a folder `{number}` for ever"
-            if number in model.served():
-                yield "versions", f"{text}: move it out of the model folder"
+        elif number in model.served() and (name != str(number) or number < 0):
+            text = f"`{name}` is version {number} to the server, which then waits for its files for ever"
+            yield "versions", f"{text}: move it out of the model folder"
     if model.served():
         return
     if found:
@@ -125,7 +124,7 @@ def check_files(model: Model) -> Iterator[Fault]:
 
 def _check_code(model: Model, version: Path, file: str) -> Iterator[Fault]:
     if not _MODULE_FILE.fullmatch(file):
-        yield file, "is no name of a Python module: the server imports letters, digits and `_`, then `.py`"
+        yield file, "is no name of a Python module: expected `.py` at its end, and no other dot"
     for fault in code_faults(version, model.folder, file):
         yield fault.file, fault.text
     if model.folder.name not in IMAGE_MODELS:
