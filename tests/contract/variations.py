@@ -267,13 +267,13 @@ SCHEDULING: dict[str, Variation] = {
 }
 
 TENSORS: dict[str, Variation] = {
-    "input dtype": Variation(tensor("height", "data_type: TYPE_INT64 dims: 1 optional: true"), REFUSES, "TYPE_INT64"),
+    "input dtype": Variation(tensor("height", "data_type: TYPE_INT64 dims: 1 optional: true"), WAITS, "TYPE_INT64"),
     "unknown dtype": Variation(tensor("height", "data_type: TYPE_INT dims: 1 optional: true"), REFUSES, "TYPE_INT."),
     "no dtype": Variation(add('input { name: "x" dims: 1 optional: true }'), REFUSES, "has no data_type"),
     "no name of an input": Variation(add("input { data_type: TYPE_INT32 dims: 1 }"), REFUSES, "has no name"),
     "no dims": Variation(tensor("height", "data_type: TYPE_INT32 optional: true"), REFUSES, "has no dims"),
     "dims 0": Variation(tensor("height", "data_type: TYPE_INT32 dims: 0 optional: true"), REFUSES, "has dims [0]"),
-    "rank": Variation(tensor("height", "data_type: TYPE_INT32 dims: [1, 1] optional: true"), REFUSES, "[1, 1]"),
+    "rank": Variation(tensor("height", "data_type: TYPE_INT32 dims: [1, 1] optional: true"), WAITS, "[1, 1]"),
     "looser dims": Variation(tensor("height", "data_type: TYPE_INT32 dims: -1 optional: true"), SERVES),
     "reshape": Variation(
         tensor("height", "data_type: TYPE_INT32 dims: 1 reshape { shape: [1, 1] } optional: true"), SERVES
@@ -345,14 +345,14 @@ PARAMETERS: dict[str, Variation] = {
     "default not stated": Variation(sub('"default_height"', '"default_heigth"'), WRONG, "default_height is missing"),
     "no warm-up": Variation(NO_WARM_UP, SERVES),
     "warm-up skipped": Variation(sub("batch_size: 1", "batch_size: 0"), WRONG, "skips it"),
-    "warm-up in batches": Variation(sub("batch_size: 1", "batch_size: 2"), REFUSES, "has batch_size 2"),
+    "warm-up in batches": Variation(sub("batch_size: 1", "batch_size: 2"), WAITS, "has batch_size 2"),
     "warm-up twice": Variation(sub("batch_size: 1", "batch_size: 1 count: 2"), SERVES),
-    "no file of the warm-up": Variation(drop("warmup/height"), REFUSES, "warmup/height, which is missing"),
-    "file of the warm-up": Variation(file("warmup/height", b"1"), REFUSES, "of 1 byte, `height` takes 4"),
+    "no file of the warm-up": Variation(drop("warmup/height"), WAITS, "warmup/height, which is missing"),
+    "file of the warm-up": Variation(file("warmup/height", b"1"), WAITS, "of 1 byte, `height` takes 4"),
     "longer file of the warm-up": Variation(file("warmup/height", b"\x10\0\0\0more"), SERVES),
-    "size of the warm-up": Variation(file("warmup/height", b"\x18\0\0\0"), REFUSES, "does not divide"),
-    "large warm-up": Variation(file("warmup/height", b"\0\x10\0\0"), REFUSES, "the limit is 4,096 pixels"),
-    "no data of the warm-up": Variation(sub("zero_data: true", ""), REFUSES, "without data"),
+    "size of the warm-up": Variation(file("warmup/height", b"\x18\0\0\0"), WAITS, "does not divide"),
+    "large warm-up": Variation(file("warmup/height", b"\0\x10\0\0"), WAITS, "the limit is 4,096 pixels"),
+    "no data of the warm-up": Variation(sub("zero_data: true", ""), WAITS, "without data"),
     "bundle elsewhere": Variation(link("1/bundle"), SERVES),
 }
 

@@ -48,8 +48,9 @@ def check_image_model(model: Model) -> Iterator[Fault]:
         yield "parameters", f"say that backend is `{spec.backend}`, expected auto, {', '.join(backend_names())}"
     for number in model.served():
         folder = model.folder / str(number)
-        if Path(spec.bundle).is_absolute() and not Path(spec.bundle).exists():
-            continue  # a path on the server's machine
+        on_server = Path(spec.bundle).is_absolute() and not Path(spec.bundle).exists()
+        if on_server or not folder.is_dir():
+            continue
         try:
             bundle = open_bundle(folder / spec.bundle)
         except L2PError as error:
