@@ -88,6 +88,11 @@ def _model_health(url: str, name: str, entries: Sequence[Mapping[str, Any]], tim
     if name.startswith(NETWORKS_PREFIX):
         # One network draws no image, so only the server's own answer is left.
         return ModelHealth(name, healthy=True)
+    return _drawn(url, name, timeout_s)
+
+
+def _drawn(url: str, name: str, timeout_s: float) -> ModelHealth:
+    """Have a model that draws images draw one."""
     status, config = _call(f"{url}/v2/models/{name}/config", None, timeout_s)
     if status != 200:
         return ModelHealth(name, healthy=False, reason=str(config.get("error", f"status {status}")))
