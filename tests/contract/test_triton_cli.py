@@ -172,6 +172,25 @@ def test_a_bundle_may_stay_where_it_is(bundles: Bundles, tmp_path: Path) -> None
     assert copied.versions == {"l2p": 2}
 
 
+def test_a_rewritten_path_is_said(bundles: Bundles, tmp_path: Path) -> None:
+    asked = ("--model", "l2p", "--out", tmp_path / "r")
+    said = []
+    for options in (("/a",), ("/b", "--dry-run"), ("/b",), ("/b",), ("/b", "--warm-up", "32x32"), ("/b", "--json")):
+        result = run_cli("triton", bundles.path("tiny-16-fused"), *asked, "--bundle-at", *options)
+        assert result.returncode == 0, result.stderr
+        said.append(result.stdout)
+    name = f"{tmp_path / 'r' / 'l2p'}: version 1\n"
+    assert said[:5] == [
+        f"wrote {name}",
+        f"would update the configuration of {name}",
+        f"updated the configuration of {name}",
+        f"unchanged {name}",
+        f"updated the configuration of {name}",
+    ]
+    assert (json.loads(said[5])["new"], json.loads(said[5])["updated"]) == ([], ["l2p"])
+    assert config(tmp_path / "r", "l2p").parameters["bundle"].string_value == "/b"
+
+
 def test_networks_become_plans_one_for_each_compute_capability(engines: Path, tmp_path: Path) -> None:
     written = write_repository(open_bundle(engines), tmp_path / "r", RepositorySpec(), Silent())
     assert {name for name in written.versions if name.startswith(NETWORK_PREFIX)} == {
@@ -218,11 +237,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "negative batch": (_edit("l2p", "backend:", "max_batch_size: -1\nbackend:"), "max_batch_size", "is -1"),
     "no model.py": (lambda root: (root / "l2p/1/model.py").unlink(), "1/model.py", "wait for it for ever"),
     "no version": (lambda root: shutil.rmtree(root / "l2p/1"), "versions", "there is none"),
-    "zero version": (lambda root: (root / "l2p/01").mkdir(), "01", "begin with 0"),
+    "zero version": (
+        lambda root: (root / "l2p/1").rename(root / "l2p/01"),
+        "versions",
+        "`01` because it begins with 0",
+    ),
     "version policy": (
         _edit("l2p", "latest {\n    num_versions: 1", "specific {\n    versions: 7"),
         "version_policy",
-        "names version 7",
+        "serves none of the versions that are there (1)",
     ),
     "skipped warm-up": (_edit("l2p", "batch_size: 1", "batch_size: 0"), "model_warmup", "skips it without a word"),
     "warm-up file": (
@@ -235,7 +258,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "model_warmup",
         "of 1 byte, `height` takes 4",
     ),
-    "instances": (_edit("l2p", "count: 1", "count: 0"), "instance_group[0]", "has count 0"),
+    "instances": (_edit("l2p", "count: 1", "passive: true"), "instance_group[0]", "is passive"),
     "digest": (_edit("l2p", '"bundle_digest"', '"bundle_digets"'), "parameters", "does not say bundle_digest"),
     "limit": (_edit("l2p", '"4096"', '"many"'), "parameters", "max_pixels is 'many'"),
     "stated size": (
@@ -305,6 +328,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "warm-up": (("--warm-up", "large"), "'large', expected WIDTHxHEIGHT"),
     "warm-up that no request may have": (("--warm-up", "24x16"), "does not divide by 16 px"),
     "preview": (("--preview-px", "0"), "preview_px is 0"),
+    "relative bundle": (("--bundle-at", "models/bundle"), "is `models/bundle`, expected an absolute path"),
+    "bundle at home": (("--bundle-at", "~/bundle"), "is `~/bundle`, expected an absolute path"),
+    "bundle nowhere": (("--bundle-at", ""), "is ``, expected an absolute path"),
 }
 
 

@@ -30,6 +30,7 @@ STUB = ("numpy==1.26.4", "onnxruntime==1.31.1", "tokenizers==0.23.3")
 STUB_NUMPY_2 = ("numpy==2.4.6", "onnxruntime==1.31.1", "tokenizers==0.23.3")
 EXIT_SECONDS = 10
 READY_SECONDS = 30
+CACHE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,9 @@ class Server:
         """URL of its gRPC side."""
         return f"grpc://127.0.0.1:{self.grpc_port}"
 
-    def load(self, model: str) -> str:
+    def load(self, model: str, timeout: float = 120) -> str:
         """Load a model, or load it again; the reason where that fails, else empty."""
-        return self._control(model, "load")
+        return self._control(model, "load", timeout)
 
     def unload(self, model: str) -> None:
         """Unload a model; one whose stub was killed stays in state UNLOADING, which does not keep it from loading."""
@@ -67,12 +68,12 @@ class Server:
         assert status == 200, body
         return json.loads(body)  # type: ignore[no-any-return]
 
-    def post(self, path: str, body: dict[str, Any] | bytes) -> tuple[int, bytes]:
+    def post(self, path: str, body: dict[str, Any] | bytes, timeout: float = 120) -> tuple[int, bytes]:
         """Status and body of a call over HTTP."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.http + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
                 return reply.status, reply.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -95,22 +96,30 @@ class Server:
         found = [int(child) for file in children for child in file.read_text().split()]
         return [pid for pid in found if f"/{model}/" in Path(f"/proc/{pid}/cmdline").read_text()]
 
-    def _control(self, model: str, what: str) -> str:
-        status, body = self.post(f"/v2/repository/models/{model}/{what}", {})
+    def _control(self, model: str, what: str, timeout: float = 120) -> str:
+        status, body = self.post(f"/v2/repository/models/{model}/{what}", {}, timeout)
         return "" if status == 200 else json.loads(body)["error"]
 
 
 @contextmanager
 def serve(
-    repository: Path, work: Path, packages: tuple[str, ...] = STUB, exit_seconds: int = EXIT_SECONDS
+    repository: Path,
+    work: Path,
+    packages: tuple[str, ...] = STUB,
+    exit_seconds: int = EXIT_SECONDS,
+    *,
+    control: str = "explicit",
+    cache: bool = False,
 ) -> Iterator[Server]:
-    """Run a server on a repository; nothing is loaded yet.
+    """Run a server on a repository; under explicit control, nothing is loaded yet.
 
     Args:
         repository: the model repository.
         work: an empty folder for its log, backends and environment.
         packages: what the models' Python has, beside the runtime of this checkout.
         exit_seconds: how long it may take to stop; a model whose stub was killed never does.
+        control: `none` loads every model of the repository, and the server stops if one fails.
+        cache: whether models may cache responses.
     """
     carrier = _cached("server", (CARRIER,), "--no-deps")
     binaries = carrier / "pytriton" / "tritonserver"
@@ -124,12 +133,14 @@ def serve(
         f"--backend-directory={backends}",
         *(f"--{side}-address=127.0.0.1" for side in ("http", "grpc", "metrics")),
         *(f"--{side}-port={port}" for side, port in zip(("http", "grpc", "metrics"), ports, strict=True)),
-        "--model-control-mode=explicit",
+        f"--model-control-mode={control}",
         "--disable-auto-complete-config",
         "--allow-gpu-metrics=false",
         f"--exit-timeout-secs={exit_seconds}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
     ]
+    if cache:
+        command += [f"--cache-directory={binaries / 'caches'}", f"--cache-config=local,size={CACHE_BYTES}"]
     libraries = [str(carrier / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"

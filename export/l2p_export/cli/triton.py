@@ -64,7 +64,7 @@ def command() -> None:
 @click.option("--queue-size", type=int, default=64, show_default=True, help="Maximum requests that wait for a model.")
 @click.option("--queue-seconds", type=float, default=600.0, show_default=True, help="Maximum time a request waits.")
 @click.option("--warm-up", help="WIDTHxHEIGHT of the warm-up image; default: the profile's minimum.")
-@click.option("--bundle-at", help="Path of the bundle on the server, instead of a copy in the repository.")
+@click.option("--bundle-at", help="Absolute path of the bundle on the server, instead of a copy in the repository.")
 @store_option
 @json_option
 @dry_run_option
@@ -96,11 +96,15 @@ def write(
     )
     written = write_repository(open_bundle(bundle, store), out, spec, Console(quiet=quiet), dry_run=dry_run)
     if as_json:
-        facts = {"out": str(out), "digest": written.digest, "models": dict(written.versions), "new": list(written.new)}
-        print_json(facts)
+        facts = {"out": str(out), "digest": written.digest, "models": dict(written.versions)}
+        print_json(facts | {"new": list(written.new), "updated": list(written.updated)})
         return
     for name, version in written.versions.items():
-        verb = ("would write" if dry_run else "wrote") if name in written.new else "unchanged"
+        verb = "unchanged"
+        if name in written.new:
+            verb = "would write" if dry_run else "wrote"
+        elif name in written.updated:
+            verb = "would update the configuration of" if dry_run else "updated the configuration of"
         click.echo(f"{verb} {out / name}: version {version}")
 
 

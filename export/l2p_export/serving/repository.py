@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from l2p_engines.store.locks import locked
@@ -84,7 +84,7 @@ class RepositorySpec:
         prompt_bytes: maximum bytes of a prompt.
         placement: where the models run.
         warm_up: size of the image that an instance draws first; None for the minimum size of the first profile.
-        bundle_at: where the server finds the bundle, instead of a copy in each model.
+        bundle_at: absolute path where the server finds the bundle, instead of a copy in each model.
     """
 
     models: tuple[str, ...] = ()
@@ -103,12 +103,19 @@ class RepositorySpec:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The state of a repository: model to version, the bundle's digest, and the models whose version is new."""
+    """The state of a repository.
+
+    Attributes:
+        versions: model to its latest version.
+        new: models whose version is new.
+        updated: models of the same version whose configuration or warm-up is new.
+    """
 
     root: Path
     digest: str
     versions: Mapping[str, int]
     new: tuple[str, ...]
+    updated: tuple[str, ...] = ()
 
 
 def write_repository(
@@ -117,25 +124,28 @@ def write_repository(
     """Write or update the models of a bundle in a repository; other models there are not changed.
 
     Raises:
-        UsageError: a model that the bundle cannot serve, or a folder of that name that l2p-export did not write.
+        UsageError: a model that the bundle cannot serve, a path of the bundle on the server that is not absolute, or a
+            folder of that name that l2p-export did not write.
         ArtifactError: the bundle is damaged.
         HostError: tritonclient is missing, or the disk is full.
     """
     manifest = pack_manifest(bundle.manifest, None, (spec.plan,) if spec.plan else ())
-    digest = bundle.digest if spec.bundle_at else bundle_digest(manifest_to_bytes(manifest))
+    digest = bundle.digest if spec.bundle_at is not None else bundle_digest(manifest_to_bytes(manifest))
     engines = _networks(manifest, spec.plan)
     configs = _configs(manifest, digest, spec, engines)
     for name in configs:
         _require_ours(root / name)
+    settings = {name: _settings(name, config, _warm_up(manifest, spec)) for name, config in configs.items()}
     if dry_run:
         found = {name: _latest(root / name) for name in configs}
         stale = [name for name in configs if not _is_current(root / name, digest, spec.bundle_at)]
-        return Written(root, digest, {n: v + (n in stale) for n, v in found.items()}, tuple(stale))
+        updated = [name for name in configs if name not in stale and _differ(root / name, settings[name])]
+        return Written(root, digest, {n: v + (n in stale) for n, v in found.items()}, tuple(stale), tuple(updated))
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / LOCK, busy=f"another command is writing `{root}`"):
-        versions, new = {}, []
+        versions, new, updated = {}, [], []
         shared: Path | None = None
-        for name, config in configs.items():
+        for name in configs:
             folder = root / name
             for place in (folder, folder / WARM_UP_FOLDER):
                 sweep_partials(place)
@@ -146,13 +156,15 @@ def write_repository(
                         _fill_image_version(version, name, bundle, manifest, spec, shared, reporter)
                     else:
                         _fill_network_version(version, bundle, engines[name.removeprefix(NETWORK_PREFIX)])
+            elif _differ(folder, settings[name]):
+                updated.append(name)
             versions[name] = _latest(folder)
             if name in IMAGE_MODELS:
                 shared = folder / str(versions[name]) / BUNDLE
-                _write_warm_up(folder, _warm_up(manifest, spec))
-            _write(folder / CONFIG, config_text(config).encode())
+            for path, data in settings[name].items():
+                _write(folder / path, data)
             _drop_old_versions(folder)
-    return Written(root, digest, versions, tuple(new))
+    return Written(root, digest, versions, tuple(new), tuple(updated))
 
 
 def template(name: str) -> bytes:
@@ -192,7 +204,7 @@ def _configs(
     )
     _check_running(spec)
     service = ServiceSpec(
-        bundle=spec.bundle_at or BUNDLE,
+        bundle=BUNDLE if spec.bundle_at is None else spec.bundle_at,
         bundle_digest=digest,
         backend=spec.backend,
         plan=spec.plan or "",
@@ -220,6 +232,11 @@ def _configs(
 
 def _check_running(spec: RepositorySpec) -> None:
     """Refuse settings that the server would reject while it loads."""
+    if spec.bundle_at is not None and not PurePosixPath(spec.bundle_at).is_absolute():
+        raise UsageError(
+            f"--bundle-at is `{spec.bundle_at}`, expected an absolute path on the server's machine",
+            hint="write it as /models/bundle, or leave the option out to copy the bundle",
+        )
     if spec.backend not in ("auto", *backend_names()):
         raise UsageError(f"there is no backend `{spec.backend}`", hint=f"backends: auto, {', '.join(backend_names())}")
     if spec.memory_budget:
@@ -317,7 +334,7 @@ def _is_current(folder: Path, digest: str, bundle_at: str | None) -> bool:
             return False
     source = folder.name if folder.name in STREAMING else "l2p"
     wanted = {"model.py": template(f"{source}/model.py"), "glue.py": template("glue.py")}
-    return all((latest / name).is_file() and (latest / name).read_bytes() == data for name, data in wanted.items())
+    return not _differ(latest, wanted)
 
 
 def read_parameters(path: Path) -> dict[str, str]:
@@ -338,14 +355,23 @@ def _require_ours(folder: Path) -> None:
         raise UsageError(f"`{folder}` is a model that l2p-export did not write", hint="choose another --out")
 
 
-def _write_warm_up(folder: Path, warm_up: WarmUp) -> None:
-    (folder / WARM_UP_FOLDER).mkdir(exist_ok=True)
-    for name, data in warm_up_files(warm_up).items():
-        _write(folder / WARM_UP_FOLDER / name, data)
+def _settings(name: str, config: Any, warm_up: WarmUp) -> dict[str, bytes]:
+    """The files beside a model's versions, as path to content; the configuration is the last to be written."""
+    files = warm_up_files(warm_up) if name in IMAGE_MODELS else {}
+    return {f"{WARM_UP_FOLDER}/{file}": data for file, data in files.items()} | {CONFIG: config_text(config).encode()}
+
+
+def _differ(folder: Path, files: Mapping[str, bytes]) -> bool:
+    return any(not _has(folder / path, data) for path, data in files.items())
 
 
 def _write(path: Path, data: bytes) -> None:
     """Replace a file atomically, unless its content is the same."""
-    if path.is_file() and path.read_bytes() == data:
+    if _has(path, data):
         return
+    path.parent.mkdir(exist_ok=True)
     write_bytes(path, data)
+
+
+def _has(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PreviewCallback: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
 """Receives (step, total steps, preview [h,w,3])."""
 
+_OTHER_VERSION = "its models are of another version"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _POLL_SECONDS = 0.05
 _PIXEL_BYTES_MAX = 3 * 2
@@ -169,8 +170,11 @@ class Client:
                 image = result.as_numpy("image")
                 if image is not None:
                     return Reply(image, _report(result))
-                step, steps_in_all = (int(value) for value in result.as_numpy("step"))
-                shown(step, steps_in_all, result.as_numpy("preview"))
+                numbers, preview = result.as_numpy("step"), result.as_numpy("preview")
+                if numbers is None or preview is None:
+                    raise HostError("the server sent neither an image nor a preview of a step", hint=_OTHER_VERSION)
+                step, steps_in_all = (int(value) for value in numbers)
+                shown(step, steps_in_all, preview)
 
     def close(self) -> None:
         """Close connections and give shared memory back."""
@@ -234,7 +238,7 @@ def _inputs(
 def _report(result: Any) -> dict[str, Any]:
     values = result.as_numpy("report")
     if values is None or not len(values):
-        raise HostError("the server sent an image without a report", hint="its models are of another version")
+        raise HostError("the server sent an image without a report", hint=_OTHER_VERSION)
     report: dict[str, Any] = json.loads(values.tobytes())
     return report
 

@@ -88,16 +88,28 @@ def _model_health(url: str, name: str, entries: Sequence[Mapping[str, Any]], tim
     if name.startswith(NETWORKS_PREFIX):
         # One network draws no image, so only the server's own answer is left.
         return ModelHealth(name, healthy=True)
+    return _drawn(url, name, timeout_s)
+
+
+def _drawn(url: str, name: str, timeout_s: float) -> ModelHealth:
+    """Have a model that draws images draw one."""
     status, config = _call(f"{url}/v2/models/{name}/config", None, timeout_s)
     if status != 200:
         return ModelHealth(name, healthy=False, reason=str(config.get("error", f"status {status}")))
     streams = bool(config.get("model_transaction_policy", {}).get("decoupled"))
     inputs = [tensor for tensor in config["input"] if not tensor.get("optional")] or config["input"][:1]
-    status, answer = (_ask_stream if streams else _ask)(f"{url}/v2/models/{name}", inputs, timeout_s)
+    try:
+        status, answer = (_ask_stream if streams else _ask)(f"{url}/v2/models/{name}", inputs, timeout_s)
+    except HostError as error:
+        # One model that never answers does not hide the others.
+        return ModelHealth(name, healthy=False, reason=str(error))
     if status != 200:
         return ModelHealth(name, healthy=False, reason=str(answer.get("error", f"status {status}")))
-    report = json.loads(bytes(answer["report"] if streams else answer["outputs"][0]["data"]))
-    return ModelHealth(name, healthy=True, bundle=report["bundle"], seconds=report["seconds"]["all"])
+    try:
+        report = json.loads(bytes(answer["report"] if streams else answer["outputs"][0]["data"]))
+        return ModelHealth(name, healthy=True, bundle=report["bundle"], seconds=report["seconds"]["all"])
+    except (LookupError, TypeError, ValueError):
+        return ModelHealth(name, healthy=False, reason="it answers without a report: its code is not of l2p-export")
 
 
 def _ask(model: str, inputs: Sequence[Mapping[str, Any]], timeout_s: float) -> tuple[int, dict[str, Any]]:
