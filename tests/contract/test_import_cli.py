@@ -134,7 +134,7 @@ def test_the_commands_that_the_readme_names_run(files: Path, tmp_path: Path) -> 
     ("arguments", "code", "says"),
     [
         (("adapters.safetensors", "--out", "x.safetensors"), 4, "--source"),
-        (("merged.safetensors", "--out", "merged.safetensors"), 2, "is what is read from"),
+        (("merged.safetensors", "--out", "merged.safetensors"), 2, "which is read"),
         (("merged.safetensors", "--out", "x.pt"), 2, ".safetensors"),
         (("merged.safetensors", "--out", "no/where.safetensors"), 2, "does not exist"),
         (("merged.safetensors", "--source", "nowhere", "--out", "x.safetensors"), 4, "nowhere"),

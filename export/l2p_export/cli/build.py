@@ -9,6 +9,7 @@ import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.engine_options import engine_options, read_engine_options
+from l2p_export.cli.outputs import require_apart
 
 if TYPE_CHECKING:
     from l2p_export.build.bundle import BuildJob, Built
@@ -80,12 +81,20 @@ def command(
 
     A stopped build resumes where it stopped. A build with nothing new does nothing.
     """
+    from l2p_engines.profiles import profile_names
     from l2p_export.build.bundle import build, check_build
+    from l2p_export.checkpoint.lora import parse_lora
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
     inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}
+    written = {"--out": out, "--store": store, "--timing-cache": engine_arguments["timing_cache"]}
+    read: dict[str, Any] = {"CHECKPOINT": checkpoint, "--source": source, "--text-encoder": text_encoder}
+    read |= {"--lora": [parse_lora(text).path for text in loras], "--plan": plan_files, "--statistics": statistics}
+    read["--profile"] = [name for name in profiles if name not in profile_names()]
+    require_apart(written, read)
     inputs["engines"] = read_engine_options(**engine_arguments)
     with check_build(checkpoint, profiles, precisions, out, **inputs) as plan:
+        require_apart(written | {"--out": plan.out}, read)
         if dry_run:
             _print_job(plan, as_json=as_json)
             return

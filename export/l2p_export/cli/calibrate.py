@@ -18,6 +18,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.outputs import open_bundle_apart
 
 if TYPE_CHECKING:
     from l2p_calib.statistics.ranges import Statistics
@@ -87,11 +88,11 @@ def command(
     if out is None:
         raise click.UsageError("--out is missing: the file to write statistics to")
     from l2p_calib.sensitivity import require_gate
-    from l2p_export.precision.calibrate import calibrate, check_calibration
-    from l2p_runtime.bundle import open_bundle
+    from l2p_export.precision.calibrate import calibrate, check_calibration, work_folder
 
     parsed = [parse_size(size) for size in sizes]
-    opened = open_bundle(bundle, store)
+    written = {"--out": out, "--sensitivity": sensitivity, "the work folder of --out": work_folder(out)}
+    opened = open_bundle_apart(bundle, store, written, {"--prompts": prompts})
     job = check_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
     require_gate(gate)
     if dry_run:

@@ -17,6 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.outputs import require_apart
 from l2p_runtime import UsageError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
     from l2p_export.evaluation.drawers import DrawOptions, open_drawer
 
     _check_options(options, out)
+    require_apart({"--out": out}, {"MODEL": model, "--store": options["store"], "--prompts": options["prompts"]})
     names = ("steps", "guidance", "shift", "backend", "plan", "store")
     size = options["size"]
     draw_options = DrawOptions(

@@ -17,6 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.outputs import open_bundle_apart, require_apart
 from l2p_runtime import UsageError, __version__
 
 if TYPE_CHECKING:
@@ -62,16 +63,16 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         from l2p_export.cli.generate_remote import draw_remote
 
         _check_out(out)
+        require_apart({"--out": out}, _embeddings(options))
         draw_remote(bundle, out, options, Console(quiet=quiet), as_json=as_json, dry_run=dry_run)
         return
     if bundle is None:
         raise UsageError("there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png")
     from l2p_export.cli.embeddings import read_embeddings
-    from l2p_runtime.bundle import open_bundle
     from l2p_runtime.requests import image_request
 
     _check_out(out)
-    opened = open_bundle(bundle, options["store"])
+    opened = open_bundle_apart(bundle, options["store"], {"--out": out}, _embeddings(options))
     height, width = _size(options["size"], opened)
     inputs = {
         "negative_prompt": options["negative"],
@@ -186,6 +187,10 @@ def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> 
         tokenizer = bundle_tokenizer(bundle)
         for text in texts:
             tokenizer.tokens(text, truncate=truncate)
+
+
+def _embeddings(options: dict[str, Any]) -> dict[str, Path | None]:
+    return {"--embeddings": options["embeddings"], "--negative-embeddings": options["negative_embeddings"]}
 
 
 def _check_out(out: Path) -> None:

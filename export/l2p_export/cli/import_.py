@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.outputs import require_apart
 from l2p_runtime import UsageError
 
 
@@ -50,9 +51,10 @@ def command(
     from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 
     _check_out(out)
-    loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])
-    if out.resolve() in {Path(file).resolve() for file in (checkpoint, source) if file is not None}:
-        raise UsageError(f"--out `{out}` is what is read from", hint="choose another name")
+    requests = [parse_lora(text) for text in loras]
+    read = {"CHECKPOINT": checkpoint, "--source": source, "--lora": [request.path for request in requests]}
+    require_apart({"--out": out}, read)
+    loaded = load_model(checkpoint, source, requests)
     total = output_bytes(loaded.checkpoint.tensors)
     facts: dict[str, Any] = {
         "out": str(out),

@@ -15,6 +15,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.outputs import open_bundle_apart
 
 
 @click.command("pack")
@@ -46,9 +47,8 @@ def command(
     """
     from l2p_engines.store.output import require_bundle_or_nothing
     from l2p_export.build.pack import pack, pack_manifest
-    from l2p_runtime.bundle import open_bundle
 
-    opened = open_bundle(bundle, store)
+    opened = open_bundle_apart(bundle, store, {"--out": out})
     manifest = pack_manifest(opened.manifest, target, plans)
     require_bundle_or_nothing(out)
     size_bytes = sum(record.size_bytes for record in manifest.files)

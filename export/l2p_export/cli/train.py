@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +13,17 @@ import click
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
-    format_bytes,
     json_option,
     parse_size,
     print_json,
     quiet_option,
 )
+from l2p_export.cli.outputs import require_apart
+from l2p_export.cli.train_text import forecast_lines
 from l2p_runtime import CancelledError, UsageError
 
 if TYPE_CHECKING:
     from l2p_export.training.loop.distributed import ProcessGroup
-    from l2p_export.training.transfer.forecast import TrainingForecast
     from l2p_export.training.transfer.spec import TransferSpec
 
 _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
@@ -110,6 +110,7 @@ def source_command(
         # Sums stay float32. Matrix products in TF32 have an eighth of the rounding error of BF16 autocast.
         torch.set_float32_matmul_precision("high")
     work = work or out.with_name(out.name + ".training")
+    require_apart({"--out": out, "--work": work}, {"--init": init})
     _require_new(out, "model_index.json")
     samples = SampleSpec(count=options["samples"]) if options["samples"] else None
     if not dry_run:
@@ -160,6 +161,7 @@ def corpus_command(
     from l2p_export.training.corpus.rendered import render_corpus, world_captions
 
     height, width = parse_size(options["size"])
+    require_apart({"--out": out}, {"SOURCE": source, "--prompts": prompts})
     texts = read_prompts(prompts, PROMPTS_BYTES_MAX) if prompts else world_captions(options["count"], options["seed"])
     console = Console(quiet=quiet)
     facts: dict[str, Any] = {"out": str(out), "prompts": len(texts), "images": len(texts) * options["seeds_per_prompt"]}
@@ -292,8 +294,10 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 
     if out.suffix != ".safetensors":
         raise UsageError(f"--out is `{out}`, expected a file name ending in .safetensors")
+    work = work or out.with_name(out.stem + ".training")
+    require_apart({"--out": out, "--work": work}, {"SOURCE": source, "--corpus": corpus, "--init": options["init"]})
     with joined(options["device"], options["sharding"]) as ranks, _one_voice(is_rank_zero=ranks.is_rank_zero):
-        _transfer(source, corpus, out, work or out.with_name(out.stem + ".training"), options, ranks)
+        _transfer(source, corpus, out, work, options, ranks)
 
 
 def _transfer(
@@ -355,23 +359,6 @@ def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
     schedule = Schedule(cooldown_steps=options["steps"] // 5, **{name: options[name] for name in taken})
     sizes_px = options["sizes_px"] or (_PUBLISHED_SIDE_PX[options["variant"]],)
     return TransferSpec(sizes_px=sizes_px, schedule=schedule, **{name: options[name] for name in names})
-
-
-def forecast_lines(forecast: TrainingForecast) -> list[str]:
-    """Text of a training forecast, line by line."""
-    trained, frozen = forecast.trained_parameters, forecast.frozen_parameters
-    host = {what: size for what, size in forecast.host_bytes.items() if size}
-    share = "" if forecast.processes == 1 else f" of each of {forecast.processes} processes"
-
-    def listed(parts: Mapping[str, int]) -> str:
-        return ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
-
-    return [
-        f"trained parameters {trained:,}, frozen {frozen:,}",
-        f"{forecast.device}{share}: {format_bytes(forecast.device_total)}: {listed(forecast.device_bytes)}",
-        f"host memory, total: {format_bytes(forecast.host_total)}" + (f": {listed(host)}" if host else ""),
-        f"activations: {forecast.basis}",
-    ]
 
 
 @contextmanager

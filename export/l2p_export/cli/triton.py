@@ -17,6 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.outputs import open_bundle_apart
 from l2p_runtime import ArtifactError, HostError, UsageError
 from l2p_runtime.errors import counted
 
@@ -75,7 +76,6 @@ def write(
     """Write BUNDLE as a Triton model repository; a changed bundle becomes the next version of its models."""
     from l2p_export.serving.configs import Placement, WarmUp
     from l2p_export.serving.repository import RepositorySpec, write_repository
-    from l2p_runtime.bundle import open_bundle
 
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out `{out}` is a file, expected a folder")
@@ -94,7 +94,8 @@ def write(
         warm_up=warm_up,
         bundle_at=options["bundle_at"],
     )
-    written = write_repository(open_bundle(bundle, store), out, spec, Console(quiet=quiet), dry_run=dry_run)
+    opened = open_bundle_apart(bundle, store, {"--out": out})
+    written = write_repository(opened, out, spec, Console(quiet=quiet), dry_run=dry_run)
     if as_json:
         facts = {"out": str(out), "digest": written.digest, "models": dict(written.versions), "new": list(written.new)}
         print_json(facts)
