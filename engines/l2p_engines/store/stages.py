@@ -214,10 +214,10 @@ def sweep_work(root: Path) -> list[Path]:
     work, removed = root / WORK, []
     entries = sorted(work.iterdir()) if work.is_dir() else []
     for path in entries:
-        if path.suffix != ".lock" and not path.is_dir():
+        if ".lock" not in path.suffixes and not path.is_dir():
             removed.append(path)
             path.unlink(missing_ok=True)
-    for key in sorted({path.name.removesuffix(".lock") for path in entries} - {path.name for path in removed}):
+    for key in sorted({path.name.partition(".lock")[0] for path in entries} - {path.name for path in removed}):
         try:
             with locked(work / f"{key}.lock"):
                 if (work / key).exists():
