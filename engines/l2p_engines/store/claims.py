@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from l2p_runtime.errors import HostError
-from l2p_runtime.files import partial_path
 
 _SUFFIX = ".held"
 _BYTES_MAX = 4096
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _POLL_SECONDS = 0.5
 _UNWRITTEN_SECONDS = 10.0
-"""Age from which a claim without content is that of a process which was killed between making and writing it."""
+"""Age from which a file that exists for an instant, as a claim before it is written, is a killed process's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def _claim(own: Path) -> tuple[Path, str] | None:
     """Make a claim; who holds it, if somebody else does."""
     while True:
         try:
-            handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            handle = os.open(own, _NEW, 0o644)
         except FileExistsError:
             if (holder := _holder(own)) is not None:
                 return holder
@@ -173,16 +173,23 @@ def _holder(claim: Path) -> tuple[Path, str] | None:
 
 
 def _remove(claim: Path, data: bytes) -> None:
-    """Remove a dead process's claim, unless another process has removed it first and made its own."""
-    aside = partial_path(claim)
+    """Remove a dead process's claim, which reads `data`, unless another process is doing so."""
+    guard = claim.with_name(f"{claim.name}.clearing{_SUFFIX}")
     try:
-        claim.rename(aside)
-    except FileNotFoundError:
+        os.close(os.open(guard, _NEW, 0o644))
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - guard.stat().st_mtime > _UNWRITTEN_SECONDS:
+                guard.unlink()
         return
-    if aside.read_bytes() != data:
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, claim)
-    aside.unlink(missing_ok=True)
+    try:
+        # Read again: without the guard, the claim could be a living process's that was made since.
+        if claim.read_bytes() == data:
+            claim.unlink()
+    except FileNotFoundError:
+        pass
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def _read(data: bytes) -> Claimant | None:

@@ -198,6 +198,17 @@ def test_an_empty_claim_is_one_that_is_being_written_or_a_killed_ones(tmp_path: 
 
 
 @pytest.mark.usefixtures("no_locks")
+def test_a_process_that_was_killed_while_it_cleared_another_ones(tmp_path: Path) -> None:
+    write_claim(tmp_path / "x.held", start=1)
+    guard = tmp_path / "x.held.clearing.held"
+    guard.touch()
+    os.utime(guard, (time.time() - 60,) * 2)
+    with locked(tmp_path / "x"):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_locks")
 def test_sharers_share_and_keep_others_out(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with locked(path, is_shared=True), locked(path, is_shared=True):
