@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import run_cli, write_profile
+from l2p_engines.store.stages import Home, StageOutput, run_stage
 
 STOPPED_SECONDS = 10
 """What a stop may take: the rest of one call into a library."""
@@ -107,6 +108,23 @@ def test_second_build_of_one_output(tmp_path: Path, tiny_path: Path, profile: Pa
     assert "hint: wait for it" in result.stderr
     assert (out / "graphs" / "stem.fp32.partial").read_text() == "the other build's"
     assert (out / ".build.lock").exists()
+
+
+def test_a_refused_build_keeps_what_a_stopped_one_finished(tmp_path: Path, tiny_path: Path, profile: Path) -> None:
+    out, store = tmp_path / "out", tmp_path / "file"
+    store.write_text("no store")
+
+    def make(work: Path) -> StageOutput:
+        (work / "x.onnx").write_bytes(b"a trace that took minutes")
+        return StageOutput("graphs", ((work / "x.onnx", "0" * 64),))
+
+    out.mkdir()
+    run_stage(Home(out), "graph", "x", {}, make)
+    before = sorted(path for path in out.rglob("*") if path.is_file())
+    assert len(before) == 2
+    result = run_cli("build", tiny_path, "--profile", profile, "--store", store, "--out", out)
+    assert result.returncode == 2, result.stderr
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == before
 
 
 BROKEN = """

@@ -56,7 +56,7 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
     """Make and lock the folder.
 
     A build that was stopped keeps its finished stages, and the next one resumes after them. A build that cannot succeed
-    leaves the folder as it was before.
+    leaves the folder as it was before, with the stages of one that was stopped.
 
     Raises:
         UsageError: the path is a file, or a folder that holds anything but a bundle.
@@ -71,7 +71,7 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
             try:
                 yield OutputFolder(root)
             except (ArtifactError, ParityError, UsageError):
-                _sweep(root, before)
+                _sweep_made(root, before)
                 raise
             finally:
                 _sweep_leftovers(root)
@@ -146,6 +146,15 @@ def _sweep(root: Path, stage_keys: Collection[str]) -> None:
     _sweep_files(root, own)
     if not shared:
         (root / STORE_POINTER).unlink(missing_ok=True)
+
+
+def _sweep_made(root: Path, before: Collection[str]) -> None:
+    """Remove the records of stages that were not there before; `_sweep_leftovers` removes their files."""
+    if _named_files(root) is None:
+        return
+    for record in (root / STAGES).glob("*"):
+        if record.stem not in before:
+            record.unlink()
 
 
 def _sweep_leftovers(root: Path) -> None:
