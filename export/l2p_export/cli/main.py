@@ -16,6 +16,7 @@ from types import FrameType
 
 import click
 
+from l2p_export.cli.streams import READER_GONE, drop_rest, is_stdout_read, open_streams
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
 
 COMMANDS = {
@@ -93,32 +94,57 @@ class _TerminatedError(BaseException):
 
 def run() -> None:
     """Entry point: run a command and exit with its code."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    open_streams()
+    arrived: list[int] = []
+    _note_signals(arrived)
     try:
         code = main.main(standalone_mode=False)
+        sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the one place where every failure ends
-        code = _report(error)
+        code = _report(error, arrived)
+    # What a library still does when the interpreter ends needs no unwinding.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    drop_rest()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _on_terminate(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise _TerminatedError
+def _note_signals(arrived: list[int]) -> None:
+    """Let SIGINT and SIGTERM raise, and note them: a library turns what they raise while it is imported into errors."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        arrived.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else _TerminatedError
+
+    signal.signal(signal.SIGTERM, stop)
+    # A shell's background commands ignore it.
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, stop)
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, arrived: list[int]) -> int:
     """Write what happened to stderr; returns the exit code."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    if isinstance(error, SystemExit):
-        # Click's answer to a reader that went away, as `| head` does.
-        return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)):
+    if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)) or signal.SIGINT in arrived:
         _say("interrupted")
         return INTERRUPTED
-    if isinstance(error, _TerminatedError):
+    if isinstance(error, _TerminatedError) or arrived:
         _say("terminated")
         return TERMINATED
+    return _report_error(error)
+
+
+def _report_error(error: BaseException) -> int:
+    # Click ends so when a pipe breaks, whichever it is.
+    if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and error.code == 1):
+        if not is_stdout_read():
+            return READER_GONE
+        error = BrokenPipeError()
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
@@ -135,7 +161,7 @@ def _as_l2p_error(error: BaseException) -> L2PError:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return HostError(f"out of memory: {error}", hint="draw a smaller image, or give the process more memory")
     if isinstance(error, BrokenPipeError):
-        return HostError("the reader of the output went away")
+        return HostError("a process that was to read what this one writes has ended")
     if isinstance(error, OSError):
         hint = "free some space, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         where = f" `{error.filename}`" if error.filename else ""
@@ -154,8 +180,4 @@ def _extra_of(module: str) -> str:
 
 
 def _say(text: str) -> None:
-    # A closed stderr must not turn a failure into another one.
-    try:
-        click.echo(text, err=True)
-    except OSError:
-        return
+    click.echo(text, err=True)
