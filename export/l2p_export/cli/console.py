@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from l2p_export.cli.stopping import Stops
 from l2p_runtime import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -74,15 +75,19 @@ class Console:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._redraws = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        context = click.get_current_context(silent=True)
+        self._stops = (context.find_object(Stops) if context else None) or Stops()
 
     @contextmanager
     def task(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
         """Show the progress of a task, and at its end how long it took."""
+        self._stops.again()
         started = shown = first = time.monotonic()
         done = 0
 
         def advance(amount: int) -> None:
             nonlocal done, shown, first
+            self._stops.again()
             now = time.monotonic()
             # Time before the first piece, e.g. for tracing an ONNX graph, does not count into the rate.
             first = first if done else now
@@ -101,11 +106,13 @@ class Console:
     @contextmanager
     def phases(self, title: str) -> Iterator[Callable[[float, str], None]]:
         """Show which share of a task is done, its current phase, and at its end how long it took."""
+        self._stops.again()
         started = shown = time.monotonic()
         result = ""
 
         def tell(fraction: float, what: str) -> None:
             nonlocal shown, result
+            self._stops.again()
             result = f", {what}" if fraction >= 1 else ""
             now = time.monotonic()
             if now - shown >= (_REDRAW_SECONDS if self._redraws else _PLAIN_SECONDS):

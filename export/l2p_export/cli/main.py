@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import traceback
-from types import FrameType
+from collections.abc import Sequence
 
 import click
 
+from l2p_export.cli.stopping import Stops, TerminatedError
 from l2p_export.cli.streams import READER_GONE, drop_rest, is_stdout_read, open_streams
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
 
@@ -88,50 +89,29 @@ def main() -> None:
     """Export pixel-space (L2P) text-to-image checkpoints as ONNX bundles, and draw with them."""
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM arrived; unwinds like KeyboardInterrupt so that partial files are removed."""
-
-
 def run() -> None:
     """Entry point: run a command and exit with its code."""
     open_streams()
-    arrived: list[int] = []
-    _note_signals(arrived)
+    stops = Stops()
+    stops.install()
     try:
-        code = main.main(standalone_mode=False)
+        code = main.main(standalone_mode=False, obj=stops)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the one place where every failure ends
-        code = _report(error, arrived)
-    # What a library still does when the interpreter ends needs no unwinding.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
+        code = _report(error, stops.arrived[:1])
+    stops.uninstall()
     drop_rest()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _note_signals(arrived: list[int]) -> None:
-    """Let SIGINT and SIGTERM raise, and note them: a library turns what they raise while it is imported into errors."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        arrived.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else _TerminatedError
-
-    signal.signal(signal.SIGTERM, stop)
-    # A shell's background commands ignore it.
-    if callable(signal.getsignal(signal.SIGINT)):
-        signal.signal(signal.SIGINT, stop)
-
-
-def _report(error: BaseException, arrived: list[int]) -> int:
+def _report(error: BaseException, arrived: Sequence[int]) -> int:
     """Write what happened to stderr; returns the exit code."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)) or signal.SIGINT in arrived:
         _say("interrupted")
         return INTERRUPTED
-    if isinstance(error, _TerminatedError) or arrived:
+    if isinstance(error, TerminatedError) or arrived:
         _say("terminated")
         return TERMINATED
     return _report_error(error)

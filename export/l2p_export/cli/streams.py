@@ -67,9 +67,9 @@ class _Named(io.FileIO):
         try:
             while (written := super().write(data)) is None:  # another process has made the pipe non-blocking
                 select.select([], [1], [])
-            return written
         except OSError as error:
             raise OSError(error.errno, error.strerror, "stdout") from error
+        return written
 
 
 class _Lossy(io.FileIO):
