@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import run_cli
 from l2p_export.build.bundle import check_build
 from l2p_export.checkpoint.demo import write_demo_checkpoint
+from l2p_runtime.files import atomic_file, partial_path
 from unit.export.checkpoint.spellings import adapters, fused, latent_state, random_state, save_sharded
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +151,15 @@ def test_bad_calls(files: Path, arguments: tuple[str, ...], code: int, says: str
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert not (files / "x.safetensors").exists()
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next(files: Path, tmp_path: Path) -> None:
+    left = partial_path(tmp_path / "another.png")
+    left.write_bytes(b"half")
+    command = ("import", files / "merged.safetensors", "--out", tmp_path / "x.safetensors")
+    with atomic_file(tmp_path / "third.png"):
+        assert run_cli(*command, "--dry-run").returncode == 0
+        assert left.exists()
+        assert run_cli(*command).returncode == 0
+        assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["third.png", "x.safetensors"]

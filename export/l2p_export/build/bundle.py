@@ -62,6 +62,7 @@ from l2p_runtime.contract import (
     manifest_to_bytes,
 )
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import partial_folder, sweep_partials
 from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ LEDGER_BACKEND = "onnx"
 """Backend that runs ONNX graphs for the ledger."""
 SPARE_DISK_BYTES = 64 << 20
 """Disk space, in addition to weights, for ONNX graphs, reference tensors and the file system's own data."""
+_SCRATCH = "l2p-demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +188,12 @@ def check_build(
     _require_libraries()
     read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
     asked = _asked(precisions, plan_files, statistics)
-    with tempfile.TemporaryDirectory(prefix="l2p-demo-") as scratch:
+    temporary = Path(tempfile.gettempdir())
+    sweep_partials(temporary, _SCRATCH)
+    with partial_folder(temporary / _SCRATCH) as scratch:
         is_demo = checkpoint is None
         if checkpoint is None:
-            demo = demo_model(read[0].patch_px, Path(scratch))
+            demo = demo_model(read[0].patch_px, scratch)
             checkpoint = demo.checkpoint
             source, text_encoder = source or demo.source, text_encoder or demo.text_encoder
         loaded = load_model(checkpoint, source, [parse_lora(text) for text in loras])

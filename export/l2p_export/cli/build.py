@@ -9,7 +9,7 @@ import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.engine_options import engine_options, read_engine_options
-from l2p_export.cli.outputs import require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart
 
 if TYPE_CHECKING:
     from l2p_export.build.bundle import BuildJob, Built
@@ -98,6 +98,7 @@ def command(
         if dry_run:
             _print_job(plan, as_json=as_json)
             return
+        clear_leftovers(written["--timing-cache"])
         console = Console(quiet=quiet)
         built = build(plan, console)
     if not built.is_new:

@@ -18,7 +18,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
-from l2p_export.cli.outputs import open_bundle_apart
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart
 
 if TYPE_CHECKING:
     from l2p_calib.statistics.ranges import Statistics
@@ -102,6 +102,7 @@ def command(
         else:
             click.echo(f"would measure {job.source}, and write {out}" + (f" and {sensitivity}" if sensitivity else ""))
         return
+    clear_leftovers(*written.values())
     console = Console(quiet=quiet)
     swept: list[SweepResult] = []
 

@@ -17,7 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
-from l2p_export.cli.outputs import require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart
 from l2p_runtime import UsageError
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
     }
     if dry_run:
         _tell_plan(facts, as_json=as_json)
-    elif isinstance(wanted, tuple):
+        return
+    clear_leftovers(out)
+    if isinstance(wanted, tuple):
         _evaluate(drawer, wanted, out, facts, console, as_json=as_json)
     else:
         _lay_out(drawer, wanted, out, facts, console, as_json=as_json)

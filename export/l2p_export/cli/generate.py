@@ -17,7 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
-from l2p_export.cli.outputs import open_bundle_apart, require_apart
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart
 from l2p_runtime import UsageError, __version__
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         text = _text(opened, options, request.sampling, _check_machine(opened, options))
         _check_prompts(opened, request, truncate=options["truncate_prompt"])
     else:
+        clear_leftovers(out)
         text = _draw(bundle, out, request, (height, width), inputs | sampling, options, Console(quiet=quiet))
     if as_json:
         print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})

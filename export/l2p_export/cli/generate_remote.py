@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, parse_size, print_json
+from l2p_export.cli.outputs import clear_leftovers
 from l2p_runtime import UsageError
 
 _SERVERS_OWN: Mapping[str, object] = {
@@ -59,6 +60,7 @@ def draw_remote(
         else:
             click.echo(f"would draw {options['size'] or 'the preferred size'} on {options['server']} into {out}")
         return
+    clear_leftovers(out)
     with Client.open(options["server"]) as client, console.task(f"drawing on {options['server']}"):
         reply = client.generate(
             options["prompt"] if embeds is None else None,

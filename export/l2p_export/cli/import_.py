@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
-from l2p_export.cli.outputs import require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart
 from l2p_runtime import UsageError
 
 
@@ -69,6 +69,7 @@ def command(
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")
     if not dry_run:
+        clear_leftovers(out)
         with console.task(f"writing {out.name}", total) as advance:
             facts["trunk_sha256"] = write_checkpoint(loaded, out, _target(spelling), advance)
     if as_json:

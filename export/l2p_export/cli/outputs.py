@@ -1,16 +1,18 @@
-"""Keeps what a command writes apart from what it reads."""
+"""Keeps what a command writes apart from what it reads, and clears what killed commands left of it."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.errors import UsageError
+from l2p_runtime.files import sweep_partials
 
 _ENTRIES_MAX = 1_000_000
 """Entries of an input folder that are looked at; more is no checkpoint, and a walk of a whole disk would not end."""
@@ -62,6 +64,17 @@ def open_bundle_apart(
     opened = open_bundle(bundle, store)
     require_apart(outputs, {"the bundle's store": opened.store})
     return opened
+
+
+def clear_leftovers(*outputs: Path | None) -> None:
+    """Remove temporary files that killed commands left beside outputs and within output folders."""
+    for path in outputs:
+        if path is None:
+            continue
+        for folder in (path.parent, *(Path(found) for found, _, _ in os.walk(path))):
+            # What may not be read or removed here harms nobody.
+            with suppress(OSError):
+                sweep_partials(folder)
 
 
 @dataclass(frozen=True, slots=True)

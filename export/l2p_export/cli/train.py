@@ -18,7 +18,7 @@ from l2p_export.cli.console import (
     print_json,
     quiet_option,
 )
-from l2p_export.cli.outputs import require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart
 from l2p_export.cli.train_text import forecast_lines
 from l2p_runtime import CancelledError, UsageError
 
@@ -114,6 +114,7 @@ def source_command(
     _require_new(out, "model_index.json")
     samples = SampleSpec(count=options["samples"]) if options["samples"] else None
     if not dry_run:
+        clear_leftovers(out, work)
         train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init, device=device)
     _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
 
@@ -164,6 +165,8 @@ def corpus_command(
     require_apart({"--out": out}, {"SOURCE": source, "--prompts": prompts})
     texts = read_prompts(prompts, PROMPTS_BYTES_MAX) if prompts else world_captions(options["count"], options["seed"])
     console = Console(quiet=quiet)
+    if not dry_run:
+        clear_leftovers(out)
     facts: dict[str, Any] = {"out": str(out), "prompts": len(texts), "images": len(texts) * options["seeds_per_prompt"]}
     if source is None:
         if not dry_run:
@@ -318,6 +321,7 @@ def _transfer(
         for line in forecast_lines(job.forecast):
             console.done(line)
         job.require_memory()
+        clear_leftovers(*((out, work) if ranks.is_rank_zero else ()))
         run_transfer(job, out, work, options["init"], metadata, console if ranks.is_rank_zero else Silent())
     if ranks.is_rank_zero and dry_run and not as_json:
         facts["forecast"] = "\n  ".join(["", *forecast_lines(job.forecast)])

@@ -17,7 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
-from l2p_export.cli.outputs import open_bundle_apart
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart
 from l2p_runtime import ArtifactError, HostError, UsageError
 from l2p_runtime.errors import counted
 
@@ -95,6 +95,8 @@ def write(
         bundle_at=options["bundle_at"],
     )
     opened = open_bundle_apart(bundle, store, {"--out": out})
+    if not dry_run:
+        clear_leftovers(out)
     written = write_repository(opened, out, spec, Console(quiet=quiet), dry_run=dry_run)
     if as_json:
         facts = {"out": str(out), "digest": written.digest, "models": dict(written.versions), "new": list(written.new)}
