@@ -46,6 +46,7 @@ ALLOWED = {
     ("engines/l2p_engines/store/locks.py", "os.open"): "a lock holds nothing",
     ("engines/l2p_engines/store/stages.py", "replace"): A_STAGE,
     ("export/l2p_export/build/text.py", "write_bytes"): A_STAGE,
+    ("export/l2p_export/cli/streams.py", "os.open"): NO_FILE,
     ("export/l2p_export/performance/bench.py", "write_text"): NO_FILE,
     ("export/l2p_export/precision/plans.py", "write_bytes"): A_STAGE,
     ("export/l2p_export/precision/sweep_plot.py", "print_png"): A_HELPER,
