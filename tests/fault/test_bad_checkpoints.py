@@ -314,7 +314,7 @@ def test_another_model(tmp_path: Path, profile: Path) -> None:
 
 
 def test_absent_file(tmp_path: Path, profile: Path) -> None:
-    refuse(tmp_path / "nowhere.safetensors", profile, 4, "there is no checkpoint", "nowhere.safetensors")
+    refuse(tmp_path / "nowhere.safetensors", profile, 2, "there is no checkpoint", "nowhere.safetensors")
 
 
 def test_endless_file_name(profile: Path) -> None:

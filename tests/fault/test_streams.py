@@ -49,7 +49,7 @@ def test_a_result_that_nobody_wants(redirection: str) -> None:
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(("nonsense",), 2), (("inspect", "nowhere"), 4), (("plan", "--size", "x"), 2), (("store", "ls", "nowhere"), 3)],
+    [(("nonsense",), 2), (("inspect", "."), 4), (("plan", "--size", "x"), 2), (("store", "ls", "."), 3)],
 )
 def test_an_error_that_cannot_be_told_keeps_its_code(redirection: str, arguments: tuple[str, ...], code: int) -> None:
     result = run_shell(redirection, *arguments)
@@ -72,7 +72,7 @@ def test_a_reader_that_goes_away_ends_a_command_silently(redirection: str, argum
 
 
 def test_a_reader_of_errors_that_goes_away_changes_no_code() -> None:
-    code, out, err = run_pipe("2>&1", "true", "inspect", "nowhere")
+    code, out, err = run_pipe("2>&1", "true", "inspect", ".")
     assert (code, out, err) == (4, "", "")
 
 

@@ -17,13 +17,14 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
 
 if TYPE_CHECKING:
     from l2p_export.performance.bench import Bench
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option("--size", help="WIDTHxHEIGHT in pixels; default: the profile's preferred size.")
 @click.option(
     "--caption-tokens", type=click.IntRange(min=1), help="Caption length; default: the profile's preferred length."

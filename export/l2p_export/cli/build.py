@@ -9,6 +9,7 @@ import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.engine_options import engine_options, read_engine_options
+from l2p_export.cli.inputs import InputPath, lora_option
 from l2p_export.cli.outputs import clear_leftovers, require_apart
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("build")
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=InputPath("checkpoint"))
 @click.option(
     "--profile",
     "profiles",
@@ -34,20 +35,23 @@ if TYPE_CHECKING:
     "--plan",
     "plan_files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=InputPath("plan file"),
     help="Precision plan file; repeatable.",
 )
 @click.option(
-    "--statistics", multiple=True, type=click.Path(path_type=Path), help="Statistics file from `calibrate`; repeatable."
+    "--statistics",
+    multiple=True,
+    type=InputPath("statistics file"),
+    help="Statistics file from `calibrate`; repeatable.",
 )
 @engine_options
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
-@click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
-@click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
+@lora_option
+@click.option("--text-encoder", type=InputPath("text encoder"), help="Qwen3 folder, or a pipeline folder with one.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; created if absent.")
 @click.option("--jobs", default=1, show_default=True, help="Processes that trace networks, one core each.")
 @click.option(

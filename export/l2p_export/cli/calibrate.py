@@ -18,6 +18,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 
 @click.command("calibrate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=InputPath("prompt file"),
     help="Prompt file, one prompt per line; default: the built-in prompts.",
 )
 @click.option("--samples", type=int, default=16, show_default=True, help="Denoising calls to measure.")

@@ -17,6 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, require_apart
 from l2p_runtime import UsageError
 
@@ -30,10 +31,10 @@ _LAYOUT_IMAGES = 4
 
 
 @click.command("eval")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=InputPath("model"))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=InputPath("prompt file"),
     help="File with captions of the small world, one per line; with --layout, a benchmark's prompts.",
 )
 @click.option("--count", type=click.IntRange(min=1), help=f"Number of captions without --prompts; default: {_COUNT}.")

@@ -17,6 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart
 from l2p_runtime import UsageError, __version__
 
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 
 @click.command("generate")
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=InputPath("bundle"))
 @click.option("--server", metavar="URL", help="Draw on this Triton server: grpc://host:8001 or http://host:8000.")
 @click.option("--prompt", help="Prompt; needs a bundle with a text encoder. With --embeddings, only a description.")
 @click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
-@click.option("--embeddings", type=click.Path(path_type=Path), help="Prompt embeddings [L, C], .npy or .safetensors.")
+@click.option("--embeddings", type=InputPath("embeddings file"), help="Prompt embeddings [L, C], .npy or .safetensors.")
 @click.option(
     "--negative-embeddings",
-    type=click.Path(path_type=Path),
+    type=InputPath("embeddings file"),
     help="Embeddings of the negative prompt, in the same formats.",
 )
 @click.option("--truncate-prompt", is_flag=True, help="Truncate prompts that are too long, instead of refusing them.")

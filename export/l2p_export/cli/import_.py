@@ -8,18 +8,19 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.inputs import InputPath, lora_option
 from l2p_export.cli.outputs import clear_leftovers, require_apart
 from l2p_runtime import UsageError
 
 
 @click.command("import")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=InputPath("checkpoint"))
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
-@click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@lora_option
 @click.option(
     "--spelling",
     type=click.Choice(["published", "node-ui"]),

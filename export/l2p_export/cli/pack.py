@@ -15,11 +15,12 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import open_bundle_apart
 
 
 @click.command("pack")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option(
     "--target",
     help="Keep only the files of this target: onnx-cpu for ONNX graphs, e.g. rtx-sm89 for engines; default: all.",

@@ -8,11 +8,12 @@ import click
 
 from l2p_engines.forecast.calls import PRECISIONS
 from l2p_export.cli.console import json_option, parse_size, print_json
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime import UsageError
 
 
 @click.command("plan")
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=InputPath("checkpoint"))
 @click.option(
     "--profile",
     "profiles",
@@ -38,10 +39,10 @@ from l2p_runtime import UsageError
 @click.option("--memory", help="Host memory to assume, e.g. 24GiB; default: what is free on this machine.")
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
-@click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
+@click.option("--text-encoder", type=InputPath("text encoder"), help="Qwen3 folder, or a pipeline folder with one.")
 @json_option
 def command(
     checkpoint: Path | None,

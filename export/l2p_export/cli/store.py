@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def command() -> None:
 
 
 @command.command("ls")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=InputPath("store"))
 @json_option
 def ls(store: Path, *, as_json: bool) -> None:
     """List every completed build stage in STORE, largest first, and how many bundles use it."""
@@ -46,7 +47,7 @@ def ls(store: Path, *, as_json: bool) -> None:
 
 
 @command.command("prune")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=InputPath("store"))
 @click.option("--older-than", default="0s", show_default=True, help="Only stages of at least this age, e.g. 30d, 12h.")
 @json_option
 @dry_run_option
@@ -62,7 +63,7 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
 
 
 @command.command("check")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=InputPath("store"))
 @click.option("--remove", is_flag=True, help="Remove damaged files; the next build recreates them.")
 @json_option
 @quiet_option

@@ -18,6 +18,7 @@ from l2p_export.cli.console import (
     print_json,
     quiet_option,
 )
+from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, require_apart
 from l2p_export.cli.train_text import forecast_lines
 from l2p_runtime import CancelledError, UsageError
@@ -41,7 +42,7 @@ def command() -> None:
 @command.command("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Pipeline folder to write.")
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
-@click.option("--init", type=click.Path(path_type=Path), help="Source to initialize from; its autoencoder is kept.")
+@click.option("--init", type=InputPath("source"), help="Source to initialize from; its autoencoder is kept.")
 @click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each save; 0 for none.")
 @click.option("--scenes", default=16_000, show_default=True, help="Number of rendered training images.")
 @click.option(
@@ -120,10 +121,10 @@ def source_command(
 
 
 @command.command("corpus")
-@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.argument("source", required=False, type=InputPath("source"))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=InputPath("prompt file"),
     help="UTF-8 file, one prompt per line; default: captions of the small world.",
 )
 @click.option("--count", default=2000, show_default=True, help="Captions of the small world, without --prompts.")
@@ -198,10 +199,10 @@ def corpus_command(
 
 
 @command.command("transfer")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=InputPath("source"))
 @click.option(
     "--corpus",
-    type=click.Path(path_type=Path),
+    type=InputPath("corpus"),
     help="Folder that `train corpus` wrote; default: scenes of the small world.",
 )
 @click.option("--count", default=20_000, show_default=True, help="Scenes of the small world, without --corpus.")
@@ -232,7 +233,7 @@ def corpus_command(
 @click.option("--warmup-steps", default=100, show_default=True, help="Linear warm-up of the learning rate.")
 @click.option("--ema", default=0.999, show_default=True, help="EMA decay of the weights.")
 @click.option(
-    "--init", type=click.Path(path_type=Path), help="Adapters of this source to initialize from, of any variant."
+    "--init", type=InputPath("adapter file"), help="Adapters of this source to initialize from, of any variant."
 )
 @click.option("--shift", default=3.0, show_default=True, help="Shift of the sigma schedule; recorded for sampling.")
 @click.option("--sampling-steps", type=int, help="Recommended steps to record in the adapter file; default: none.")

@@ -17,6 +17,7 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart
 from l2p_runtime import ArtifactError, HostError, UsageError
 from l2p_runtime.errors import counted
@@ -43,7 +44,7 @@ def command() -> None:
 
 
 @command.command("write")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to create or update.")
 @click.option(
     "--model", "models", multiple=True, help="l2p, l2p_stream, l2p_embeddings or networks; repeatable. Default: all."
@@ -108,7 +109,7 @@ def write(
 
 
 @command.command("lint")
-@click.argument("repository", type=click.Path(path_type=Path))
+@click.argument("repository", type=InputPath("repository"))
 @json_option
 def lint(repository: Path, *, as_json: bool) -> None:
     """Find what a server would refuse or hang on in REPOSITORY. Exit code 4 when something is found."""

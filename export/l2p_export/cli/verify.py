@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from l2p_export.cli.console import Console, json_option, parse_size, print_json, quiet_option, store_option
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--plan", help="Only this precision plan.")
 @click.option(

@@ -93,6 +93,7 @@ def test_an_output_that_is_an_input(command: str, source: str, output: str, over
     name = command.partition(" --")[0]
     suffix = SUFFIXES.get(name, "") if output == "--out" else ""
     read, written = overlapping(tmp_path, overlap, suffix)
+    (tmp_path / "other").touch()
     before = snapshot(tmp_path)
     arguments = [*command.split(), *NEEDED.get(name, ())]
     if any(argument.isupper() for argument in INPUTS[command]):
