@@ -16,7 +16,7 @@ import pytest
 
 from conftest import run_cli, write_profile
 from l2p_engines.store.stages import Home, StageOutput, run_stage
-from l2p_export.cli.console import Console
+from l2p_export.cli.console import Console, Session
 from l2p_export.cli.stopping import Stops, TerminatedError
 
 STOPPED_SECONDS = 10
@@ -154,7 +154,7 @@ def test_a_signal_while_a_library_is_imported(then: str, name: str, code: int, w
 @pytest.mark.parametrize(("signum", "kind"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_that_a_library_drops_stops_what_goes_on(signum: int, kind: type[BaseException]) -> None:
     stops = Stops()
-    with click.Context(click.Command("x"), obj=stops):
+    with click.Context(click.Command("x"), obj=Session(stops)):
         console = Console(quiet=True)
         with console.task("before") as advance, console.phases("too") as tell:
             advance(1)
@@ -174,7 +174,7 @@ def broken(*arguments, **options):
     raise {error}
 
 l2p_export.checkpoint.describe.describe = broken
-sys.argv = ["l2p-export", "inspect", "x.safetensors"]
+sys.argv = ["l2p-export", "inspect", "."]
 run()
 """
 

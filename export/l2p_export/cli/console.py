@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +27,21 @@ _REDRAW_SECONDS = 0.1
 _PLAIN_SECONDS = 5.0
 # A rate measured over less time is not meaningful.
 _RATE_SECONDS = 0.5
+_CLEAR = "\r\x1b[K"
+_MORE = "..."
+
+
+@dataclass(slots=True)
+class Session:
+    """One run of the command line.
+
+    Attributes:
+        stops: the signals that have arrived.
+        has_result: a JSON object was printed, so that an error prints no second one.
+    """
+
+    stops: Stops = field(default_factory=Stops)
+    has_result: bool = False
 
 
 def json_option(command: Command) -> Command:
@@ -66,7 +85,14 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def print_json(data: object) -> None:
     """Write one JSON object to stdout."""
+    session().has_result = True
     click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def session() -> Session:
+    """The run that this belongs to; one of its own outside of the command line."""
+    context = click.get_current_context(silent=True)
+    return (context.find_object(Session) if context else None) or Session()
 
 
 class Console:
@@ -75,8 +101,7 @@ class Console:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._redraws = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        context = click.get_current_context(silent=True)
-        self._stops = (context.find_object(Stops) if context else None) or Stops()
+        self._stops = session().stops
 
     @contextmanager
     def task(self, title: str, total: int = 0, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
@@ -131,16 +156,40 @@ class Console:
 
     def note(self, text: str) -> None:
         """Write one line even when quiet: it is about the result, not about progress."""
-        click.echo(f"note: {text}", err=True)
+        click.echo(f"{_CLEAR if self._redraws else ''}note: {text}", err=True)
 
     def _write(self, text: str, *, final: bool) -> None:
         if self._quiet:
             return
         if self._redraws:
-            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if final else ""))
+            # A redrawn line that the terminal wraps would stay, and every redraw add another.
+            sys.stderr.write(_CLEAR + (f"{text}\n" if final else _cut(text, _columns() - 1)))
         else:
             sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def _columns() -> int:
+    """Width of the terminal that stderr is; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _cut(text: str, columns: int) -> str:
+    """As much of a line as fits; a wide character takes two columns."""
+    widths = [_width(character) for character in text]
+    if sum(widths) <= columns:
+        return text
+    kept = bisect.bisect_right(list(itertools.accumulate(widths)), max(columns - len(_MORE), 0))
+    return (text[:kept] + _MORE)[: max(columns, 0)]
+
+
+def _width(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _line(title: str, done: int, total: int, unit: str, seconds: float) -> str:

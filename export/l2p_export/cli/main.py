@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import keyword
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
-from l2p_export.cli.stopping import Stops, TerminatedError
+from l2p_export.cli.console import Session
+from l2p_export.cli.stopping import TerminatedError
 from l2p_export.cli.streams import READER_GONE, drop_rest, is_stdout_read, open_streams
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
 
@@ -92,32 +94,27 @@ def main() -> None:
 def run() -> None:
     """Entry point: run a command and exit with its code."""
     open_streams()
-    stops = Stops()
-    stops.install()
+    session = Session()
+    session.stops.install()
     try:
-        code = main.main(standalone_mode=False, obj=stops)
+        code = main.main(standalone_mode=False, obj=session)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the one place where every failure ends
-        code = _report(error, stops.arrived[:1])
-    stops.uninstall()
+        code = _report(error, session)
+    session.stops.uninstall()
     drop_rest()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(error: BaseException, arrived: Sequence[int]) -> int:
-    """Write what happened to stderr; returns the exit code."""
+def _report(error: BaseException, session: Session) -> int:
+    """Write what happened to stderr, and to stdout if the command was to print JSON; returns the exit code."""
+    arrived = session.stops.arrived[:1]
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)) or signal.SIGINT in arrived:
-        _say("interrupted")
-        return INTERRUPTED
+        return _tell(INTERRUPTED, "interrupted", session)
     if isinstance(error, TerminatedError) or arrived:
-        _say("terminated")
-        return TERMINATED
-    return _report_error(error)
-
-
-def _report_error(error: BaseException) -> int:
+        return _tell(TERMINATED, "terminated", session)
     # Click ends so when a pipe breaks, whichever it is.
     if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and error.code == 1):
         if not is_stdout_read():
@@ -125,16 +122,44 @@ def _report_error(error: BaseException) -> int:
         error = BrokenPipeError()
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
+    return _report_error(error, session)
+
+
+def _report_error(error: BaseException, session: Session) -> int:
     if isinstance(error, click.ClickException):
         error.show()
+        _tell_json(error.exit_code, error.format_message(), _help_hint(error), session)
         return error.exit_code
     known = error if isinstance(error, L2PError) else _as_l2p_error(error)
-    _say(f"error: {known}")
-    if known.hint:
-        _say(f"\nhint: {known.hint}")
+    code = _tell(known.exit_code, str(known), session, hint=known.hint)
     if isinstance(known, InternalError) and os.environ.get("L2P_TRACEBACK"):
         traceback.print_exception(error)
-    return known.exit_code
+    return code
+
+
+def _tell(code: int, text: str, session: Session, *, hint: str = "") -> int:
+    is_error = code not in (INTERRUPTED, TERMINATED)
+    click.echo(f"error: {text}" if is_error else text, err=True)
+    if hint:
+        click.echo(f"\nhint: {hint}", err=True)
+    _tell_json(code, text, hint, session)
+    return code
+
+
+def _tell_json(code: int, text: str, hint: str, session: Session) -> None:
+    """Print an error as JSON, for a command that was to print JSON and has not."""
+    if session.has_result or "--json" not in sys.argv[1:]:
+        return
+    found, _, wanted = text.partition(", expected ")
+    facts = {"code": code, "found": found, "wanted": wanted, "hint": hint}
+    # The error has been told; that stdout cannot be written would be another one.
+    with suppress(OSError):
+        click.echo(json.dumps({"error": facts}, indent=1, ensure_ascii=False))
+
+
+def _help_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if isinstance(context, click.Context) else ""
 
 
 def _as_l2p_error(error: BaseException) -> L2PError:
@@ -157,7 +182,3 @@ def _as_l2p_error(error: BaseException) -> L2PError:
 def _extra_of(module: str) -> str:
     """The extra that installs a module; empty for modules that every install has."""
     return next((extra for extra, modules in _EXTRAS.items() if module.partition(".")[0] in modules), "")
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
