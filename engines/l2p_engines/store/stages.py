@@ -230,6 +230,13 @@ def sweep_work(root: Path) -> list[Path]:
     return removed
 
 
+def leftover_work(root: Path) -> list[Path]:
+    """What `sweep_work` would remove where no build runs."""
+    work = root / WORK
+    entries = sorted(work.iterdir()) if work.is_dir() else []
+    return [path for path in entries if ".lock" not in path.suffixes]
+
+
 def _publish(home: Home, stage: Stage, made: StageOutput, work: Path) -> Stage:
     records = []
     for file, sha256 in made.files:

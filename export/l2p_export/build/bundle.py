@@ -32,7 +32,7 @@ from l2p_engines.builders.engines import (
 from l2p_engines.forecast.calls import host_needs
 from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
-from l2p_engines.store.shared import open_store, register_bundle
+from l2p_engines.store.shared import open_store, register_bundle, require_store_or_nothing
 from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
 from l2p_export.build.text import add_text_encoder
 from l2p_export.checkpoint.demo import UNTRAINED, demo_model
@@ -212,6 +212,19 @@ def check_build(
         yield job
 
 
+def check_machine(job: BuildJob) -> Backend:
+    """Check what a build needs of this machine before any work; the backend that its proof runs on.
+
+    Raises:
+        HostError: too little memory, or the backend cannot run here.
+        UsageError: the store is something else.
+    """
+    _require_memory(job)
+    if job.store is not None:
+        require_store_or_nothing(job.store)
+    return open_backend(LEDGER_BACKEND)
+
+
 def build(job: BuildJob, reporter: Reporter) -> Built:
     """Run a build; stages that exist already are not run again.
 
@@ -220,8 +233,7 @@ def build(job: BuildJob, reporter: Reporter) -> Built:
         ArtifactError: a weight is NaN, Inf or out of range.
         ParityError: an ONNX graph is further from torch than its threshold; nothing is committed.
     """
-    _require_memory(job)
-    backend = open_backend(LEDGER_BACKEND)
+    backend = check_machine(job)
     if not job.is_trained:
         reporter.note(UNTRAINED)
     touched = trunk_layers_touched(job.loaded.loras, job.loaded.model.network_shapes("trunk"))

@@ -10,6 +10,7 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    dry_run_option,
     format_bytes,
     json_option,
     parse_size,
@@ -40,14 +41,15 @@ if TYPE_CHECKING:
 )
 @store_option
 @json_option
+@dry_run_option
 @quiet_option
-def command(bundle: Path, *, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(bundle: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Time BUNDLE's networks and a whole denoising call on this machine, on seeded noise.
 
     Reports the median, minimum and maximum time of each network, peak memory, and a lower bound of the time on the GPU.
     """
     from l2p_engines.forecast.cards import find_card
-    from l2p_export.performance.bench import bench
+    from l2p_export.performance.bench import bench, check_bench
     from l2p_runtime.bundle import open_bundle
     from l2p_runtime.contract.codec import to_json
     from l2p_runtime.memory import parse_bytes
@@ -55,17 +57,20 @@ def command(bundle: Path, *, as_json: bool, quiet: bool, **options: Any) -> None
     opened = open_bundle(bundle, options["store"])
     profile = opened.manifest.profiles[0]
     size = options["size"]
-    found = bench(
-        opened,
-        options["backend"],
-        options["plan"],
-        parse_size(size) if size is not None else (profile.height_px.opt, profile.width_px.opt),
-        options["caption_tokens"] or profile.caption_tokens.opt,
-        options["runs"],
-        Console(quiet=quiet),
-        memory_budget_bytes=parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None,
-        card=find_card(options["device"]) if options["device"] is not None else None,
-    )
+    size_px = parse_size(size) if size is not None else (profile.height_px.opt, profile.width_px.opt)
+    tokens = options["caption_tokens"] or profile.caption_tokens.opt
+    budget = parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None
+    card = find_card(options["device"]) if options["device"] is not None else None
+    call = (opened, options["backend"], options["plan"], size_px, tokens)
+    if dry_run:
+        plan = check_bench(*call, memory_budget_bytes=budget)
+        if as_json:
+            sizes = {"width": size_px[1], "height": size_px[0], "caption_tokens": tokens}
+            print_json({"bundle": str(bundle), "plan": plan, "runs": options["runs"], **sizes})
+        else:
+            click.echo(f"would time {options['runs']} calls of {size_px[1]}x{size_px[0]} in {plan}")
+        return
+    found = bench(*call, options["runs"], Console(quiet=quiet), memory_budget_bytes=budget, card=card)
     if as_json:
         print_json(to_json(found))
         return

@@ -10,7 +10,7 @@ import click
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.engine_options import engine_options, read_engine_options
 from l2p_export.cli.inputs import InputPath, lora_option
-from l2p_export.cli.outputs import clear_leftovers, require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 
 if TYPE_CHECKING:
     from l2p_export.build.bundle import BuildJob, Built
@@ -86,7 +86,7 @@ def command(
     A stopped build resumes where it stopped. A build with nothing new does nothing.
     """
     from l2p_engines.profiles import profile_names
-    from l2p_export.build.bundle import build, check_build
+    from l2p_export.build.bundle import build, check_build, check_machine
     from l2p_export.checkpoint.lora import parse_lora
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
@@ -100,6 +100,8 @@ def command(
     with check_build(checkpoint, profiles, precisions, out, **inputs) as plan:
         require_apart(written | {"--out": plan.out}, read)
         if dry_run:
+            require_writable(written | {"--out": plan.out})
+            check_machine(plan)
             _print_job(plan, as_json=as_json)
             return
         clear_leftovers(written["--timing-cache"])

@@ -19,7 +19,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_export.cli.inputs import InputPath
-from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_writable
 
 if TYPE_CHECKING:
     from l2p_calib.statistics.ranges import Statistics
@@ -97,6 +97,7 @@ def command(
     job = check_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
     require_gate(gate)
     if dry_run:
+        require_writable(written)
         if as_json:
             folder = {"sensitivity": str(sensitivity)} if sensitivity else {}
             print_json({"statistics": str(out), "source": job.source, **folder})

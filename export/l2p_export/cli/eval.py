@@ -18,7 +18,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_export.cli.inputs import InputPath
-from l2p_export.cli.outputs import clear_leftovers, require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
         **drawer.settings,
     }
     if dry_run:
+        require_writable({"--out": out})
         _tell_plan(facts, as_json=as_json)
         return
     clear_leftovers(out)

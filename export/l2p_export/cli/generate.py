@@ -18,7 +18,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_export.cli.inputs import InputPath
-from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
 from l2p_runtime import UsageError, __version__
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         **inputs,
     )
     if dry_run:
-        text = _text(opened, options, request.sampling, _check_machine(opened, options))
-        _check_prompts(opened, request, truncate=options["truncate_prompt"])
+        require_writable({"--out": out})
+        text = _text(opened, options, request.sampling, _check_machine(opened, request, options))
     else:
         clear_leftovers(out)
         text = _draw(bundle, out, request, (height, width), inputs | sampling, options, Console(quiet=quiet))
@@ -170,25 +170,26 @@ def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
     return parse_size(text)
 
 
-def _check_machine(bundle: Bundle, options: dict[str, Any]) -> str:
+def _check_machine(bundle: Bundle, request: ImageRequest, options: dict[str, Any]) -> str:
     """The plan that would run; raises what drawing would raise before it loads anything."""
+    from l2p_runtime import Pipeline
     from l2p_runtime.memory import parse_bytes
     from l2p_runtime.networks import open_plan
-
-    if options["memory_budget"] is not None:
-        parse_bytes(options["memory_budget"])
-    return open_plan(bundle, options["backend"], 0, options["plan"]).plan
-
-
-def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> None:
-    """Tokenize the prompts; refuses ones that are too long."""
     from l2p_runtime.text import bundle_tokenizer
 
+    budget = parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None
     texts = [caption for caption in request.captions if isinstance(caption, str)]
+    lengths = [len(caption) for caption in request.captions if not isinstance(caption, str)]
     if texts:
         tokenizer = bundle_tokenizer(bundle)
-        for text in texts:
-            tokenizer.tokens(text, truncate=truncate)
+        lengths += [len(tokenizer.tokens(text, truncate=options["truncate_prompt"])) for text in texts]
+    opened = open_plan(bundle, options["backend"], 0, options["plan"])
+    try:
+        tokens = bundle.manifest.model.padded(max(lengths))
+        Pipeline.check_call(opened, request.grid, tokens, budget, encodes=bool(texts))
+    finally:
+        opened.backend.device.close()
+    return opened.plan
 
 
 def _embeddings(options: dict[str, Any]) -> dict[str, Path | None]:

@@ -9,7 +9,7 @@ import click
 
 from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.inputs import InputPath, lora_option
-from l2p_export.cli.outputs import clear_leftovers, require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
 
 
@@ -47,7 +47,7 @@ def command(
 
     CHECKPOINT is a file or a folder. It may hold only adapters (with --source), or FP8 weights with scales.
     """
-    from l2p_export.checkpoint.convert import output_bytes, write_checkpoint
+    from l2p_export.checkpoint.convert import output_bytes, require_room, write_checkpoint
     from l2p_export.checkpoint.loading import load_model
     from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 
@@ -69,7 +69,10 @@ def command(
     touched = trunk_layers_touched(loaded.loras, loaded.model.network_shapes("trunk"))
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out})
+        require_room(loaded, out)
+    else:
         clear_leftovers(out)
         with console.task(f"writing {out.name}", total) as advance:
             facts["trunk_sha256"] = write_checkpoint(loaded, out, _target(spelling), advance)

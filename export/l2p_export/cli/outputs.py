@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from l2p_runtime.bundle import Bundle, open_bundle
-from l2p_runtime.errors import UsageError
-from l2p_runtime.files import sweep_partials
+from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import partial_folder, sweep_partials
 
 _ENTRIES_MAX = 1_000_000
 """Entries of an input folder that are looked at; more is no checkpoint, and a walk of a whole disk would not end."""
@@ -45,6 +45,25 @@ def require_apart(
                     raise UsageError(
                         f"{option} `{path}` {overlap} `{read}` ({name}), which is read", hint=f"choose another {option}"
                     )
+
+
+def require_writable(outputs: Mapping[str, Path | None]) -> None:
+    """Refuse outputs where nothing can be written; nothing stays there.
+
+    Raises:
+        HostError: the folder of an output, or the nearest one that exists, cannot be written.
+    """
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+        try:
+            with partial_folder(folder / "writable"):
+                pass
+        except OSError as error:
+            raise HostError(
+                f"cannot write `{path}`: {error.strerror or error}", hint=f"choose another {option}"
+            ) from error
 
 
 def open_bundle_apart(

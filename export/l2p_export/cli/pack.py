@@ -16,7 +16,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_export.cli.inputs import InputPath
-from l2p_export.cli.outputs import open_bundle_apart
+from l2p_export.cli.outputs import open_bundle_apart, require_writable
 
 
 @click.command("pack")
@@ -46,7 +46,7 @@ def command(
 
     Every file is hashed as it is copied.
     """
-    from l2p_engines.store.output import require_bundle_or_nothing
+    from l2p_engines.store.output import require_bundle_or_nothing, require_disk
     from l2p_export.build.pack import pack, pack_manifest
 
     opened = open_bundle_apart(bundle, store, {"--out": out})
@@ -55,7 +55,10 @@ def command(
     size_bytes = sum(record.size_bytes for record in manifest.files)
     facts: dict[str, object] = {"out": str(out), "plans": [plan.name for plan in manifest.plans], "bytes": size_bytes}
     facts["targets"] = list(dict.fromkeys(record.target for record in manifest.engines))
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out})
+        require_disk(out, size_bytes)
+    else:
         facts["digest"] = pack(opened, manifest, out, Console(quiet=quiet)).digest
     if as_json:
         print_json(facts)

@@ -66,13 +66,15 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
 @click.argument("store", type=InputPath("store"))
 @click.option("--remove", is_flag=True, help="Remove damaged files; the next build recreates them.")
 @json_option
+@dry_run_option
 @quiet_option
-def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
+def check(store: Path, *, remove: bool, as_json: bool, dry_run: bool, quiet: bool) -> None:
     """Hash every file in STORE and remove leftovers of killed builds. Exit code 4 when a file is damaged."""
     from l2p_engines.store.shared import check_store, store_bytes
 
+    is_removed = remove and not dry_run
     with Console(quiet=quiet).task("hashing files", store_bytes(store)) as advance:
-        found = check_store(store, remove=remove, advance=advance)
+        found = check_store(store, remove=remove, advance=advance, dry_run=dry_run)
     if as_json:
         print_json(
             {
@@ -80,20 +82,20 @@ def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
                 "files": found.files,
                 "bytes": found.size_bytes,
                 "damaged": dict(found.damaged),
-                "leftovers_removed": list(found.removed),
+                "leftovers" if dry_run else "leftovers_removed": list(found.removed),
             }
         )
     else:
         for path in found.removed:
-            click.echo(f"removed a leftover: {path}")
+            click.echo(f"{'would remove' if dry_run else 'removed'} a leftover: {path}")
         for path, what in found.damaged:
-            click.echo(f"{'removed' if remove else 'damaged'}: {path}: {what}")
+            click.echo(f"{'removed' if is_removed else 'damaged'}: {path}: {what}")
         click.echo(f"{found.files} files, {format_bytes(found.size_bytes)}, {len(found.damaged)} damaged")
     if found.damaged:
         raise ArtifactError(
-            f"damaged files in the store `{store}`: {len(found.damaged)}" + (", now removed" if remove else ""),
+            f"damaged files in the store `{store}`: {len(found.damaged)}" + (", now removed" if is_removed else ""),
             hint="build the bundles that used them again"
-            if remove
+            if is_removed
             else f"`l2p-export store check {store} --remove` removes them; then build again",
         )
 

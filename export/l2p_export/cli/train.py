@@ -19,7 +19,7 @@ from l2p_export.cli.console import (
     quiet_option,
 )
 from l2p_export.cli.inputs import InputPath
-from l2p_export.cli.outputs import clear_leftovers, require_apart
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_export.cli.train_text import forecast_lines
 from l2p_runtime import CancelledError, UsageError
 
@@ -77,7 +77,7 @@ def source_command(
     from l2p_export.training.loop.distributed import chosen_device
     from l2p_export.training.loop.loop import Schedule
     from l2p_export.training.sheet import SampleSpec
-    from l2p_export.training.source.train import SourceSpec, train_source
+    from l2p_export.training.source.train import SourceSpec, check_initial, train_source
 
     steps, save_every, seed = options["steps"], options["save_every"], options["seed"]
     autoencoder_steps = options["autoencoder_steps"]
@@ -114,7 +114,10 @@ def source_command(
     require_apart({"--out": out, "--work": work}, {"--init": init})
     _require_new(out, "model_index.json")
     samples = SampleSpec(count=options["samples"]) if options["samples"] else None
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out, "--work": work})
+        check_initial(init)
+    else:
         clear_leftovers(out, work)
         train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init, device=device)
     _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
@@ -161,12 +164,22 @@ def corpus_command(
     from l2p_calib.prompts import read_prompts
     from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
     from l2p_export.training.corpus.rendered import render_corpus, world_captions
+    from l2p_export.world.captions import describe
+    from l2p_export.world.judge import require_judge
 
     height, width = parse_size(options["size"])
     require_apart({"--out": out}, {"SOURCE": source, "--prompts": prompts})
     texts = read_prompts(prompts, PROMPTS_BYTES_MAX) if prompts else world_captions(options["count"], options["seed"])
+    if source is None or options["judged"]:
+        # Only captions of the small world can be rendered or judged.
+        for text in texts:
+            describe(text)
+    if options["judged"]:
+        require_judge()
     console = Console(quiet=quiet)
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out})
+    else:
         clear_leftovers(out)
     facts: dict[str, Any] = {"out": str(out), "prompts": len(texts), "images": len(texts) * options["seeds_per_prompt"]}
     if source is None:
@@ -307,6 +320,7 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 def _transfer(
     source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], ranks: ProcessGroup
 ) -> None:
+    from l2p_export.training.transfer.adapters import check_adapters
     from l2p_export.training.transfer.run import check_transfer, run_transfer
     from l2p_export.training.transfer.spec import TrainingOptions
     from l2p_runtime.progress import Silent
@@ -315,9 +329,13 @@ def _transfer(
     autocast = options["autocast"] or ("bf16" if ranks.device.type == "cuda" else "none")
     means = TrainingOptions(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
     job = check_transfer(source, corpus, spec, means, ranks, scenes=options["count"], samples=options["samples"])
+    if options["init"] is not None:
+        check_adapters(options["init"])
     facts = {"out": str(out), "work": str(work), **job.facts, "forecast": job.forecast.as_dict()}
     dry_run, as_json = options["dry_run"], options["as_json"]
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out, "--work": work})
+    else:
         console = Console(quiet=options["quiet"] or not ranks.is_rank_zero)
         for line in forecast_lines(job.forecast):
             console.done(line)

@@ -18,7 +18,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_export.cli.inputs import InputPath
-from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_writable
 from l2p_runtime import ArtifactError, HostError, UsageError
 from l2p_runtime.errors import counted
 
@@ -96,7 +96,9 @@ def write(
         bundle_at=options["bundle_at"],
     )
     opened = open_bundle_apart(bundle, store, {"--out": out})
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out})
+    else:
         clear_leftovers(out)
     written = write_repository(opened, out, spec, Console(quiet=quiet), dry_run=dry_run)
     if as_json:
