@@ -10,7 +10,9 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     format_bytes,
     json_option,
     parse_size,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from l2p_export.performance.bench import Bench
 
 
-@click.command("bench")
+@click.command("bench", epilog=example("bench demo-4k.bundle --size 1024x1024 --runs 3"))
 @click.argument("bundle", type=InputPath("bundle"))
 @click.option("--size", help="WIDTHxHEIGHT in pixels; default: the profile's preferred size.")
 @click.option(
@@ -34,10 +36,11 @@ if TYPE_CHECKING:
     "--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls, after one warm-up call."
 )
 @click.option("--plan", help="Precision plan; default: the first that the backend runs.")
-@click.option("--backend", default="auto", show_default=True)
+@backend_option
 @click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
 @click.option(
-    "--device", help="GPU whose peak rates bound the times, e.g. 'RTX 4090'; default: the GPU of this machine."
+    "--device",
+    help="GPU whose peak rates bound the times, a name in `plan --help`; default: that of this machine.",
 )
 @store_option
 @json_option

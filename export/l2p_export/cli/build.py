@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_engines.profiles import profile_names
+from l2p_export.cli.console import Console, dry_run_option, example, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.engine_options import engine_options, read_engine_options
 from l2p_export.cli.inputs import InputPath, lora_option
 from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
     from l2p_export.build.bundle import BuildJob, Built
 
 
-@click.command("build")
+@click.command("build", epilog=example("build merged.safetensors --profile 4k --precision fp16 --out 4k.bundle"))
 @click.argument("checkpoint", required=False, type=InputPath("checkpoint"))
 @click.option(
     "--profile",
     "profiles",
     multiple=True,
     required=True,
-    help="Optimization profile: built-in name or .toml path; repeatable.",
+    help=f"Optimization profile: {', '.join(profile_names())}, or a .toml path; repeatable.",
 )
 @click.option(
     "--precision",
@@ -85,7 +86,6 @@ def command(
 
     A stopped build resumes where it stopped. A build with nothing new does nothing.
     """
-    from l2p_engines.profiles import profile_names
     from l2p_export.build.bundle import build, check_build, check_machine
     from l2p_export.checkpoint.lora import parse_lora
 

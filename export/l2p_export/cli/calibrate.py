@@ -12,6 +12,7 @@ from l2p_calib.sensitivity import GATE
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import BasePrecision
 
 
-@click.command("calibrate")
+@click.command("calibrate", epilog=example("calibrate demo-4k.bundle --samples 16 --out statistics.json"))
 @click.argument("bundle", type=InputPath("bundle"))
 @click.option(
     "--prompts",

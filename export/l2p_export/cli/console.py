@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,20 @@ def json_option(command: Command) -> Command:
 
 def quiet_option(command: Command) -> Command:
     """`--quiet`: no progress."""
-    return click.option("--quiet", "-q", is_flag=True, help="No progress on stderr; errors still show.")(command)
+    return click.option(
+        "--quiet", "-q", is_flag=True, callback=_quieten, help="No progress on stderr; errors still show."
+    )(command)
+
+
+def _quieten(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Keep libraries, which are imported later, from advice and progress of their own."""
+    del ctx, param
+    if quiet:
+        for library in ("DIFFUSERS", "TRANSFORMERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        warnings.simplefilter("ignore")
+    return quiet
 
 
 def store_option(command: Command) -> Command:
@@ -62,6 +76,22 @@ def store_option(command: Command) -> Command:
         envvar="L2P_STORE",
         help="Store with the bundle's shared files, if it was moved since the build.",
     )(command)
+
+
+def backend_option(command: Command) -> Command:
+    """`--backend`: what runs a bundle's networks."""
+    return click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        help="auto: the fastest that runs here and that the bundle has files for; onnx: ONNX Runtime on the CPU; "
+        "onnx-cuda: on a GPU; rtx or tensorrt: engines.",
+    )(command)
+
+
+def example(call: str) -> str:
+    """The end of a command's help."""
+    return f"\b\nExample:\n  l2p-export {call}"
 
 
 def dry_run_option(command: Command) -> Command:

@@ -10,7 +10,9 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
@@ -30,7 +32,7 @@ _COUNT = 500
 _LAYOUT_IMAGES = 4
 
 
-@click.command("eval")
+@click.command("eval", epilog=example("eval demo-4k.bundle --count 100 --out scores"))
 @click.argument("model", type=InputPath("model"))
 @click.option(
     "--prompts",
@@ -63,7 +65,7 @@ _LAYOUT_IMAGES = 4
     "--seed", type=int, default=0, show_default=True, help="Seed of the first image; it increases by 1 per image."
 )
 @click.option("--plan", help="Precision plan of a bundle; default: its first.")
-@click.option("--backend", default="auto", show_default=True, help="Runtime backend, for a bundle.")
+@backend_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for images and scores; a stopped run resumes there."
 )

@@ -10,7 +10,9 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from l2p_runtime.requests import ImageRequest
 
 
-@click.command("generate")
+@click.command(
+    "generate",
+    epilog=example("generate demo-4k.bundle --prompt 'a red circle' --out picture.png"),
+)
 @click.argument("bundle", required=False, type=InputPath("bundle"))
 @click.option("--server", metavar="URL", help="Draw on this Triton server: grpc://host:8001 or http://host:8000.")
 @click.option("--prompt", help="Prompt; needs a bundle with a text encoder. With --embeddings, only a description.")
@@ -44,10 +49,21 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, help="Guidance scale, 1 for none; default: the bundle's.")
 @click.option("--shift", type=float, help="Shift of the sigma schedule; default: the bundle's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, 0 to 2^64 - 1.")
-@click.option("--rng", type=click.Choice(["philox", "torch-cpu"]), default="philox", show_default=True)
-@click.option("--positions", type=click.Choice(["native", "ntk", "yarn"]), help="RoPE scaling; default: the profile's.")
+@click.option(
+    "--rng",
+    type=click.Choice(["philox", "torch-cpu"]),
+    default="philox",
+    show_default=True,
+    help="Noise of a seed; philox: the same bits on every machine; torch-cpu: that of torch.randn on the CPU.",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(["native", "ntk", "yarn"]),
+    help="Rotary positions of large images; native: as trained; ntk, yarn: frequencies stretched to the "
+    "image. Default: the profile's.",
+)
 @click.option("--plan", help="Precision plan; default: the bundle's first.")
-@click.option("--backend", default="auto", show_default=True)
+@backend_option
 @click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
 @click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits per channel.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG file to write.")

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.console import Console, dry_run_option, example, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.inputs import InputPath, lora_option
 from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
 
 
-@click.command("import")
+@click.command("import", epilog=example("import merged.safetensors --lora style.safetensors:0.8 --out new.safetensors"))
 @click.argument("checkpoint", type=InputPath("checkpoint"))
 @click.option(
     "--source",

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from l2p_export.cli.console import format_bytes, json_option, print_json, store_option
+from l2p_export.cli.console import example, format_bytes, json_option, print_json, store_option
 from l2p_export.cli.inputs import InputPath
 from l2p_runtime.bundle import BUILD_LOCK, BUILD_STAGES, STORE_MARKER
 from l2p_runtime.contract import MANIFEST_NAME
 
 
-@click.command("inspect")
+@click.command("inspect", epilog=example("inspect merged.safetensors"))
 @click.argument("path", type=InputPath("checkpoint or bundle"))
 @click.option(
     "--source",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_export.cli.console import json_option, print_json
+from l2p_export.cli.console import example, json_option, print_json
 from l2p_export.cli.inputs import InputPath
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@click.command("judge")
+@click.command("judge", epilog=example("judge picture.png --prompt 'a red circle'"))
 @click.argument("picture", type=InputPath("picture"))
 @click.option("--prompt", required=True, help="A caption of the small world, e.g. `a red circle above a blue square`.")
 @json_option

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import click
 
-from l2p_export.cli.console import Session
+from l2p_export.cli.console import Session, example
 from l2p_export.cli.stopping import TerminatedError
 from l2p_export.cli.streams import READER_GONE, drop_rest, is_stdout_read, open_streams
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
@@ -85,7 +85,11 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=example("build --profile 4k --out demo-4k.bundle"),
+)
 @click.version_option(__version__, prog_name="l2p-export")
 def main() -> None:
     """Export pixel-space (L2P) text-to-image checkpoints as ONNX bundles, and draw with them."""

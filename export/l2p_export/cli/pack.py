@@ -9,6 +9,7 @@ import click
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
+    example,
     format_bytes,
     json_option,
     print_json,
@@ -19,7 +20,7 @@ from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import open_bundle_apart, require_writable
 
 
-@click.command("pack")
+@click.command("pack", epilog=example("pack demo-4k.bundle --target onnx-cpu --out packed.bundle"))
 @click.argument("bundle", type=InputPath("bundle"))
 @click.option(
     "--target",

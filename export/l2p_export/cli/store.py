@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.console import Console, dry_run_option, example, format_bytes, json_option, print_json, quiet_option
 from l2p_export.cli.inputs import InputPath
 from l2p_runtime import ArtifactError, UsageError
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-@click.group("store")
+@click.group("store", epilog=example("store ls shared"))
 def command() -> None:
     """List, prune or check a store: the folder that `build --store` shares between bundles."""
 
 
-@command.command("ls")
+@command.command("ls", epilog=example("store ls shared"))
 @click.argument("store", type=InputPath("store"))
 @json_option
 def ls(store: Path, *, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def ls(store: Path, *, as_json: bool) -> None:
     click.echo(f"{len(entries)} stages, {format_bytes(sum(entry.size_bytes for entry in entries))}")
 
 
-@command.command("prune")
+@command.command("prune", epilog=example("store prune shared --older-than 30d --dry-run"))
 @click.argument("store", type=InputPath("store"))
 @click.option("--older-than", default="0s", show_default=True, help="Only stages of at least this age, e.g. 30d, 12h.")
 @json_option
@@ -62,7 +62,7 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
     _print_gone(store, gone, "would remove" if dry_run else "removed", as_json=as_json)
 
 
-@command.command("check")
+@command.command("check", epilog=example("store check shared --remove"))
 @click.argument("store", type=InputPath("store"))
 @click.option("--remove", is_flag=True, help="Remove damaged files; the next build recreates them.")
 @json_option

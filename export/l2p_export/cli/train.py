@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import (
-    Console,
-    dry_run_option,
-    json_option,
-    parse_size,
-    print_json,
-    quiet_option,
-)
+from l2p_export.cli.console import Console, dry_run_option, example, json_option, parse_size, print_json, quiet_option
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_export.cli.train_text import forecast_lines
@@ -34,12 +27,12 @@ _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
 device_option = click.option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is one.")
 
 
-@click.group("train")
+@click.group("train", epilog=example("train source --out source"))
 def command() -> None:
     """Train a small latent source, draw a corpus with a source, or transfer a source to pixel space."""
 
 
-@command.command("source")
+@command.command("source", epilog=example("train source --steps 20000 --out source"))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Pipeline folder to write.")
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
 @click.option("--init", type=InputPath("source"), help="Source to initialize from; its autoencoder is kept.")
@@ -123,7 +116,7 @@ def source_command(
     _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
 
 
-@command.command("corpus")
+@command.command("corpus", epilog=example("train corpus source --count 2000 --out corpus"))
 @click.argument("source", required=False, type=InputPath("source"))
 @click.option(
     "--prompts",
@@ -211,7 +204,10 @@ def corpus_command(
     _tell(facts, out, as_json=as_json, dry_run=dry_run)
 
 
-@command.command("transfer")
+@command.command(
+    "transfer",
+    epilog=example("train transfer source --corpus corpus --size-px 128 --out adapters.safetensors"),
+)
 @click.argument("source", type=InputPath("source"))
 @click.option(
     "--corpus",

@@ -10,7 +10,9 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
@@ -34,7 +36,7 @@ class _WritesByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group("triton", cls=_WritesByDefault)
+@click.group("triton", cls=_WritesByDefault, epilog=example("triton demo-4k.bundle --out repository"))
 def command() -> None:
     """Write or lint a Triton model repository, check whether a server can draw, or draw on it in a browser.
 
@@ -43,7 +45,7 @@ def command() -> None:
     """
 
 
-@command.command("write")
+@command.command("write", epilog=example("triton write demo-4k.bundle --out repository"))
 @click.argument("bundle", type=InputPath("bundle"))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to create or update.")
 @click.option(
@@ -51,7 +53,7 @@ def command() -> None:
 )
 @click.option("--kind", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @click.option("--instances", type=int, default=1, show_default=True, help="Instances of each model, per GPU.")
-@click.option("--backend", default="auto", show_default=True, help="Runtime backend of the models.")
+@backend_option
 @click.option("--plan", help="Precision plan; default: the first that the backend runs.")
 @click.option("--memory-budget", default="", help="Memory budget of each instance, e.g. 6GiB.")
 @click.option(
@@ -110,7 +112,7 @@ def write(
         click.echo(f"{verb} {out / name}: version {version}")
 
 
-@command.command("lint")
+@command.command("lint", epilog=example("triton lint repository"))
 @click.argument("repository", type=InputPath("repository"))
 @json_option
 def lint(repository: Path, *, as_json: bool) -> None:
@@ -132,7 +134,7 @@ def lint(repository: Path, *, as_json: bool) -> None:
         click.echo(f"{repository}: nothing found")
 
 
-@command.command("health")
+@command.command("health", epilog=example("triton health http://localhost:8000"))
 @click.argument("server", metavar="URL")
 @click.option("--model", "models", multiple=True, help="Check only this model; repeatable.")
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for each response.")
@@ -158,7 +160,7 @@ def health(server: str, models: tuple[str, ...], timeout: float, *, as_json: boo
         raise HostError(f"{', '.join(ill)} cannot draw", hint="unload and load it, or start the server again")
 
 
-@command.command("page")
+@command.command("page", epilog=example("triton page http://localhost:8000 --port 8080"))
 @click.argument("server", metavar="URL")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for any.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any free one.")

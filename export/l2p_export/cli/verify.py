@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_export.cli.console import Console, json_option, parse_size, print_json, quiet_option, store_option
+from l2p_export.cli.console import (
+    Console,
+    backend_option,
+    example,
+    json_option,
+    parse_size,
+    print_json,
+    quiet_option,
+    store_option,
+)
 from l2p_export.cli.inputs import InputPath
 from l2p_runtime.errors import UsageError
 
@@ -17,9 +26,9 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import LedgerEntry
 
 
-@click.command("verify")
+@click.command("verify", epilog=example("verify demo-4k.bundle"))
 @click.argument("bundle", type=InputPath("bundle"))
-@click.option("--backend", default="auto", show_default=True)
+@backend_option
 @click.option("--plan", help="Only this precision plan.")
 @click.option(
     "--pictures", type=click.IntRange(min=1), help="Also draw this many captions of the small world under each plan."
