@@ -83,12 +83,14 @@ class StageRunner:
     Attributes:
         waiting: called when another process is making a stage that is needed here.
         keys: of every stage that was found or made; grows.
+        kinds: of the same stages; grows.
         made: `kind label` of every stage that was made; grows.
     """
 
     home: Home
     waiting: Callable[[str], None] = lambda text: None
     keys: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
 
     def __call__(
@@ -103,6 +105,7 @@ class StageRunner:
 
         stage = run_stage(self.home, kind, label, inputs, noted, self.waiting)
         self.keys.append(stage.key)
+        self.kinds.append(kind)
         return stage
 
     def path(self, record: FileRecord) -> Path:

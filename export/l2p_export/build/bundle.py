@@ -34,6 +34,7 @@ from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
 from l2p_engines.store.shared import open_store, register_bundle, require_store_or_nothing
 from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
+from l2p_export.build.progress import WholeBuild
 from l2p_export.build.text import add_text_encoder
 from l2p_export.checkpoint.demo import UNTRAINED, demo_model
 from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, load_model, require_own_trunk
@@ -118,6 +119,13 @@ class BuildJob:
         if self.text_encoder is not None:
             shapes |= self.text_encoder.model.shapes
         return plan.weight_bytes(shapes)
+
+    @property
+    def counted_stages(self) -> int:
+        """Number of stages that `WholeBuild` counts: an ONNX graph and its engines for each network, and proofs."""
+        networks = len(self.loaded.model.networks) + (self.text_encoder is not None)
+        proofs = 1 + (self.text_encoder is not None)
+        return len(self.plans) * networks * (1 + len(self.engines.targets)) + proofs
 
     def network_bytes(self) -> dict[tuple[str, str], int]:
         """(network, plan) to the bytes of its weights."""
@@ -248,7 +256,7 @@ def build(job: BuildJob, reporter: Reporter) -> Built:
             require_disk(run.home.root, needed)
             free = shutil.disk_usage(run.home.root).free - needed
             require_engine_resources(job.engines, job.network_bytes(), free, str(run.home.root))
-        manifest = _run_stages(job, run, backend, reporter)
+        manifest = _run_stages(job, run, backend, WholeBuild(reporter, run.kinds, job.counted_stages))
         data, folder = manifest_to_bytes(manifest), store.root if store else None
         if store is not None:
             register_bundle(store, output.root, bundle_digest(data))
