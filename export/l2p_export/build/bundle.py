@@ -123,9 +123,9 @@ class BuildJob:
     @property
     def counted_stages(self) -> int:
         """Number of stages that `WholeBuild` counts: an ONNX graph and its engines for each network, and proofs."""
-        networks = len(self.loaded.model.networks) + (self.text_encoder is not None)
-        proofs = 1 + (self.text_encoder is not None)
-        return len(self.plans) * networks * (1 + len(self.engines.targets)) + proofs
+        texts = int(self.text_encoder is not None)
+        networks = len(self.loaded.model.networks) + texts
+        return len(self.plans) * networks * (1 + len(self.engines.targets)) + 1 + texts
 
     def network_bytes(self) -> dict[tuple[str, str], int]:
         """(network, plan) to the bytes of its weights."""
