@@ -44,7 +44,7 @@ def embeddings(bundles: Bundles, tmp_path: Path) -> Path:
     ("arguments", "code", "says"),
     [
         (("--memory-budget", "1KiB"), 3, "raise the memory budget"),
-        (("--size", "32768x32768", "--memory-budget", "1GiB"), 3, "raise the memory budget"),
+        (("--size", "8192x8192", "--memory-budget", "64MiB"), 3, "raise the memory budget"),
         (("--backend", "nonsense"), 2, "no backend"),
         (("--plan", "nonsense"), 2, "nonsense"),
     ],
