@@ -315,7 +315,8 @@ def test_builds_at_once_make_each_stage_once(home: Home) -> None:
 def test_a_store_has_to_be_one(home: Home, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").touch()
-    for path in (tmp_path / "foreign", home.root / "mine.toml"):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "foreign", tmp_path / "file"):
         refuse(home.build("one", "--store", path, out=tmp_path / "out"), 2, f"`{path}` is no store and not empty")
         for arguments in (("ls",), ("prune",), ("prune", "--dry-run"), ("check",), ("check", "--remove")):
             refuse(run_cli("store", *arguments, path), 3, f"`{path}` is no store", "hint: give the folder")
