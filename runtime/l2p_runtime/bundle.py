@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2p_runtime.contract import MANIFEST_NAME, FileRecord, Manifest, bundle_digest, manifest_from_bytes
-from l2p_runtime.errors import ArtifactError, HostError, L2PError, counted
+from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError, counted
 
 MANIFEST_BYTES_MAX = 64 << 20
 FULL_HASH_BYTES = 64 << 20
@@ -123,8 +123,11 @@ def require_store(root: Path) -> Path:
     """The folder itself when it is a store.
 
     Raises:
-        HostError: it is not.
+        UsageError: there is no such folder.
+        HostError: it is no store.
     """
+    if not root.exists():
+        raise UsageError(f"there is no store `{root}`", hint="give the folder that `build --store` was given")
     if not (root / STORE_MARKER).is_file():
         raise HostError(
             f"`{root}` is no store: it has no {STORE_MARKER}", hint="give the folder that `build --store` was given"

@@ -1,21 +1,25 @@
 """Writes files that are complete or absent: under a temporary name, synced, then renamed into place.
 
 A temporary name is `.NAME.DIGITS.partial`, with 16 random hexadecimal digits: writers of one path never share it,
-whatever their process ids, and `sweep_partials` recognises what a killed process left.
+whatever their process ids. Its writer holds a kernel lock on it, which ends with the process, whichever container or
+machine that ran in: so `sweep_partials` tells what a killed process left from what is being written.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from l2p_runtime.contract.codec import to_json
 
@@ -25,10 +29,11 @@ _NAME_BYTES_MAX = 255
 _TRIES = 16
 """Names to try. A name that is taken was guessed by somebody else."""
 
+_ABANDONED_SECONDS = 86_400
+"""Age of a temporary file that nobody writes any more, on a file system without locks."""
+
 # File systems without a sync of folders answer one of these.
 _CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
-
-_Made = TypeVar("_Made")
 
 
 @contextmanager
@@ -55,7 +60,8 @@ def atomic_file(path: Path, *, work: Path | None = None) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+                # Still locked: between a lock and a rename, it would look like one that was left.
+                partial.replace(path)
         except BaseException:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -123,11 +129,12 @@ def partial_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made.
     """
-    _, partial = _new(path, None, Path.mkdir)
+    handle, partial = _new(path, None, _create_folder)
     try:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
 
 
 def commit_file(partial: Path, path: Path) -> None:
@@ -154,9 +161,9 @@ def is_partial_of(name: str, *targets: str) -> bool:
 
 
 def sweep_partials(folder: Path, *targets: str) -> None:
-    """Remove temporary files and folders that killed processes left.
+    """Remove temporary files and folders that killed processes left; those that are being written stay.
 
-    Call it where no other process writes: it cannot tell a writer that runs from one that was killed.
+    On a file system without locks, what was written to within the last day stays too.
 
     Args:
         folder: where to look; its subfolders are not searched.
@@ -165,10 +172,13 @@ def sweep_partials(folder: Path, *targets: str) -> None:
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         if not is_partial_of(entry.name, *targets):
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        with _abandoned(entry) as is_abandoned:
+            if not is_abandoned:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -192,18 +202,64 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _new(path: Path, work: Path | None, make: Callable[[Path], _Made]) -> tuple[_Made, Path]:
-    """Something new under a temporary name, and the name. Existing files are neither opened nor followed."""
+def _new(path: Path, work: Path | None, make: Callable[[Path], int]) -> tuple[int, Path]:
+    """Something new under a temporary name, open and locked, and the name. Existing files are not opened."""
     for _ in range(_TRIES):
         partial = partial_path(path, work)
         with suppress(FileExistsError):
-            return make(partial), partial
+            handle = make(partial)
+            # A sweep may have taken it before it was locked.
+            if _lock(handle) is not False and _is_at(handle, partial):
+                return handle, partial
+            os.close(handle)
     raise FileExistsError(errno.EEXIST, "every temporary name is taken", str(path))
 
 
 def _create(partial: Path) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     return os.open(partial, flags, 0o666)
+
+
+def _create_folder(partial: Path) -> int:
+    partial.mkdir()
+    return os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file or folder; False if another process has, None on a file system without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody writes a temporary file or folder any more; while this lasts, it stays so."""
+    try:
+        is_folder = stat.S_ISDIR(path.lstat().st_mode)
+        # A lock on a network file system wants a file that is open for writing.
+        kind = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR | os.O_NONBLOCK
+        handle = os.open(path, kind | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        # What is a link was not made here and locks nothing; what may not be opened is somebody else's.
+        yield error.errno == errno.ELOOP
+        return
+    try:
+        found = _lock(handle)
+        yield time.time() - os.fstat(handle).st_mtime > _ABANDONED_SECONDS if found is None else found
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -128,6 +128,35 @@ class Pipeline:
         pipeline._load_what_fits()
         return pipeline
 
+    @classmethod
+    def check_call(
+        cls,
+        opened: OpenedPlan,
+        grid: tuple[int, int],
+        caption_tokens: int,
+        memory_budget_bytes: int | None = None,
+        *,
+        encodes: bool = False,
+    ) -> None:
+        """Refuse a call that cannot be made, before anything is loaded.
+
+        Args:
+            opened: plan on its backend.
+            grid: token rows and columns.
+            caption_tokens: of the longest caption, padded.
+            memory_budget_bytes: as in `open`.
+            encodes: the text encoder runs too.
+
+        Raises:
+            HostError: the call, the largest network or the text encoder exceeds the budget or the free memory.
+            UsageError: engines were not built for this size.
+        """
+        pipeline = cls(opened, memory_budget_bytes)
+        pipeline._require_largest()
+        if encodes:
+            pipeline._require_encoder()
+        pipeline._plan_call(1, grid, caption_tokens)
+
     @property
     def bundle(self) -> Bundle:
         """The opened bundle."""
@@ -348,14 +377,8 @@ class Pipeline:
         text, tokenizer = self.bundle.manifest.text, self._tokenizer
         if text is None or tokenizer is None:
             raise InternalError("texts reached the encoder without a tokenizer")
-        weights = self._text_bytes
-        limit = self._limit_bytes()
-        if weights > limit:
-            raise HostError(
-                f"the text encoder's weights take {weights:,} bytes, {max(limit, 0):,} bytes are there",
-                hint="raise the memory budget, or pass embeddings made elsewhere",
-            )
-        makes_room = self._keeps_networks and weights > self._free_bytes()
+        self._require_encoder()
+        makes_room = self._keeps_networks and self._text_bytes > self._free_bytes()
         if makes_room:
             self._release_networks()
         encoder = self._load(TEXT_ENCODER)
@@ -366,6 +389,14 @@ class Pipeline:
         if makes_room:
             self._keep_networks()
         return embeds
+
+    def _require_encoder(self) -> None:
+        weights, limit = self._text_bytes, self._limit_bytes()
+        if weights > limit:
+            raise HostError(
+                f"the text encoder's weights take {weights:,} bytes, {max(limit, 0):,} bytes are there",
+                hint="raise the memory budget, or pass embeddings made elsewhere",
+            )
 
     @contextmanager
     def _use(self, network: str) -> Iterator[Engine]:
@@ -386,6 +417,11 @@ class Pipeline:
         Raises:
             HostError: the largest of them exceeds the budget.
         """
+        self._require_largest()
+        if sum(self._weight_bytes.values()) <= self._limit_bytes():
+            self._keep_networks()
+
+    def _require_largest(self) -> None:
         limit, sizes = self._limit_bytes(), self._weight_bytes
         largest = max(sizes, key=lambda network: sizes[network])
         if sizes[largest] > limit:
@@ -394,8 +430,6 @@ class Pipeline:
                 "there",
                 hint="raise the memory budget, or use a plan of lower precision",
             )
-        if sum(sizes.values()) <= limit:
-            self._keep_networks()
 
     def _keep_networks(self) -> None:
         """Load all networks, to stay; all or none."""

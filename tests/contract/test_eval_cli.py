@@ -132,7 +132,7 @@ def test_public_benchmarks_get_their_folders(bundles: Bundles, tmp_path: Path) -
     [
         (("--layout", "coco"), "'coco' is not one of"),
         (("--layout", "geneval"), "needs --prompts and --out"),
-        (("--prompts", "absent.txt"), "cannot read prompts from `absent.txt`"),
+        (("--prompts", "absent.txt"), "there is no prompt file `absent.txt`"),
         (("--prompts", "empty.txt"), "`empty.txt` holds no prompt"),
         (("--prompts", "cow.txt"), "`cow.txt` line 2: "),
         (("--prompts", "cow.txt", "--count", "3"), "--count would too"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import run_cli
 from l2p_export.build.bundle import check_build
 from l2p_export.checkpoint.demo import write_demo_checkpoint
+from l2p_runtime.files import atomic_file, partial_path
 from unit.export.checkpoint.spellings import adapters, fused, latent_state, random_state, save_sharded
 
 ROOT = Path(__file__).parents[2]
@@ -176,12 +177,12 @@ def test_the_commands_that_the_readme_names_run(files: Path, tmp_path: Path) -> 
     ("arguments", "code", "says"),
     [
         (("adapters.safetensors", "--out", "x.safetensors"), 4, "--source"),
-        (("merged.safetensors", "--out", "merged.safetensors"), 2, "is what is read from"),
+        (("merged.safetensors", "--out", "merged.safetensors"), 2, "which is read"),
         (("merged.safetensors", "--out", "x.pt"), 2, ".safetensors"),
         (("merged.safetensors", "--out", "no/where.safetensors"), 2, "does not exist"),
-        (("merged.safetensors", "--source", "nowhere", "--out", "x.safetensors"), 4, "nowhere"),
+        (("merged.safetensors", "--source", "nowhere", "--out", "x.safetensors"), 2, "nowhere"),
         (("merged.safetensors", "--lora", "lora.safetensors:nan", "--out", "x.safetensors"), 2, "nan"),
-        (("merged.safetensors", "--lora", "nowhere.safetensors:1", "--out", "x.safetensors"), 4, "nowhere"),
+        (("merged.safetensors", "--lora", "nowhere.safetensors:1", "--out", "x.safetensors"), 2, "nowhere"),
         (("lora.safetensors", "--out", "x.safetensors"), 4, "lora"),
         (("pipe", "--out", "x.safetensors"), 4, "latent"),
     ],
@@ -192,3 +193,15 @@ def test_bad_calls(files: Path, arguments: tuple[str, ...], code: int, says: str
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert not (files / "x.safetensors").exists()
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next(files: Path, tmp_path: Path) -> None:
+    left = partial_path(tmp_path / "another.png")
+    left.write_bytes(b"half")
+    command = ("import", files / "merged.safetensors", "--out", tmp_path / "x.safetensors")
+    with atomic_file(tmp_path / "third.png"):
+        assert run_cli(*command, "--dry-run").returncode == 0
+        assert left.exists()
+        assert run_cli(*command).returncode == 0
+        assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["third.png", "x.safetensors"]

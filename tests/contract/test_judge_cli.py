@@ -47,7 +47,7 @@ def test_what_cannot_be_judged(picture: Path, tmp_path: Path) -> None:
     damaged.write_bytes(picture.read_bytes()[:200])
     for path, prompt, code, says in (
         (picture, "a purple elephant", 2, "is none of the small world"),
-        (tmp_path / "absent.png", "a red circle", 2, "cannot read"),
+        (tmp_path / "absent.png", "a red circle", 2, "there is no picture"),
         (tmp_path, "a red circle", 2, "cannot read"),
         (damaged, "a red circle", 4, "is no readable image"),
     ):

@@ -125,7 +125,7 @@ def test_a_card_without_fp8_says_so() -> None:
         (("--profile", "4k", "--memory", "much"), "no size in bytes"),
         (("--profile", "4k", "--profile", "1k"), "16 px patches"),
         (("--profile", "5k"), "no profile `5k`"),
-        (("--profile", "4k", "--source", "x"), "none was given"),
+        (("--profile", "4k", "--source", "."), "none was given"),
         ((), "neither a checkpoint nor a profile"),
     ],
 )

@@ -144,8 +144,8 @@ def test_own_images(folder: Path, tmp_path: Path) -> None:
         (("--batch", "0"), 2, "batch"),
         (("--sampling-steps", "0"), 2, "steps"),
         (("--guidance", "nan"), 2, "guidance"),
-        (("--init", "nowhere"), 4, "there is no checkpoint `nowhere`"),
-        (("--corpus", "nowhere"), 2, "is no corpus"),
+        (("--init", "nowhere"), 2, "there is no adapter file `nowhere`"),
+        (("--corpus", "nowhere"), 2, "there is no corpus"),
     ],
 )
 def test_wrong_calls(folder: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
@@ -170,7 +170,7 @@ def test_wrong_calls(folder: Path, tmp_path: Path, arguments: tuple[str, ...], c
         (("source", "--size-px", "72"), "a size is 72 px, expected a multiple of 16 px from 64 px on"),
         (("source", "--size-px", "128", "--size-px", "48"), "a size is 48 px"),
         (("source", "--samples", "1"), "1 samples, expected 2 or more"),
-        (("source", "--init", "nowhere"), "is no pipeline folder"),
+        (("source", "--init", "nowhere"), "there is no source"),
     ],
 )
 def test_wrong_numbers_are_the_callers_mistake(

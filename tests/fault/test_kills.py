@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 
 from conftest import run_cli, write_profile
+from l2p_engines.store.stages import Home, StageOutput, run_stage
+from l2p_export.cli.console import Console, Session
+from l2p_export.cli.stopping import Stops, TerminatedError
 
 STOPPED_SECONDS = 10
 """What a stop may take: the rest of one call into a library."""
@@ -109,6 +113,58 @@ def test_second_build_of_one_output(tmp_path: Path, tiny_path: Path, profile: Pa
     assert (out / ".build.lock").exists()
 
 
+def test_a_refused_build_keeps_what_a_stopped_one_finished(tmp_path: Path, tiny_path: Path, profile: Path) -> None:
+    out, store = tmp_path / "out", tmp_path / "file"
+    store.write_text("no store")
+
+    def make(work: Path) -> StageOutput:
+        (work / "x.onnx").write_bytes(b"a trace that took minutes")
+        return StageOutput("graphs", ((work / "x.onnx", "0" * 64),))
+
+    out.mkdir()
+    run_stage(Home(out), "graph", "x", {}, make)
+    before = sorted(path for path in out.rglob("*") if path.is_file())
+    assert len(before) == 2
+    result = run_cli("build", tiny_path, "--profile", profile, "--store", store, "--out", out)
+    assert result.returncode == 2, result.stderr
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == before
+
+
+STOPPED_IMPORT = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.{name})
+    raise AssertionError("not reached")
+except BaseException as error:
+    # As a compiled module does with what is raised while it is loaded.
+    {then}
+"""
+
+
+@pytest.mark.parametrize("then", ["raise ImportError(repr(error)) from None", "raise", "raise RuntimeError from error"])
+@pytest.mark.parametrize(("name", "code", "word"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
+def test_a_signal_while_a_library_is_imported(then: str, name: str, code: int, word: str, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text(STOPPED_IMPORT.format(name=name, then=then))
+    script = f"import sys, signal; sys.path.insert(0, {str(tmp_path)!r}); "
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = ['l2p-export', 'doctor']; "
+    result = run_script(script + "from l2p_export.cli.main import run; run()", tmp_path)
+    assert (result.returncode, result.stderr.strip()) == (code, word)
+
+
+@pytest.mark.parametrize(("signum", "kind"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_a_library_drops_stops_what_goes_on(signum: int, kind: type[BaseException]) -> None:
+    stops = Stops()
+    with click.Context(click.Command("x"), obj=Session(stops)):
+        console = Console(quiet=True)
+        with console.task("before") as advance, console.phases("too") as tell:
+            advance(1)
+            tell(0.5, "half")
+            stops.arrived.append(signum)
+            for go_on in (lambda: advance(1), lambda: tell(0.6, "more"), lambda: console.task("x").__enter__()):
+                with pytest.raises(kind):
+                    go_on()
+
+
 BROKEN = """
 import sys
 import l2p_export.checkpoint.describe
@@ -118,7 +174,7 @@ def broken(*arguments, **options):
     raise {error}
 
 l2p_export.checkpoint.describe.describe = broken
-sys.argv = ["l2p-export", "inspect", "x.safetensors"]
+sys.argv = ["l2p-export", "inspect", "."]
 run()
 """
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from l2p_engines.store.claims import is_claim_on
 from l2p_engines.store.locks import locked
 from l2p_engines.store.stages import FOLDERS, STAGES, WORK, stages, sweep_work
 from l2p_runtime.bundle import BUILD_LOCK, STORE_POINTER, Bundle
@@ -55,7 +56,7 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
     """Make and lock the folder.
 
     A build that was stopped keeps its finished stages, and the next one resumes after them. A build that cannot succeed
-    leaves the folder as it was before.
+    leaves the folder as it was before, with the stages of one that was stopped.
 
     Raises:
         UsageError: the path is a file, or a folder that holds anything but a bundle.
@@ -70,7 +71,7 @@ def open_output(root: Path) -> Iterator[OutputFolder]:
             try:
                 yield OutputFolder(root)
             except (ArtifactError, ParityError, UsageError):
-                _sweep(root, before)
+                _sweep_made(root, before)
                 raise
             finally:
                 _sweep_leftovers(root)
@@ -92,15 +93,17 @@ def require_bundle_or_nothing(root: Path) -> None:
         raise UsageError(f"`{root}` is not a folder", hint="choose another --out")
     if root.is_dir():
         foreign = sorted(
-            e.name
-            for e in root.iterdir()
-            if (e.name not in _OWN and not is_partial_of(e.name, *_REPLACED)) or (e.name in _FOLDERS and e.is_symlink())
+            e.name for e in root.iterdir() if not _is_own(e.name) or (e.name in _FOLDERS and e.is_symlink())
         )
         if foreign:
             raise UsageError(
                 f"`{root}` holds other files ({', '.join(foreign[:3])}), expected a bundle or nothing",
                 hint="choose another --out",
             )
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN or is_partial_of(name, *_REPLACED) or is_claim_on(name, BUILD_LOCK)
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
@@ -143,6 +146,15 @@ def _sweep(root: Path, stage_keys: Collection[str]) -> None:
     _sweep_files(root, own)
     if not shared:
         (root / STORE_POINTER).unlink(missing_ok=True)
+
+
+def _sweep_made(root: Path, before: Collection[str]) -> None:
+    """Remove the records of stages that were not there before; `_sweep_leftovers` removes their files."""
+    if _named_files(root) is None:
+        return
+    for record in (root / STAGES).glob("*"):
+        if record.stem not in before:
+            record.unlink()
 
 
 def _sweep_leftovers(root: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2p_engines.store.locks import locked
-from l2p_engines.store.stages import FOLDERS, STAGES, WORK, Home, Stage, stages, sweep_work
+from l2p_engines.store.stages import FOLDERS, STAGES, WORK, Home, Stage, leftover_work, stages, sweep_work
 from l2p_runtime.bundle import (
     STORE_BUNDLES,
     STORE_MARKER,
@@ -66,10 +66,8 @@ def open_store(root: Path) -> Iterator[Home]:
         UsageError: the folder holds something else.
         HostError: it cannot be written, or is being pruned.
     """
+    require_store_or_nothing(root)
     marker = root / STORE_MARKER
-    # A store whose making was killed has folders of its own and no marker yet.
-    if root.exists() and not marker.is_file() and (not root.is_dir() or {e.name for e in root.iterdir()} - _OWN):
-        raise UsageError(f"`{root}` is no store and not empty", hint="give --store an empty or a new folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
         (root / STORE_BUNDLES).mkdir(exist_ok=True)
@@ -82,6 +80,18 @@ def open_store(root: Path) -> Iterator[Home]:
         ) from error
     with locked(root / _LOCK, is_shared=True, busy=f"the store `{root}` is being checked or pruned"):
         yield Home(root.resolve(), is_shared=True)
+
+
+def require_store_or_nothing(root: Path) -> None:
+    """Refuse a folder that cannot become a store.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+    is_store = (root / STORE_MARKER).is_file()
+    # A store whose making was killed has folders of its own and no marker yet.
+    if root.exists() and not is_store and (not root.is_dir() or {e.name for e in root.iterdir()} - _OWN):
+        raise UsageError(f"`{root}` is no store and not empty", hint="give --store an empty or a new folder")
 
 
 def register_bundle(store: Home, bundle: Path, digest: str) -> None:
@@ -144,19 +154,21 @@ def prune_store(root: Path, *, older_than_seconds: float = 0.0, dry_run: bool = 
         return entries
 
 
-def check_store(root: Path, *, remove: bool, advance: Callable[[int], None]) -> StoreFindings:
+def check_store(root: Path, *, remove: bool, advance: Callable[[int], None], dry_run: bool = False) -> StoreFindings:
     """Hash every file, and remove leftovers of killed builds.
 
     Args:
         root: the store.
         remove: also remove damaged files, with the stages that made them, so that the next build makes them again.
         advance: receives the bytes hashed since the last call.
+        dry_run: find everything and remove nothing.
 
     Raises:
         HostError: no store, or a build is using it.
     """
     with _alone(require_store(root)):
-        removed = [path.relative_to(root).as_posix() for path in sweep_work(root)]
+        leftovers = leftover_work(root) if dry_run else sweep_work(root)
+        removed = [path.relative_to(root).as_posix() for path in leftovers]
         damaged: dict[str, str] = {}
         known = _records(root)
         for record in known.values():
@@ -169,12 +181,14 @@ def check_store(root: Path, *, remove: bool, advance: Callable[[int], None]) -> 
         }
         for path in _files(root):
             if (name := path.relative_to(root).as_posix()) not in known:
-                path.unlink(missing_ok=True)
+                if not dry_run:
+                    path.unlink(missing_ok=True)
                 removed.append(name)
         for path in _dead_registrations(root):
-            path.unlink(missing_ok=True)
+            if not dry_run:
+                path.unlink(missing_ok=True)
             removed.append(path.relative_to(root).as_posix())
-        if remove:
+        if remove and not dry_run:
             _remove_damaged(root, set(damaged))
         sizes = [path.stat().st_size for path in _files(root)]
         return StoreFindings(len(sizes), sum(sizes), tuple(sorted(damaged.items())), tuple(sorted(removed)))

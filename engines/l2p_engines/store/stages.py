@@ -83,12 +83,14 @@ class StageRunner:
     Attributes:
         waiting: called when another process is making a stage that is needed here.
         keys: of every stage that was found or made; grows.
+        kinds: of the same stages; grows.
         made: `kind label` of every stage that was made; grows.
     """
 
     home: Home
     waiting: Callable[[str], None] = lambda text: None
     keys: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
 
     def __call__(
@@ -103,6 +105,7 @@ class StageRunner:
 
         stage = run_stage(self.home, kind, label, inputs, noted, self.waiting)
         self.keys.append(stage.key)
+        self.kinds.append(kind)
         return stage
 
     def path(self, record: FileRecord) -> Path:
@@ -214,10 +217,10 @@ def sweep_work(root: Path) -> list[Path]:
     work, removed = root / WORK, []
     entries = sorted(work.iterdir()) if work.is_dir() else []
     for path in entries:
-        if path.suffix != ".lock" and not path.is_dir():
+        if ".lock" not in path.suffixes and not path.is_dir():
             removed.append(path)
             path.unlink(missing_ok=True)
-    for key in sorted({path.name.removesuffix(".lock") for path in entries} - {path.name for path in removed}):
+    for key in sorted({path.name.partition(".lock")[0] for path in entries} - {path.name for path in removed}):
         try:
             with locked(work / f"{key}.lock"):
                 if (work / key).exists():
@@ -228,6 +231,13 @@ def sweep_work(root: Path) -> list[Path]:
     if work.is_dir() and not any(work.iterdir()):
         work.rmdir()
     return removed
+
+
+def leftover_work(root: Path) -> list[Path]:
+    """What `sweep_work` would remove where no build runs."""
+    work = root / WORK
+    entries = sorted(work.iterdir()) if work.is_dir() else []
+    return [path for path in entries if ".lock" not in path.suffixes]
 
 
 def _publish(home: Home, stage: Stage, made: StageOutput, work: Path) -> Stage:

@@ -32,8 +32,9 @@ from l2p_engines.builders.engines import (
 from l2p_engines.forecast.calls import host_needs
 from l2p_engines.profiles import load_profile
 from l2p_engines.store.output import open_output, require_bundle_or_nothing, require_disk
-from l2p_engines.store.shared import open_store, register_bundle
+from l2p_engines.store.shared import open_store, register_bundle, require_store_or_nothing
 from l2p_engines.store.stages import STAGES, Home, StageRunner, find_stage
+from l2p_export.build.progress import WholeBuild
 from l2p_export.build.text import add_text_encoder
 from l2p_export.checkpoint.demo import UNTRAINED, demo_model
 from l2p_export.checkpoint.loading import LoadedModel, checkpoint_record, company_note, load_model, require_own_trunk
@@ -64,6 +65,7 @@ from l2p_runtime.contract import (
     manifest_to_bytes,
 )
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.files import partial_folder, sweep_partials
 from l2p_runtime.memory import available_host_bytes
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ LEDGER_BACKEND = "onnx"
 """Backend that runs ONNX graphs for the ledger."""
 SPARE_DISK_BYTES = 64 << 20
 """Disk space, in addition to weights, for ONNX graphs, reference tensors and the file system's own data."""
+_SCRATCH = "l2p-demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,13 @@ class BuildJob:
         if self.text_encoder is not None:
             shapes |= self.text_encoder.model.shapes
         return plan.weight_bytes(shapes)
+
+    @property
+    def counted_stages(self) -> int:
+        """Number of stages that `WholeBuild` counts: an ONNX graph and its engines for each network, and proofs."""
+        texts = int(self.text_encoder is not None)
+        networks = len(self.loaded.model.networks) + texts
+        return len(self.plans) * networks * (1 + len(self.engines.targets)) + 1 + texts
 
     def network_bytes(self) -> dict[tuple[str, str], int]:
         """(network, plan) to the bytes of its weights."""
@@ -194,10 +204,12 @@ def check_build(
     _require_libraries()
     read = tuple(load_profile(profile) for profile in dict.fromkeys(profiles))
     asked = _asked(precisions, plan_files, statistics)
-    with tempfile.TemporaryDirectory(prefix="l2p-demo-") as scratch:
+    temporary = Path(tempfile.gettempdir())
+    sweep_partials(temporary, _SCRATCH)
+    with partial_folder(temporary / _SCRATCH) as scratch:
         is_demo = checkpoint is None
         if checkpoint is None:
-            demo = demo_model(read[0].patch_px, Path(scratch))
+            demo = demo_model(read[0].patch_px, scratch)
             checkpoint = demo.checkpoint
             source, text_encoder = source or demo.source, text_encoder or demo.text_encoder
         requests = [parse_lora(text, skip_text_encoder=skip_text_encoder_lora) for text in loras]
@@ -220,6 +232,19 @@ def check_build(
         yield job
 
 
+def check_machine(job: BuildJob) -> Backend:
+    """Check what a build needs of this machine before any work; the backend that its proof runs on.
+
+    Raises:
+        HostError: too little memory, or the backend cannot run here.
+        UsageError: the store is something else.
+    """
+    _require_memory(job)
+    if job.store is not None:
+        require_store_or_nothing(job.store)
+    return open_backend(LEDGER_BACKEND)
+
+
 def build(job: BuildJob, reporter: Reporter) -> Built:
     """Run a build; stages that exist already are not run again.
 
@@ -228,8 +253,7 @@ def build(job: BuildJob, reporter: Reporter) -> Built:
         ArtifactError: a weight is NaN, Inf or out of range.
         ParityError: an ONNX graph is further from torch than its threshold; nothing is committed.
     """
-    _require_memory(job)
-    backend = open_backend(LEDGER_BACKEND)
+    backend = check_machine(job)
     if not job.is_trained:
         reporter.note(UNTRAINED)
     for note in (note for lora in job.loaded.loras for note in lora.notes):
@@ -248,7 +272,7 @@ def build(job: BuildJob, reporter: Reporter) -> Built:
             require_disk(run.home.root, needed)
             free = shutil.disk_usage(run.home.root).free - needed
             require_engine_resources(job.engines, job.network_bytes(), free, str(run.home.root))
-        manifest = _run_stages(job, run, backend, reporter)
+        manifest = _run_stages(job, run, backend, WholeBuild(reporter, run.kinds, job.counted_stages))
         data, folder = manifest_to_bytes(manifest), store.root if store else None
         if store is not None:
             register_bundle(store, output.root, bundle_digest(data))

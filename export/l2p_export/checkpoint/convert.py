@@ -55,12 +55,24 @@ def output_bytes(tensors: Mapping[str, TensorSource]) -> int:
     return sum(math.prod(source.shape) * ITEM_BYTES[canonical_dtype(source)] for source in tensors.values())
 
 
+def require_room(loaded: LoadedModel, out: Path) -> None:
+    """Refuse to write a checkpoint for which the disk has no room.
+
+    Raises:
+        HostError: with the bytes that are needed and free.
+    """
+    needed, free = output_bytes(loaded.checkpoint.tensors) + _SPARE_BYTES, shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise HostError(
+            f"`{out.parent}` has {free:,} bytes free, the checkpoint needs {needed:,}",
+            hint="free some space, or choose another --out",
+        )
+
+
 def _write_checkpoint(loaded: LoadedModel, out: Path, spelling: TargetSpelling, advance: Callable[[int], None]) -> str:
+    require_room(loaded, out)
     digest = trunk_digest(loaded)
     tensors = _spelled(loaded, spelling)
-    needed, free = output_bytes(tensors) + _SPARE_BYTES, shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise HostError(f"`{out.parent}` has {free:,} bytes free, the checkpoint needs {needed:,}")
     metadata = {**loaded.checkpoint.metadata, TRUNK_SHA256: digest}
     write_weights(out, tensors, {n: canonical_dtype(s) for n, s in tensors.items()}, advance, metadata)
     return digest

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from l2p_engines.profiles import profile_names
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
+    example,
     format_bytes,
     json_option,
     parse_grid,
@@ -17,19 +19,21 @@ from l2p_export.cli.console import (
     quiet_option,
 )
 from l2p_export.cli.engine_options import engine_options, read_engine_options
+from l2p_export.cli.inputs import InputPath, lora_option
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 
 if TYPE_CHECKING:
     from l2p_export.build.bundle import BuildJob, Built
 
 
-@click.command("build")
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.command("build", epilog=example("build merged.safetensors --profile 4k --precision fp16 --out 4k.bundle"))
+@click.argument("checkpoint", required=False, type=InputPath("checkpoint"))
 @click.option(
     "--profile",
     "profiles",
     multiple=True,
     required=True,
-    help="Optimization profile: built-in name or .toml path; repeatable.",
+    help=f"Optimization profile: {', '.join(profile_names())}, or a .toml path; repeatable.",
 )
 @click.option(
     "--precision",
@@ -41,21 +45,24 @@ if TYPE_CHECKING:
     "--plan",
     "plan_files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=InputPath("plan file"),
     help="Precision plan file; repeatable.",
 )
 @click.option(
-    "--statistics", multiple=True, type=click.Path(path_type=Path), help="Statistics file from `calibrate`; repeatable."
+    "--statistics",
+    multiple=True,
+    type=InputPath("statistics file"),
+    help="Statistics file from `calibrate`; repeatable.",
 )
 @engine_options
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
-@click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@lora_option
 @click.option("--skip-text-encoder-lora", is_flag=True, help="Leave out what a LoRA changes in a text encoder.")
-@click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
+@click.option("--text-encoder", type=InputPath("text encoder"), help="Qwen3 folder, or a pipeline folder with one.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of files that bundles share; created if absent.")
 @click.option(
     "--base-grid",
@@ -96,17 +103,27 @@ def command(
 
     A stopped build resumes where it stopped. A build with nothing new does nothing.
     """
-    from l2p_export.build.bundle import build, check_build
+    from l2p_export.build.bundle import build, check_build, check_machine
+    from l2p_export.checkpoint.lora import parse_lora
 
     inputs: dict[str, Any] = {"source": source, "loras": loras, "text_encoder": text_encoder, "store": store}
     inputs["skip_text_encoder_lora"] = skip_text_encoder_lora
     inputs |= {"plan_files": plan_files, "statistics": statistics, "jobs": jobs}
     inputs["base_grid"] = parse_grid(base_grid)
+    written = {"--out": out, "--store": store, "--timing-cache": engine_arguments["timing_cache"]}
+    read: dict[str, Any] = {"CHECKPOINT": checkpoint, "--source": source, "--text-encoder": text_encoder}
+    read |= {"--lora": [parse_lora(text).path for text in loras], "--plan": plan_files, "--statistics": statistics}
+    read["--profile"] = [name for name in profiles if name not in profile_names()]
+    require_apart(written, read)
     inputs["engines"] = read_engine_options(**engine_arguments)
     with check_build(checkpoint, profiles, precisions, out, **inputs) as plan:
+        require_apart(written | {"--out": plan.out}, read)
         if dry_run:
+            require_writable(written | {"--out": plan.out})
+            check_machine(plan)
             _print_job(plan, as_json=as_json)
             return
+        clear_leftovers(written["--timing-cache"])
         console = Console(quiet=quiet)
         built = build(plan, console)
     if not built.is_new:

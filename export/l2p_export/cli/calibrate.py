@@ -12,12 +12,15 @@ from l2p_calib.sensitivity import GATE
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_writable
 
 if TYPE_CHECKING:
     from l2p_calib.statistics.ranges import Statistics
@@ -25,11 +28,11 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import BasePrecision
 
 
-@click.command("calibrate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.command("calibrate", epilog=example("calibrate demo-4k.bundle --samples 16 --out statistics.json"))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=InputPath("prompt file"),
     help="Prompt file, one prompt per line; default: the built-in prompts.",
 )
 @click.option("--samples", type=int, default=16, show_default=True, help="Denoising calls to measure.")
@@ -87,20 +90,22 @@ def command(
     if out is None:
         raise click.UsageError("--out is missing: the file to write statistics to")
     from l2p_calib.sensitivity import require_gate
-    from l2p_export.precision.calibrate import calibrate, check_calibration
-    from l2p_runtime.bundle import open_bundle
+    from l2p_export.precision.calibrate import calibrate, check_calibration, work_folder
 
     parsed = [parse_size(size) for size in sizes]
-    opened = open_bundle(bundle, store)
+    written = {"--out": out, "--sensitivity": sensitivity, "the work folder of --out": work_folder(out)}
+    opened = open_bundle_apart(bundle, store, written, {"--prompts": prompts})
     job = check_calibration(opened, out, prompts=prompts, samples=samples, sizes=parsed, seed=seed)
     require_gate(gate)
     if dry_run:
+        require_writable(written)
         if as_json:
             folder = {"sensitivity": str(sensitivity)} if sensitivity else {}
             print_json({"statistics": str(out), "source": job.source, **folder})
         else:
             click.echo(f"would measure {job.source}, and write {out}" + (f" and {sensitivity}" if sensitivity else ""))
         return
+    clear_leftovers(*written.values())
     console = Console(quiet=quiet)
     swept: list[SweepResult] = []
 

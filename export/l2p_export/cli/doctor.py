@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from l2p_export.cli.console import format_bytes, json_option, print_json
+from l2p_export.cli.console import example, format_bytes, json_option, print_json
 from l2p_runtime import L2PError, __version__
 
 _LIBRARIES = {
@@ -30,7 +30,7 @@ _LIBRARIES = {
 }
 
 
-@click.command("doctor")
+@click.command("doctor", epilog=example("doctor --json"))
 @json_option
 def command(*, as_json: bool) -> None:
     """Report what this machine can and cannot do. Exit code 3 when no backend can draw."""

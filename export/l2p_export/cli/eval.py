@@ -10,13 +10,17 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
 
 if TYPE_CHECKING:
@@ -28,11 +32,11 @@ _COUNT = 500
 _LAYOUT_IMAGES = 4
 
 
-@click.command("eval")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.command("eval", epilog=example("eval demo-4k.bundle --count 100 --out scores"))
+@click.argument("model", type=InputPath("model"))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=InputPath("prompt file"),
     help="File with captions of the small world, one per line; with --layout, a benchmark's prompts.",
 )
 @click.option("--count", type=click.IntRange(min=1), help=f"Number of captions without --prompts; default: {_COUNT}.")
@@ -61,7 +65,7 @@ _LAYOUT_IMAGES = 4
     "--seed", type=int, default=0, show_default=True, help="Seed of the first image; it increases by 1 per image."
 )
 @click.option("--plan", help="Precision plan of a bundle; default: its first.")
-@click.option("--backend", default="auto", show_default=True, help="Runtime backend, for a bundle.")
+@backend_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for images and scores; a stopped run resumes there."
 )
@@ -78,6 +82,7 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
     from l2p_export.evaluation.drawers import DrawOptions, open_drawer
 
     _check_options(options, out)
+    require_apart({"--out": out}, {"MODEL": model, "--store": options["store"], "--prompts": options["prompts"]})
     names = ("steps", "guidance", "shift", "backend", "plan", "store")
     size = options["size"]
     draw_options = DrawOptions(
@@ -97,8 +102,11 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
         **drawer.settings,
     }
     if dry_run:
+        require_writable({"--out": out})
         _tell_plan(facts, as_json=as_json)
-    elif isinstance(wanted, tuple):
+        return
+    clear_leftovers(out)
+    if isinstance(wanted, tuple):
         _evaluate(drawer, wanted, out, facts, console, as_json=as_json)
     else:
         _lay_out(drawer, wanted, out, facts, console, as_json=as_json)

@@ -11,7 +11,9 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     json_option,
     parse_grid,
     parse_size,
@@ -19,6 +21,8 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
 from l2p_runtime import UsageError, __version__
 from l2p_runtime.policies import POSITIONS
 
@@ -29,15 +33,18 @@ if TYPE_CHECKING:
     from l2p_runtime.requests import ImageRequest
 
 
-@click.command("generate")
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.command(
+    "generate",
+    epilog=example("generate demo-4k.bundle --prompt 'a red circle' --out picture.png"),
+)
+@click.argument("bundle", required=False, type=InputPath("bundle"))
 @click.option("--server", metavar="URL", help="Draw on this Triton server: grpc://host:8001 or http://host:8000.")
 @click.option("--prompt", help="Prompt; needs a bundle with a text encoder. With --embeddings, only a description.")
 @click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
-@click.option("--embeddings", type=click.Path(path_type=Path), help="Prompt embeddings [L, C], .npy or .safetensors.")
+@click.option("--embeddings", type=InputPath("embeddings file"), help="Prompt embeddings [L, C], .npy or .safetensors.")
 @click.option(
     "--negative-embeddings",
-    type=click.Path(path_type=Path),
+    type=InputPath("embeddings file"),
     help="Embeddings of the negative prompt, in the same formats.",
 )
 @click.option("--truncate-prompt", is_flag=True, help="Truncate prompts that are too long, instead of refusing them.")
@@ -46,13 +53,20 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, help="Guidance scale, 1 for none; default: the bundle's.")
 @click.option("--shift", type=float, help="Shift of the sigma schedule; default: the bundle's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, 0 to 2^64 - 1.")
-@click.option("--rng", type=click.Choice(["philox", "torch-cpu"]), default="philox", show_default=True)
+@click.option(
+    "--rng",
+    type=click.Choice(["philox", "torch-cpu"]),
+    default="philox",
+    show_default=True,
+    help="Noise of a seed; philox: the same bits on every machine; torch-cpu: that of torch.randn on the CPU.",
+)
 @click.option(
     "--positions",
     type=click.Choice(POSITIONS),
     metavar="POLICY",
-    help=f"Positions beyond the trained grid: {', '.join(POSITIONS[:6])}; all but `auto` also with `+temperature`. "
-    "Default: the profile's.",
+    help=f"Rotary positions beyond the trained grid: {', '.join(POSITIONS[:6])}; all but auto also with +temperature. "
+    "native: as trained; linear: stretched evenly; ntk, yarn, vision-yarn: slow frequencies more than fast ones; auto: "
+    "native up to the trained grid, then linear. Default: the profile's.",
 )
 @click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens; default: the bundle's.")
 @click.option("--coarse", metavar="WIDTHxHEIGHT", help="Draw at this smaller size first and finish at --size.")
@@ -62,7 +76,7 @@ if TYPE_CHECKING:
 @click.option("--fine-steps", type=int, help="Steps at --size after a coarse image; default: 4.")
 @click.option("--fine-guidance", type=float, help="Guidance scale of those steps; default: 1, none.")
 @click.option("--plan", help="Precision plan; default: the bundle's first.")
-@click.option("--backend", default="auto", show_default=True)
+@backend_option
 @click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
 @click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits per channel.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG file to write.")
@@ -79,17 +93,17 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         from l2p_export.cli.generate_remote import draw_remote
 
         _check_out(out)
+        require_apart({"--out": out}, _embeddings(options))
         draw_remote(bundle, out, options, Console(quiet=quiet), as_json=as_json, dry_run=dry_run)
         return
     if bundle is None:
         raise UsageError("there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png")
     from l2p_export.cli.embeddings import read_embeddings
-    from l2p_runtime.bundle import open_bundle
     from l2p_runtime.coarse import check_coarse
     from l2p_runtime.requests import check_size, image_request
 
     _check_out(out)
-    opened = open_bundle(bundle, options["store"])
+    opened = open_bundle_apart(bundle, options["store"], {"--out": out}, _embeddings(options))
     height, width = _size(options["size"], opened)
     grid, coarse = parse_grid(options["base_grid"]), _coarse(options)
     model = opened.manifest.model_on(grid)
@@ -115,9 +129,10 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         **inputs,
     )
     if dry_run:
-        text = _text(opened, options, request.sampling, _check_machine(opened, options))
-        _check_prompts(opened, request, truncate=options["truncate_prompt"])
+        require_writable({"--out": out})
+        text = _text(opened, options, request.sampling, _check_machine(opened, request, options))
     else:
+        clear_leftovers(out)
         text = _draw(bundle, out, request, (height, width), inputs | sampling, options, Console(quiet=quiet))
     if as_json:
         print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})
@@ -215,25 +230,30 @@ def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
     return parse_size(text)
 
 
-def _check_machine(bundle: Bundle, options: dict[str, Any]) -> str:
+def _check_machine(bundle: Bundle, request: ImageRequest, options: dict[str, Any]) -> str:
     """The plan that would run; raises what drawing would raise before it loads anything."""
+    from l2p_runtime import Pipeline
     from l2p_runtime.memory import parse_bytes
     from l2p_runtime.networks import open_plan
-
-    if options["memory_budget"] is not None:
-        parse_bytes(options["memory_budget"])
-    return open_plan(bundle, options["backend"], 0, options["plan"]).plan
-
-
-def _check_prompts(bundle: Bundle, request: ImageRequest, *, truncate: bool) -> None:
-    """Tokenize the prompts; refuses ones that are too long."""
     from l2p_runtime.text import bundle_tokenizer
 
+    budget = parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None
     texts = [caption for caption in request.captions if isinstance(caption, str)]
+    lengths = [len(caption) for caption in request.captions if not isinstance(caption, str)]
     if texts:
         tokenizer = bundle_tokenizer(bundle)
-        for text in texts:
-            tokenizer.tokens(text, truncate=truncate)
+        lengths += [len(tokenizer.tokens(text, truncate=options["truncate_prompt"])) for text in texts]
+    opened = open_plan(bundle, options["backend"], 0, options["plan"])
+    try:
+        tokens = bundle.manifest.model.padded(max(lengths))
+        Pipeline.check_call(opened, request.grid, tokens, budget, encodes=bool(texts))
+    finally:
+        opened.backend.device.close()
+    return opened.plan
+
+
+def _embeddings(options: dict[str, Any]) -> dict[str, Path | None]:
+    return {"--embeddings": options["embeddings"], "--negative-embeddings": options["negative_embeddings"]}
 
 
 def _check_out(out: Path) -> None:

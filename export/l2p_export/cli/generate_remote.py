@@ -10,7 +10,11 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, parse_size, print_json
+from l2p_export.cli.outputs import clear_leftovers, require_writable
 from l2p_runtime import UsageError
+
+_LIVE_SECONDS = 30.0
+"""How long a dry run waits for a server to say that it is there."""
 
 _SERVERS_OWN: Mapping[str, object] = {
     "shift": None,
@@ -54,11 +58,14 @@ def draw_remote(
     embeds = read_embeddings(options["embeddings"])
     negative_embeds = read_embeddings(options["negative_embeddings"])
     if dry_run:
+        require_writable({"--out": out})
+        Client.open(options["server"], shared_memory=False, timeout_s=_LIVE_SECONDS).close()
         if as_json:
             print_json({"out": str(out), "server": options["server"], "width": width, "height": height})
         else:
             click.echo(f"would draw {options['size'] or 'the preferred size'} on {options['server']} into {out}")
         return
+    clear_leftovers(out)
     with Client.open(options["server"]) as client, console.task(f"drawing on {options['server']}"):
         reply = client.generate(
             options["prompt"] if embeds is None else None,

@@ -7,18 +7,20 @@ from typing import Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.console import Console, dry_run_option, example, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.inputs import InputPath, lora_option
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
 
 
-@click.command("import")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.command("import", epilog=example("import merged.safetensors --lora style.safetensors:0.8 --out new.safetensors"))
+@click.argument("checkpoint", type=InputPath("checkpoint"))
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
-@click.option("--lora", "loras", multiple=True, metavar="FILE:STRENGTH", help="Merge a LoRA; repeatable.")
+@lora_option
 @click.option("--skip-text-encoder-lora", is_flag=True, help="Leave out what a LoRA changes in a text encoder.")
 @click.option(
     "--spelling",
@@ -48,16 +50,16 @@ def command(
     CHECKPOINT is a file, a folder, or a model's folder in a Hugging Face cache. It may hold only adapters (with
     --source), or FP8 weights with scales.
     """
-    from l2p_export.checkpoint.convert import output_bytes, write_checkpoint
+    from l2p_export.checkpoint.convert import output_bytes, require_room, write_checkpoint
     from l2p_export.checkpoint.loading import company_note, load_model
     from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 
     _check_out(out)
-    loaded = load_model(
-        checkpoint, source, [parse_lora(text, skip_text_encoder=skip_text_encoder_lora) for text in loras]
-    )
-    if out.resolve() in {file.resolve() for file in loaded.files}:
-        raise UsageError(f"--out `{out}` is what is read from", hint="choose another name")
+    requests = [parse_lora(text, skip_text_encoder=skip_text_encoder_lora) for text in loras]
+    read = {"CHECKPOINT": checkpoint, "--source": source, "--lora": [request.path for request in requests]}
+    require_apart({"--out": out}, read)
+    loaded = load_model(checkpoint, source, requests)
+    require_apart({"--out": out}, {"a file that belongs to them": loaded.files})
     total = output_bytes(loaded.checkpoint.tensors)
     facts: dict[str, Any] = {
         "out": str(out),
@@ -76,7 +78,11 @@ def command(
     touched = trunk_layers_touched(loaded.loras, loaded.model.network_shapes("trunk"))
     if touched:
         console.note(f"the LoRA changes frozen layers and makes another trunk: {', '.join(touched)}")
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out})
+        require_room(loaded, out)
+    else:
+        clear_leftovers(out)
         with console.task(f"writing {out.name}", total) as advance:
             facts["trunk_sha256"] = write_checkpoint(loaded, out, _target(spelling), advance)
     if as_json:

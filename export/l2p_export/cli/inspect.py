@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import format_bytes, json_option, print_json, store_option
+from l2p_export.cli.console import example, format_bytes, json_option, print_json, store_option
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime.bundle import BUILD_LOCK, BUILD_STAGES, STORE_MARKER
 from l2p_runtime.contract import MANIFEST_NAME
 
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import Manifest
 
 
-@click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.command("inspect", epilog=example("inspect merged.safetensors"))
+@click.argument("path", type=InputPath("checkpoint or bundle"))
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint that supplies missing tensors and is compared with.",
 )
 @click.option("--digest", is_flag=True, help="Also hash the trunk, which reads all its values.")

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_export.cli.console import json_option, print_json
+from l2p_export.cli.console import example, json_option, print_json
+from l2p_export.cli.inputs import InputPath
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-@click.command("judge")
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.command("judge", epilog=example("judge picture.png --prompt 'a red circle'"))
+@click.argument("picture", type=InputPath("picture"))
 @click.option("--prompt", required=True, help="A caption of the small world, e.g. `a red circle above a blue square`.")
 @json_option
 def command(picture: Path, prompt: str, *, as_json: bool) -> None:

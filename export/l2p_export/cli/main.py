@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import keyword
 import os
 import signal
 import sys
 import traceback
-from types import FrameType
+from contextlib import suppress
 
 import click
 
+from l2p_export.cli.console import Session, example
+from l2p_export.cli.stopping import TerminatedError
+from l2p_export.cli.streams import READER_GONE, drop_rest, is_stdout_read, open_streams
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
 
 COMMANDS = {
@@ -81,61 +85,92 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=example("build --profile 4k --out demo-4k.bundle"),
+)
 @click.version_option(__version__, prog_name="l2p-export")
 def main() -> None:
     """Export pixel-space (L2P) text-to-image checkpoints as ONNX bundles, and draw with them."""
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM arrived; unwinds like KeyboardInterrupt so that partial files are removed."""
-
-
 def run() -> None:
     """Entry point: run a command and exit with its code."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    open_streams()
+    session = Session()
+    session.stops.install()
     try:
-        code = main.main(standalone_mode=False)
+        code = main.main(standalone_mode=False, obj=session)
+        sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the one place where every failure ends
-        code = _report(error)
+        code = _report(error, session)
+    session.stops.uninstall()
+    drop_rest()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _on_terminate(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise _TerminatedError
-
-
-def _report(error: BaseException) -> int:
-    """Write what happened to stderr; returns the exit code."""
+def _report(error: BaseException, session: Session) -> int:
+    """Write what happened to stderr, and to stdout if the command was to print JSON; returns the exit code."""
+    arrived = session.stops.arrived[:1]
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
+    if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)) or signal.SIGINT in arrived:
+        return _tell(INTERRUPTED, "interrupted", session)
+    if isinstance(error, TerminatedError) or arrived:
+        return _tell(TERMINATED, "terminated", session)
+    # Click ends so when a pipe breaks, whichever it is.
+    if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and error.code == 1):
+        if not is_stdout_read():
+            return READER_GONE
+        error = BrokenPipeError()
     if isinstance(error, SystemExit):
-        # Click's answer to a reader that went away, as `| head` does.
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, (KeyboardInterrupt, click.Abort, CancelledError)):
-        _say("interrupted")
-        return INTERRUPTED
-    if isinstance(error, _TerminatedError):
-        _say("terminated")
-        return TERMINATED
+    return _report_error(error, session)
+
+
+def _report_error(error: BaseException, session: Session) -> int:
     if isinstance(error, click.ClickException):
         error.show()
+        _tell_json(error.exit_code, error.format_message(), _help_hint(error), session)
         return error.exit_code
     known = error if isinstance(error, L2PError) else _as_l2p_error(error)
-    _say(f"error: {known}")
-    if known.hint:
-        _say(f"\nhint: {known.hint}")
+    code = _tell(known.exit_code, str(known), session, hint=known.hint)
     if isinstance(known, InternalError) and os.environ.get("L2P_TRACEBACK"):
         traceback.print_exception(error)
-    return known.exit_code
+    return code
+
+
+def _tell(code: int, text: str, session: Session, *, hint: str = "") -> int:
+    is_error = code not in (INTERRUPTED, TERMINATED)
+    click.echo(f"error: {text}" if is_error else text, err=True)
+    if hint:
+        click.echo(f"\nhint: {hint}", err=True)
+    _tell_json(code, text, hint, session)
+    return code
+
+
+def _tell_json(code: int, text: str, hint: str, session: Session) -> None:
+    """Print an error as JSON, for a command that was to print JSON and has not."""
+    if session.has_result or "--json" not in sys.argv[1:]:
+        return
+    found, _, wanted = text.partition(", expected ")
+    facts = {"code": code, "found": found, "wanted": wanted, "hint": hint}
+    # The error has been told; that stdout cannot be written would be another one.
+    with suppress(OSError):
+        click.echo(json.dumps({"error": facts}, indent=1, ensure_ascii=False))
+
+
+def _help_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if isinstance(context, click.Context) else ""
 
 
 def _as_l2p_error(error: BaseException) -> L2PError:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return HostError(f"out of memory: {error}", hint="draw a smaller image, or give the process more memory")
     if isinstance(error, BrokenPipeError):
-        return HostError("the reader of the output went away")
+        return HostError("a process that was to read what this one writes has ended")
     if isinstance(error, OSError):
         hint = "free some space, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         where = f" `{error.filename}`" if error.filename else ""
@@ -151,11 +186,3 @@ def _as_l2p_error(error: BaseException) -> L2PError:
 def _extra_of(module: str) -> str:
     """The extra that installs a module; empty for modules that every install has."""
     return next((extra for extra, modules in _EXTRAS.items() if module.partition(".")[0] in modules), "")
-
-
-def _say(text: str) -> None:
-    # A closed stderr must not turn a failure into another one.
-    try:
-        click.echo(text, err=True)
-    except OSError:
-        return

@@ -9,16 +9,19 @@ import click
 from l2p_export.cli.console import (
     Console,
     dry_run_option,
+    example,
     format_bytes,
     json_option,
     print_json,
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.outputs import open_bundle_apart, require_writable
 
 
-@click.command("pack")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.command("pack", epilog=example("pack demo-4k.bundle --target onnx-cpu --out packed.bundle"))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option(
     "--target",
     help="Keep only the files of this target: onnx-cpu for ONNX graphs, e.g. rtx-sm89 for engines; default: all.",
@@ -44,17 +47,19 @@ def command(
 
     Every file is hashed as it is copied.
     """
-    from l2p_engines.store.output import require_bundle_or_nothing
+    from l2p_engines.store.output import require_bundle_or_nothing, require_disk
     from l2p_export.build.pack import pack, pack_manifest
-    from l2p_runtime.bundle import open_bundle
 
-    opened = open_bundle(bundle, store)
+    opened = open_bundle_apart(bundle, store, {"--out": out})
     manifest = pack_manifest(opened.manifest, target, plans)
     require_bundle_or_nothing(out)
     size_bytes = sum(record.size_bytes for record in manifest.files)
     facts: dict[str, object] = {"out": str(out), "plans": [plan.name for plan in manifest.plans], "bytes": size_bytes}
     facts["targets"] = list(dict.fromkeys(record.target for record in manifest.engines))
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out})
+        require_disk(out, size_bytes)
+    else:
         facts["digest"] = pack(opened, manifest, out, Console(quiet=quiet)).digest
     if as_json:
         print_json(facts)

@@ -7,17 +7,20 @@ from pathlib import Path
 import click
 
 from l2p_engines.forecast.calls import PRECISIONS
-from l2p_export.cli.console import json_option, parse_size, print_json
+from l2p_engines.forecast.cards import CARDS
+from l2p_engines.profiles import profile_names
+from l2p_export.cli.console import example, json_option, parse_size, print_json
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime import UsageError
 
 
-@click.command("plan")
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.command("plan", epilog=example("plan --profile 4k --device 'RTX 4090'"))
+@click.argument("checkpoint", required=False, type=InputPath("checkpoint"))
 @click.option(
     "--profile",
     "profiles",
     multiple=True,
-    help="Optimization profile: built-in name or .toml path; repeatable. Default: the variant's.",
+    help=f"Optimization profile: {', '.join(profile_names())}, or a .toml path; repeatable. Default: the variant's.",
 )
 @click.option(
     "--precision",
@@ -33,15 +36,15 @@ from l2p_runtime import UsageError
     multiple=True,
     help="WIDTHxHEIGHT in pixels; repeatable. Default: the profile's preferred and maximum sizes.",
 )
-@click.option("--device", help="GPU by name, e.g. 'RTX 4090'.")
+@click.option("--device", help=f"GPU by name: {', '.join(card.name for card in CARDS)}.")
 @click.option("--vram", help="Memory of a GPU, e.g. 12GiB, instead of its name.")
 @click.option("--memory", help="Host memory to assume, e.g. 24GiB; default: what is free on this machine.")
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=InputPath("source"),
     help="Latent checkpoint or pipeline folder that supplies missing tensors.",
 )
-@click.option("--text-encoder", type=click.Path(path_type=Path), help="Qwen3 folder, or a pipeline folder with one.")
+@click.option("--text-encoder", type=InputPath("text encoder"), help="Qwen3 folder, or a pipeline folder with one.")
 @json_option
 def command(
     checkpoint: Path | None,

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
 
 from l2p_engines.forecast.calls import CallSize, HostNeeds
 from l2p_engines.forecast.fitting import STEP_NETWORKS, Fit, Setting
 from l2p_export.cli.console import format_bytes
 from l2p_export.performance.forecast import BuildForecast, DeviceForecast, Forecast, Placement
-
-if TYPE_CHECKING:
-    from l2p_export.training.transfer.forecast import TrainingForecast
 
 _ONE = "one network at a time"
 _ALL = "all networks"
@@ -292,20 +288,3 @@ def _digits(value: float) -> str:
 def _words(names: Iterable[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def training_lines(forecast: TrainingForecast) -> list[str]:
-    """Text of a training forecast, line by line."""
-    trained, frozen = forecast.trained_parameters, forecast.frozen_parameters
-    host = {what: size for what, size in forecast.host_bytes.items() if size}
-    share = "" if forecast.processes == 1 else f" of each of {forecast.processes} processes"
-
-    def listed(parts: Mapping[str, int]) -> str:
-        return ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
-
-    return [
-        f"trained parameters {trained:,}, frozen {frozen:,}",
-        f"{forecast.device}{share}: {format_bytes(forecast.device_total)}: {listed(forecast.device_bytes)}",
-        f"host memory, total: {format_bytes(forecast.host_total)}" + (f": {listed(host)}" if host else ""),
-        f"activations: {forecast.basis}",
-    ]

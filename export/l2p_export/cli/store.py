@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.console import Console, dry_run_option, example, format_bytes, json_option, print_json, quiet_option
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-@click.group("store")
+@click.group("store", epilog=example("store ls shared"))
 def command() -> None:
     """List, prune or check a store: the folder that `build --store` shares between bundles."""
 
 
-@command.command("ls")
-@click.argument("store", type=click.Path(path_type=Path))
+@command.command("ls", epilog=example("store ls shared"))
+@click.argument("store", type=InputPath("store"))
 @json_option
 def ls(store: Path, *, as_json: bool) -> None:
     """List every completed build stage in STORE, largest first, and how many bundles use it."""
@@ -45,8 +46,8 @@ def ls(store: Path, *, as_json: bool) -> None:
     click.echo(f"{len(entries)} stages, {format_bytes(sum(entry.size_bytes for entry in entries))}")
 
 
-@command.command("prune")
-@click.argument("store", type=click.Path(path_type=Path))
+@command.command("prune", epilog=example("store prune shared --older-than 30d --dry-run"))
+@click.argument("store", type=InputPath("store"))
 @click.option("--older-than", default="0s", show_default=True, help="Only stages of at least this age, e.g. 30d, 12h.")
 @json_option
 @dry_run_option
@@ -61,17 +62,19 @@ def prune(store: Path, older_than: str, *, as_json: bool, dry_run: bool) -> None
     _print_gone(store, gone, "would remove" if dry_run else "removed", as_json=as_json)
 
 
-@command.command("check")
-@click.argument("store", type=click.Path(path_type=Path))
+@command.command("check", epilog=example("store check shared --remove"))
+@click.argument("store", type=InputPath("store"))
 @click.option("--remove", is_flag=True, help="Remove damaged files; the next build recreates them.")
 @json_option
+@dry_run_option
 @quiet_option
-def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
+def check(store: Path, *, remove: bool, as_json: bool, dry_run: bool, quiet: bool) -> None:
     """Hash every file in STORE and remove leftovers of killed builds. Exit code 4 when a file is damaged."""
     from l2p_engines.store.shared import check_store, store_bytes
 
+    is_removed = remove and not dry_run
     with Console(quiet=quiet).task("hashing files", store_bytes(store)) as advance:
-        found = check_store(store, remove=remove, advance=advance)
+        found = check_store(store, remove=remove, advance=advance, dry_run=dry_run)
     if as_json:
         print_json(
             {
@@ -79,20 +82,20 @@ def check(store: Path, *, remove: bool, as_json: bool, quiet: bool) -> None:
                 "files": found.files,
                 "bytes": found.size_bytes,
                 "damaged": dict(found.damaged),
-                "leftovers_removed": list(found.removed),
+                "leftovers" if dry_run else "leftovers_removed": list(found.removed),
             }
         )
     else:
         for path in found.removed:
-            click.echo(f"removed a leftover: {path}")
+            click.echo(f"{'would remove' if dry_run else 'removed'} a leftover: {path}")
         for path, what in found.damaged:
-            click.echo(f"{'removed' if remove else 'damaged'}: {path}: {what}")
+            click.echo(f"{'removed' if is_removed else 'damaged'}: {path}: {what}")
         click.echo(f"{found.files} files, {format_bytes(found.size_bytes)}, {len(found.damaged)} damaged")
     if found.damaged:
         raise ArtifactError(
-            f"damaged files in the store `{store}`: {len(found.damaged)}" + (", now removed" if remove else ""),
+            f"damaged files in the store `{store}`: {len(found.damaged)}" + (", now removed" if is_removed else ""),
             hint="build the bundles that used them again"
-            if remove
+            if is_removed
             else f"`l2p-export store check {store} --remove` removes them; then build again",
         )
 

@@ -10,14 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import (
-    Console,
-    dry_run_option,
-    json_option,
-    parse_size,
-    print_json,
-    quiet_option,
-)
+from l2p_export.cli.console import Console, dry_run_option, example, json_option, parse_size, print_json, quiet_option
+from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
+from l2p_export.cli.train_text import forecast_lines
 from l2p_runtime import CancelledError, UsageError
 
 if TYPE_CHECKING:
@@ -31,15 +27,15 @@ _PUBLISHED_SIDE_PX = {"1k": 1024, "4k": 4096, "8k": 8192, "10k": 10240}
 device_option = click.option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is one.")
 
 
-@click.group("train")
+@click.group("train", epilog=example("train source --out source"))
 def command() -> None:
     """Train a small latent source, draw a corpus with a source, or transfer a source to pixel space."""
 
 
-@command.command("source")
+@command.command("source", epilog=example("train source --steps 20000 --out source"))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Pipeline folder to write.")
 @click.option("--work", type=click.Path(path_type=Path), help="Training states; OUT.training by default.")
-@click.option("--init", type=click.Path(path_type=Path), help="Source to initialize from; its autoencoder is kept.")
+@click.option("--init", type=InputPath("source"), help="Source to initialize from; its autoencoder is kept.")
 @click.option("--samples", default=32, show_default=True, help="Images drawn and judged at each save; 0 for none.")
 @click.option("--scenes", default=16_000, show_default=True, help="Number of rendered training images.")
 @click.option(
@@ -74,7 +70,7 @@ def source_command(
     from l2p_export.training.loop.distributed import chosen_device
     from l2p_export.training.loop.loop import Schedule
     from l2p_export.training.sheet import SampleSpec
-    from l2p_export.training.source.train import SourceSpec, train_source
+    from l2p_export.training.source.train import SourceSpec, check_initial, train_source
 
     steps, save_every, seed = options["steps"], options["save_every"], options["seed"]
     autoencoder_steps = options["autoencoder_steps"]
@@ -108,18 +104,23 @@ def source_command(
         # Sums stay float32. Matrix products in TF32 have an eighth of the rounding error of BF16 autocast.
         torch.set_float32_matmul_precision("high")
     work = work or out.with_name(out.name + ".training")
+    require_apart({"--out": out, "--work": work}, {"--init": init})
     _require_new(out, "model_index.json")
     samples = SampleSpec(count=options["samples"]) if options["samples"] else None
-    if not dry_run:
+    if dry_run:
+        require_writable({"--out": out, "--work": work})
+        check_initial(init)
+    else:
+        clear_leftovers(out, work)
         train_source(out, work, spec, Console(quiet=quiet), samples=samples, init=init, device=device)
     _tell({"out": str(out), "work": str(work), **asdict(spec)}, out, as_json=as_json, dry_run=dry_run)
 
 
-@command.command("corpus")
-@click.argument("source", required=False, type=click.Path(path_type=Path))
+@command.command("corpus", epilog=example("train corpus source --count 2000 --out corpus"))
+@click.argument("source", required=False, type=InputPath("source"))
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=InputPath("prompt file"),
     help="UTF-8 file, one prompt per line; default: captions of the small world.",
 )
 @click.option("--count", default=2000, show_default=True, help="Captions of the small world, without --prompts.")
@@ -156,10 +157,23 @@ def corpus_command(
     from l2p_calib.prompts import read_prompts
     from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
     from l2p_export.training.corpus.rendered import render_corpus, world_captions
+    from l2p_export.world.captions import describe
+    from l2p_export.world.judge import require_judge
 
     height, width = parse_size(options["size"])
+    require_apart({"--out": out}, {"SOURCE": source, "--prompts": prompts})
     texts = read_prompts(prompts, PROMPTS_BYTES_MAX) if prompts else world_captions(options["count"], options["seed"])
+    if source is None or options["judged"]:
+        # Only captions of the small world can be rendered or judged.
+        for text in texts:
+            describe(text)
+    if options["judged"]:
+        require_judge()
     console = Console(quiet=quiet)
+    if dry_run:
+        require_writable({"--out": out})
+    else:
+        clear_leftovers(out)
     facts: dict[str, Any] = {"out": str(out), "prompts": len(texts), "images": len(texts) * options["seeds_per_prompt"]}
     if source is None:
         if not dry_run:
@@ -190,11 +204,14 @@ def corpus_command(
     _tell(facts, out, as_json=as_json, dry_run=dry_run)
 
 
-@command.command("transfer")
-@click.argument("source", type=click.Path(path_type=Path))
+@command.command(
+    "transfer",
+    epilog=example("train transfer source --corpus corpus --size-px 128 --out adapters.safetensors"),
+)
+@click.argument("source", type=InputPath("source"))
 @click.option(
     "--corpus",
-    type=click.Path(path_type=Path),
+    type=InputPath("corpus"),
     help="Folder that `train corpus` wrote, or of your own images with a metadata.jsonl; default: scenes of the small "
     "world.",
 )
@@ -233,7 +250,7 @@ def corpus_command(
 @click.option("--warmup-steps", default=100, show_default=True, help="Linear warm-up of the learning rate.")
 @click.option("--ema", default=0.999, show_default=True, help="EMA decay of the weights.")
 @click.option(
-    "--init", type=click.Path(path_type=Path), help="Adapters of this source to initialize from, of any variant."
+    "--init", type=InputPath("adapter file"), help="Adapters of this source to initialize from, of any variant."
 )
 @click.option("--shift", default=3.0, show_default=True, help="Shift of the sigma schedule; recorded for sampling.")
 @click.option("--sampling-steps", type=int, help="Recommended steps to record in the adapter file; default: none.")
@@ -298,14 +315,16 @@ def transfer_command(source: Path, corpus: Path | None, out: Path, work: Path | 
 
     if out.suffix != ".safetensors":
         raise UsageError(f"--out is `{out}`, expected a file name ending in .safetensors")
+    work = work or out.with_name(out.stem + ".training")
+    require_apart({"--out": out, "--work": work}, {"SOURCE": source, "--corpus": corpus, "--init": options["init"]})
     with joined(options["device"], options["sharding"]) as ranks, _one_voice(is_rank_zero=ranks.is_rank_zero):
-        _transfer(source, corpus, out, work or out.with_name(out.stem + ".training"), options, ranks)
+        _transfer(source, corpus, out, work, options, ranks)
 
 
 def _transfer(
     source: Path, corpus: Path | None, out: Path, work: Path, options: dict[str, Any], ranks: ProcessGroup
 ) -> None:
-    from l2p_export.cli.plan_text import training_lines
+    from l2p_export.training.transfer.adapters import check_adapters
     from l2p_export.training.transfer.run import check_job_images, check_transfer, run_transfer
     from l2p_export.training.transfer.spec import TrainingOptions
     from l2p_runtime.progress import Silent
@@ -314,19 +333,24 @@ def _transfer(
     autocast = options["autocast"] or ("bf16" if ranks.device.type == "cuda" else "none")
     means = TrainingOptions(autocast, options["trunk_storage"], options["optimizer_device"], options["is_compiled"])
     job = check_transfer(source, corpus, spec, means, ranks, scenes=options["count"], samples=options["samples"])
+    if options["init"] is not None:
+        check_adapters(options["init"])
     dry_run, as_json = options["dry_run"], options["as_json"]
     console = Console(quiet=options["quiet"] or not ranks.is_rank_zero)
     report = console if ranks.is_rank_zero else Silent()
-    if not dry_run:
-        for line in training_lines(job.forecast):
+    if dry_run:
+        require_writable({"--out": out, "--work": work})
+    else:
+        for line in forecast_lines(job.forecast):
             console.done(line)
         job.require_memory()
+        clear_leftovers(*((out, work) if ranks.is_rank_zero else ()))
     job = check_job_images(job, report)
     facts = {"out": str(out), "work": str(work), **job.facts, "forecast": job.forecast.as_dict()}
     if not dry_run:
         facts["holdout_loss"] = run_transfer(job, out, work, options["init"], metadata, report)
     if ranks.is_rank_zero and dry_run and not as_json:
-        facts["forecast"] = "\n  ".join(["", *training_lines(job.forecast)])
+        facts["forecast"] = "\n  ".join(["", *forecast_lines(job.forecast)])
     if ranks.is_rank_zero:
         _tell(facts, out, as_json=as_json, dry_run=dry_run)
     if dry_run:

@@ -10,13 +10,17 @@ import click
 
 from l2p_export.cli.console import (
     Console,
+    backend_option,
     dry_run_option,
+    example,
     json_option,
     parse_size,
     print_json,
     quiet_option,
     store_option,
 )
+from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_writable
 from l2p_runtime import ArtifactError, HostError, UsageError
 from l2p_runtime.errors import counted
 
@@ -32,7 +36,7 @@ class _WritesByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group("triton", cls=_WritesByDefault)
+@click.group("triton", cls=_WritesByDefault, epilog=example("triton demo-4k.bundle --out repository"))
 def command() -> None:
     """Write or lint a Triton model repository, check whether a server can draw, or draw on it in a browser.
 
@@ -41,15 +45,15 @@ def command() -> None:
     """
 
 
-@command.command("write")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@command.command("write", epilog=example("triton write demo-4k.bundle --out repository"))
+@click.argument("bundle", type=InputPath("bundle"))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to create or update.")
 @click.option(
     "--model", "models", multiple=True, help="l2p, l2p_stream, l2p_embeddings or networks; repeatable. Default: all."
 )
 @click.option("--kind", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @click.option("--instances", type=int, default=1, show_default=True, help="Instances of each model, per GPU.")
-@click.option("--backend", default="auto", show_default=True, help="Runtime backend of the models.")
+@backend_option
 @click.option("--plan", help="Precision plan; default: the first that the backend runs.")
 @click.option("--memory-budget", default="", help="Memory budget of each instance, e.g. 6GiB.")
 @click.option(
@@ -75,7 +79,6 @@ def write(
     """Write BUNDLE as a Triton model repository; a changed bundle becomes the next version of its models."""
     from l2p_export.serving.configs import Placement, WarmUp
     from l2p_export.serving.repository import RepositorySpec, write_repository
-    from l2p_runtime.bundle import open_bundle
 
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out `{out}` is a file, expected a folder")
@@ -94,7 +97,12 @@ def write(
         warm_up=warm_up,
         bundle_at=options["bundle_at"],
     )
-    written = write_repository(open_bundle(bundle, store), out, spec, Console(quiet=quiet), dry_run=dry_run)
+    opened = open_bundle_apart(bundle, store, {"--out": out})
+    if dry_run:
+        require_writable({"--out": out})
+    else:
+        clear_leftovers(out)
+    written = write_repository(opened, out, spec, Console(quiet=quiet), dry_run=dry_run)
     if as_json:
         facts = {"out": str(out), "digest": written.digest, "models": dict(written.versions)}
         print_json(facts | {"new": list(written.new), "updated": list(written.updated)})
@@ -108,8 +116,8 @@ def write(
         click.echo(f"{verb} {out / name}: version {version}")
 
 
-@command.command("lint")
-@click.argument("repository", type=click.Path(path_type=Path))
+@command.command("lint", epilog=example("triton lint repository"))
+@click.argument("repository", type=InputPath("repository"))
 @json_option
 def lint(repository: Path, *, as_json: bool) -> None:
     """Find what a server would refuse or hang on in REPOSITORY. Exit code 4 when something is found."""
@@ -130,7 +138,7 @@ def lint(repository: Path, *, as_json: bool) -> None:
         click.echo(f"{repository}: nothing found")
 
 
-@command.command("health")
+@command.command("health", epilog=example("triton health http://localhost:8000"))
 @click.argument("server", metavar="URL")
 @click.option("--model", "models", multiple=True, help="Check only this model; repeatable.")
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for each response.")
@@ -156,7 +164,7 @@ def health(server: str, models: tuple[str, ...], timeout: float, *, as_json: boo
         raise HostError(f"{', '.join(ill)} cannot draw", hint="unload and load it, or start the server again")
 
 
-@command.command("page")
+@command.command("page", epilog=example("triton page http://localhost:8000 --port 8080"))
 @click.argument("server", metavar="URL")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for any.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any free one.")

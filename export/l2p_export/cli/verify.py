@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2p_export.cli.console import Console, json_option, parse_size, print_json, quiet_option, store_option
+from l2p_export.cli.console import (
+    Console,
+    backend_option,
+    example,
+    json_option,
+    parse_size,
+    print_json,
+    quiet_option,
+    store_option,
+)
+from l2p_export.cli.inputs import InputPath
 from l2p_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,9 +26,9 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import LedgerEntry
 
 
-@click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="auto", show_default=True)
+@click.command("verify", epilog=example("verify demo-4k.bundle"))
+@click.argument("bundle", type=InputPath("bundle"))
+@backend_option
 @click.option("--plan", help="Only this precision plan.")
 @click.option(
     "--pictures", type=click.IntRange(min=1), help="Also draw this many captions of the small world under each plan."

@@ -25,7 +25,7 @@ from l2p_runtime.requests import check_size
 if TYPE_CHECKING:
     from l2p_runtime.backends import Array, Device
     from l2p_runtime.bundle import Bundle
-    from l2p_runtime.contract import NetworkSpec
+    from l2p_runtime.contract import ModelSpec, NetworkSpec
     from l2p_runtime.progress import Reporter
 
 STEP = "step"
@@ -105,9 +105,7 @@ def bench(
     if runs < 1:
         raise UsageError(f"runs is {runs}, expected 1 or more")
     model = bundle.manifest.model
-    check_size(model, *size_px)
-    if not 1 <= caption_tokens <= model.caption_tokens_max:
-        raise UsageError(f"the caption has {caption_tokens} tokens, expected 1 to {model.caption_tokens_max}")
+    _check_call(model, size_px, caption_tokens)
     opened = open_plan(bundle, backend, 0, plan)
     clock = _Clock(opened.backend.device)
     image = normal_noise(0, rows=(0, size_px[0]), cols=(0, size_px[1]))[None]
@@ -136,6 +134,39 @@ def bench(
     return Bench(
         opened.backend.identity, gpu, opened.plan, call, load_seconds, (*networks, whole), clock.peak_bytes(), stays
     )
+
+
+def check_bench(
+    bundle: Bundle,
+    backend: str,
+    plan: str | None,
+    size_px: tuple[int, int],
+    caption_tokens: int,
+    *,
+    memory_budget_bytes: int | None = None,
+) -> str:
+    """Refuse what `bench` would, before anything is loaded; the plan that it would run.
+
+    Raises:
+        UsageError: a size or caption that the model or its engines do not take.
+        HostError: nothing runs here, or the call does not fit.
+    """
+    model = bundle.manifest.model
+    grid = _check_call(model, size_px, caption_tokens)
+    opened = open_plan(bundle, backend, 0, plan)
+    try:
+        Pipeline.check_call(opened, grid, model.padded(caption_tokens), memory_budget_bytes)
+    finally:
+        opened.backend.device.close()
+    return opened.plan
+
+
+def _check_call(model: ModelSpec, size_px: tuple[int, int], caption_tokens: int) -> tuple[int, int]:
+    """The token grid of a call."""
+    grid = check_size(model, *size_px)
+    if not 1 <= caption_tokens <= model.caption_tokens_max:
+        raise UsageError(f"the caption has {caption_tokens} tokens, expected 1 to {model.caption_tokens_max}")
+    return grid
 
 
 class _Clock:

@@ -176,7 +176,7 @@ def calibrate(
         ArtifactError: an ONNX graph is not this version's, or made NaN or Inf.
         HostError: another calibration writes there, or ONNX Runtime is not installed.
     """
-    work = job.out.with_name(f"{job.out.name}.work")
+    work = work_folder(job.out)
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(work, job) as folder:
         digests, model = bundle_digests(job.bundle, reporter), bundle_model(job.bundle)
@@ -190,6 +190,11 @@ def calibrate(
             more(folder, found)
         shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def work_folder(out: Path) -> Path:
+    """Where the results so far of a calibration lie while it writes `out`."""
+    return out.with_name(f"{out.name}.work")
 
 
 @contextmanager

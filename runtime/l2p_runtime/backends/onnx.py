@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import NetworkSpec
 
 PRIORITY = 0
+_SEVERITY = 3  # errors only
 _PROVIDER = "CPUExecutionProvider"
 PACKED_BYTES_MAX = 256 << 20
 """Weights up to this size are packed when a network is loaded, which makes its convolutions up to twice as fast."""
@@ -100,13 +101,15 @@ def import_onnxruntime(install: str) -> Any:
         import onnxruntime
     except ImportError as error:
         raise HostError(f"ONNX Runtime cannot be imported: {error}", hint=install) from error
+    # It warns of machines without GPUs, among other things that nobody can change.
+    onnxruntime.set_default_logger_severity(_SEVERITY)
     return onnxruntime
 
 
 def make_options(ort: Any) -> Any:
     """Session options that every ONNX graph of a bundle needs."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = _SEVERITY
     # ONNX Runtime's own rewriting of Q/DQ pairs breaks float8 graphs; others have none.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = threads_asked()

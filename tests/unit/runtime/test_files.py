@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import inspect
 import json
 import os
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -491,3 +493,74 @@ def test_a_path_that_is_no_file_name_is_an_error(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError):  # noqa: PT011 - the kernel's word depends on the path
         write_bytes(Path(name), b"x")
     assert set(Path(name).parent.iterdir()) == before
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from l2p_runtime.files import atomic_file, partial_folder
+
+with atomic_file(Path(sys.argv[1]) / "o.png") as file, partial_folder(Path(sys.argv[1]) / "folder") as folder:
+    file.write(b"half")
+    file.flush()
+    (folder / "x").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_sweep_tells_a_killed_writer_from_a_running_one(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        partials = names(tmp_path)
+        sweep_partials(tmp_path)
+        assert names(tmp_path) == partials
+        assert len(partials) == 2
+        process.send_signal(signal.SIGKILL)
+    assert names(tmp_path) == partials
+    sweep_partials(tmp_path, "another")
+    assert names(tmp_path) == partials
+    sweep_partials(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_sweep_spares_what_this_process_writes(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "x") as file, atomic_folder(tmp_path / "folder") as folder:
+        (folder / "y").write_bytes(b"y")
+        sweep_partials(tmp_path)
+        file.write(b"x")
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == ["folder", "x"]
+
+
+def test_writers_and_sweeps_at_once(tmp_path: Path) -> None:
+    def turn(index: int) -> None:
+        for count in range(TURNS):
+            if index % 2:
+                sweep_partials(tmp_path)
+            else:
+                write_bytes(tmp_path / f"{index}", bytes([count]))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(turn, range(8)))
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == {
+        str(index): bytes([TURNS - 1]) for index in range(0, 8, 2)
+    }
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_only_what_is_old_is_swept(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(handle: int, mode: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_bytes(tmp_path / "x", b"x")
+    new, old, folder = (partial_path(tmp_path / name) for name in ("new", "old", "folder"))
+    new.touch()
+    old.touch()
+    folder.mkdir()
+    for path in (old, folder):
+        os.utime(path, (time.time() - 100_000,) * 2)
+    sweep_partials(tmp_path)
+    assert names(tmp_path) == sorted([new.name, "x"])

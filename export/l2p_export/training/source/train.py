@@ -148,6 +148,16 @@ def _train_parts(
     write_source(out, model.to(CPU), d, autoencoder, tokenizer, NOISE_SHIFT)
 
 
+def check_initial(init: Path | None) -> None:
+    """Refuse a folder that cannot initialize a source.
+
+    Raises:
+        ArtifactError: it is no source, or one of other dimensions.
+    """
+    if init is not None:
+        load_source_model(open_source(init), source_dimensions(), 0)
+
+
 def load_source_model(source: Source, d: Dimensions, seed: int) -> SourceModel:
     """Load text encoder and transformer of a pipeline folder for training; `seed` initializes the probe.
 

@@ -49,6 +49,19 @@ def write_adapters(path: Path, trained: Mapping[str, Tensor], digest: str, metad
         raise HostError(f"cannot write `{path}`: {error.strerror or error}", hint="make room, then again") from error
 
 
+def check_adapters(path: Path) -> None:
+    """Refuse a file that cannot initialize a transfer, by its header.
+
+    Raises:
+        ArtifactError: the file is damaged, or does not state the trunk that it was trained on.
+    """
+    if TRUNK_SHA256 not in open_weights(path).metadata:
+        raise ArtifactError(
+            f"`{path}` belongs to no stated trunk, so it holds no adapters of this source",
+            hint="begin with adapters that were trained from the same source",
+        )
+
+
 def copy_adapters(path: Path, model: nn.Module, digest: str, report: Reporter) -> str:
     """Copy the adapters that match by published name and shape into the trained part of a model.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from l2p_engines.store.output import open_output, require_disk
-from l2p_runtime.errors import HostError, UsageError
+from l2p_engines.store.stages import Home, StageOutput, run_stage
+from l2p_runtime.errors import ArtifactError, HostError, ParityError, UsageError
 from l2p_runtime.files import partial_path
 
 
@@ -28,6 +29,45 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 def test_a_failed_build_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), open_output(tmp_path):
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def stage(root: Path, name: str) -> None:
+    def make(work: Path) -> StageOutput:
+        (work / name).write_bytes(name.encode())
+        return StageOutput("graphs", ((work / name, "0" * 64),))
+
+    run_stage(Home(root), "graph", name, {"name": name}, make)
+
+
+def ended_build(root: Path, error: BaseException, *names: str) -> dict[str, bytes]:
+    """A build that ends with an error after some stages; every file that it leaves."""
+
+    def build() -> None:
+        with open_output(root):
+            for name in names:
+                stage(root, name)
+            raise error
+
+    with pytest.raises(type(error)):
+        build()
+    return {path.name: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", [UsageError, ArtifactError, ParityError, HostError, RuntimeError, KeyboardInterrupt])
+def test_a_refused_build_leaves_what_a_stopped_one_finished(kind: type[BaseException], tmp_path: Path) -> None:
+    error = kind("refused")
+    finished = ended_build(tmp_path, KeyboardInterrupt(), "first", "second")
+    assert {"first", "second"} < finished.keys()
+    assert len(finished) == 4
+    assert ended_build(tmp_path, error) == finished
+    assert ended_build(tmp_path, error, "first") == finished
+    # A build that fails by itself would fail again; one that the machine or the user stopped goes on.
+    is_final = kind in (UsageError, ArtifactError, ParityError)
+    assert ("third" in ended_build(tmp_path, error, "third")) is not is_final
+    with open_output(tmp_path) as output:
+        assert (tmp_path / "graphs" / "first").read_bytes() == b"first"
+        output.tidy(())
     assert list(tmp_path.iterdir()) == []
 
 
