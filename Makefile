@@ -5,6 +5,9 @@ DEMO := demo
 PROMPT := a red circle to the left of a blue square
 TEST_PROCESSES ?= 2
 
+# For what loads ONNX Runtime by itself: tests, and the tools that `bench-peers` compares with.
+export ORT_DISABLE_TELEMETRY ?= 1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-weights test test-fast test-slow test-gpu lint types bench bench-full bench-peers clean
 

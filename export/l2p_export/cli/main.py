@@ -17,6 +17,7 @@ from types import FrameType
 import click
 
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
+from l2p_runtime.onnx_library import disable_telemetry
 
 COMMANDS = {
     "bench": "Time a bundle's networks and a denoising step on this machine.",
@@ -94,6 +95,8 @@ class _TerminatedError(BaseException):
 def run() -> None:
     """Entry point: run a command and exit with its code."""
     signal.signal(signal.SIGTERM, _on_terminate)
+    # Libraries that a command imports may load ONNX Runtime by themselves.
+    disable_telemetry()
     try:
         code = main.main(standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place where every failure ends

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from l2p_runtime.backends import Array, Backend, require_arrays
 from l2p_runtime.backends.host import HostDevice
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UnsupportedError
+from l2p_runtime.onnx_library import import_onnxruntime
 
 if TYPE_CHECKING:
     from l2p_runtime.contract import NetworkSpec
@@ -32,7 +33,7 @@ def open_device(device: int) -> Backend:
         HostError: ONNX Runtime is not installed.
     """
     del device
-    onnxruntime = import_onnxruntime("pip install 'l2p-export[cpu]'")
+    onnxruntime = import_onnxruntime()
     return Backend("onnx", f"onnxruntime {onnxruntime.__version__}", HostDevice(), OnnxEngine)
 
 
@@ -46,8 +47,7 @@ class OnnxEngine:
             ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not the spec's.
             HostError: ONNX Runtime would run it elsewhere than on the CPU.
         """
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         self._weight_bytes = weights.stat().st_size
         options = make_options(ort)
         # The arena grows by powers of two and keeps what it took: 4.9 GiB where the head needs 2.8 at 4096 px, and a
@@ -85,22 +85,6 @@ class OnnxEngine:
     def close(self) -> None:
         """Drop the session; a second time does nothing."""
         self._session.close()
-
-
-def import_onnxruntime(install: str) -> Any:
-    """ONNX Runtime.
-
-    Args:
-        install: what to run when it is missing.
-
-    Raises:
-        HostError: it cannot be imported.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise HostError(f"ONNX Runtime cannot be imported: {error}", hint=install) from error
-    return onnxruntime
 
 
 def make_options(ort: Any) -> Any:
@@ -155,8 +139,7 @@ class GraphSession:
             UnsupportedError: there is no way to run it there.
             HostError: out of memory, or ONNX Runtime would run it elsewhere.
         """
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         self.spec = spec
         wanted = next(iter(providers))
         try:

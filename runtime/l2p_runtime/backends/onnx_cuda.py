@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_runtime.backends import Array, Backend
-from l2p_runtime.backends.onnx import GraphSession, Place, import_onnxruntime, make_options, require_provider
+from l2p_runtime.backends.onnx import GraphSession, Place, make_options, require_provider
 from l2p_runtime.errors import HostError, InternalError, UnsupportedError
+from l2p_runtime.onnx_library import import_onnxruntime
 
 if TYPE_CHECKING:
     from l2p_runtime.backends.cuda import CudaDevice
@@ -70,8 +71,7 @@ class OnnxCudaEngine:
             UnsupportedError: ONNX Runtime would compute some of it on the CPU.
             HostError: the device has not enough memory, or ONNX Runtime would not use it.
         """
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         self.spec = spec
         self._device = device
         self._weight_bytes = weights.stat().st_size
