@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from l2p_runtime.arguments import flag, function, text, whole_number
+from l2p_runtime.arguments import path as checked_path
 from l2p_runtime.backends import Array, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
-from l2p_runtime.memory import call_memory, fused_call_memory, parse_bytes
+from l2p_runtime.guidance import Convention
+from l2p_runtime.memory import budget_bytes, call_memory, fused_call_memory, return_freed_memory
 from l2p_runtime.networks import (
     OpenedPlan,
     engine_record,
@@ -24,7 +27,9 @@ from l2p_runtime.networks import (
     open_plan,
     require_sizes,
 )
+from l2p_runtime.positions import named_policy
 from l2p_runtime.requests import (
+    ImageRequest,
     PixelDType,
     Rng,
     check_embeds,
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
 
     from l2p_runtime.positions import Policy
     from l2p_runtime.stripes import Stripe
+
+_DEVICE_MAX = 2**31 - 1
 
 
 class Pipeline:
@@ -99,11 +106,15 @@ class Pipeline:
         Raises:
             ArtifactError: the bundle is damaged, or lacks the plan.
             HostError: the backend cannot run here, or the largest network exceeds the budget.
-            UsageError: unknown backend, or a budget that is no size.
+            UsageError: unknown backend, a budget that is no size, or an argument of another type.
         """
-        budget = parse_bytes(str(memory_budget)) if memory_budget is not None else None
-        bundle = open_bundle(Path(path), Path(store) if store is not None else None)
-        opened = open_plan(bundle, backend, device, plan)
+        folder, shared = checked_path("path", path), None if store is None else checked_path("store", store)
+        text("backend", backend)
+        index = whole_number("device", device, 0, _DEVICE_MAX)
+        if plan is not None:
+            text("plan", plan)
+        budget = budget_bytes(memory_budget)
+        opened = open_plan(open_bundle(folder, shared), backend, index, plan)
         try:
             pipeline = cls(opened, budget, owns_device=True)
             pipeline._load_what_fits()
@@ -119,8 +130,11 @@ class Pipeline:
         Raises:
             ArtifactError: the bundle lacks the plan's files for the backend.
             HostError: the largest network exceeds the budget.
+            UsageError: a budget that is no size.
         """
-        pipeline = cls(opened, memory_budget_bytes)
+        if not isinstance(opened, OpenedPlan):
+            raise UsageError(f"opened is a {type(opened).__name__}, expected what `open_plan` returned")
+        pipeline = cls(opened, budget_bytes(memory_budget_bytes))
         pipeline._load_what_fits()
         return pipeline
 
@@ -163,9 +177,10 @@ class Pipeline:
         grid = check_size(denoiser.model, pixels.shape[2], pixels.shape[3])
         times = check_time(time, batch)
         captions = check_embeds(denoiser.model, prompt_embeds, batch)
+        policy = self._policy(positions)
         stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])))
         device = denoiser.device
-        condition = encode_caption(denoiser, captions, *grid, self._policy(positions))
+        condition = encode_caption(denoiser, captions, *grid, policy)
         prediction = device.alloc(pixels.shape, "float32")
         work = make_workspace(denoiser, condition)
         predict(denoiser, device.upload(pixels), device.upload(times), [condition], stripes, [work], [prediction])
@@ -181,6 +196,7 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_convention: Convention = "l2p",
         shift: float | None = None,
         negative_prompt: str | None = None,
         prompt_embeds: NDArray[np.float32] | None = None,
@@ -204,13 +220,15 @@ class Pipeline:
             steps: denoising steps; the bundle's default when None.
             guidance: 1 is none; v = v_neg + guidance (v_pos - v_neg). With neither a text encoder nor negative
                 embeddings, only 1 is possible.
+            guidance_convention: `diffusers` for a guidance of its Z-Image pipeline, v_pos + guidance (v_pos - v_neg),
+                where 0 is none: 1 is added to it.
             shift: of the noise schedule.
             negative_prompt: text; needs a bundle with a text encoder, which reads an empty one when None.
             prompt_embeds: unpadded prompt embeddings [L,C], instead of `prompt`.
             negative_embeds: unpadded embeddings [L,C] of what to steer away from.
             truncate_prompt: cut prompts that are too long, instead of refusing them.
             positions: position policy; the profile's when None.
-            image_index: which image of the seed: another index, other noise.
+            image_index: which image of the seed: another index, other noise; only with `philox`.
             rng: `philox`, or `torch-cpu` for the noise of `torch.randn` on the CPU.
             dtype: full-range `uint8` or `uint16`, or `float16` in [0,1].
             progress: called after each step.
@@ -221,8 +239,8 @@ class Pipeline:
             [H,W,3] of `dtype`.
 
         Raises:
-            UsageError: a value out of range, a size that does not divide, a prompt without a text encoder, or a
-                prompt that is too long.
+            UsageError: a value out of range or of another type, a size that does not divide, a prompt without a text
+                encoder, or a prompt that is too long.
             HostError: the image or the text encoder does not fit the memory, or `tokenizers` is not installed.
             CancelledError: `cancelled` said so.
         """
@@ -239,14 +257,21 @@ class Pipeline:
             sampling={"steps": steps, "guidance": guidance, "shift": shift},
             rng=rng,
             dtype=dtype,
+            image_index=image_index,
+            guidance_convention=guidance_convention,
         )
-        grid, sampling = request.grid, request.sampling
-        tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
-        shown_bytes = preview_bytes(height, width) if preview is not None else 0
+        truncate = flag("truncate_prompt", truncate_prompt)
+        function("progress", progress)
+        function("cancelled", cancelled)
+        if preview is not None:
+            function("preview", preview)
+        policy, grid, sampling = self._policy(positions), request.grid, request.sampling
+        tokens = max(denoiser.model.padded(self._count(caption, truncate)) for caption in request.captions)
+        shown_bytes = preview_bytes(*request.size_px) if preview is not None else 0
         stripes = self._plan_call(1, grid, tokens, shown_bytes)
-        captions = self._embed(request.captions, truncate_prompt)
-        image = self._noise(height, width, seed, image_index, rng)
-        conditions = [encode_caption(denoiser, [caption], *grid, self._policy(positions)) for caption in captions]
+        captions = self._embed(request.captions, truncate)
+        image = self._noise(request, rng)
+        conditions = [encode_caption(denoiser, [caption], *grid, policy) for caption in captions]
         return sample(
             denoiser,
             image,
@@ -267,11 +292,14 @@ class Pipeline:
             HostError: the text encoder does not fit the memory, or `tokenizers` is not installed.
         """
         self._opened()
-        if isinstance(prompts, str):
-            raise UsageError("prompts are one text, expected a sequence of texts")
-        for prompt in prompts:
-            self._count(prompt, truncate_prompt)
-        return self._embed(prompts, truncate_prompt)
+        truncate = flag("truncate_prompt", truncate_prompt)
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts are a {type(prompts).__name__}, expected a sequence of texts")
+        # An iterator has its texts only once.
+        texts = [text("a prompt", prompt) for prompt in prompts]
+        for prompt in texts:
+            self._count(prompt, truncate)
+        return self._embed(texts, truncate)
 
     @property
     def keeps_networks(self) -> bool:
@@ -279,12 +307,13 @@ class Pipeline:
         return self._keeps_networks
 
     def close(self) -> None:
-        """Free all memory; further calls are refused."""
+        """Give all memory back to the system; further calls are refused. Images that were returned stay."""
         self._release_networks()
         if self._owns_device and not self._closed:
             self._opened_plan.backend.device.close()
         self._closed = True
         self._encoded, self._tokenizer = {}, None
+        return_freed_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -434,14 +463,16 @@ class Pipeline:
         return self._opened_plan.backend.device.available_bytes() + held
 
     def _policy(self, positions: str | Policy | None) -> str | Policy:
-        return self.bundle.manifest.profiles[0].positions if positions is None else positions
+        if positions is None:
+            return self.bundle.manifest.profiles[0].positions
+        return named_policy(positions)
 
-    def _noise(self, height: int, width: int, seed: int, image_index: int, rng: Rng) -> Array:
-        device = self._denoiser.device
+    def _noise(self, request: ImageRequest, rng: Rng) -> Array:
+        device, (height, width) = self._denoiser.device, request.size_px
         if rng == "torch-cpu":
             from l2p_runtime.noise import torch_cpu_noise
 
-            return device.upload(torch_cpu_noise(seed, 3 * height * width).reshape(1, 3, height, width))
+            return device.upload(torch_cpu_noise(request.seed, 3 * height * width).reshape(1, 3, height, width))
         image = device.alloc((1, 3, height, width), "float32")
-        device.launch("noise", image[0], seed, image_index)
+        device.launch("noise", image[0], request.seed, request.image_index)
         return image

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from l2p_runtime.arguments import real_number, shown
 from l2p_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def rope_tables(
         policy: `native`, `ntk`, `yarn`, or a function of the caller's own.
 
     Raises:
-        UsageError: unknown policy name, or a function that returns frequencies of another shape.
+        UsageError: unknown policy name, or a function that returns something else than finite frequencies of the
+            axis's shape and a finite factor.
     """
     import numpy as np
 
@@ -50,7 +52,7 @@ def rope_tables(
     positions[:image_tokens, 1] = np.repeat(np.arange(rows), columns)
     positions[:image_tokens, 2] = np.tile(np.arange(columns), rows)
     positions[padded:, 0] = np.arange(1, caption_tokens + 1)
-    return _tables(model.rotary, positions, (1, rows, columns), _policy(policy))
+    return _tables(model.rotary, positions, (1, rows, columns), named_policy(policy))
 
 
 def caption_tables(tables: Tables, caption_tokens: int) -> Tables:
@@ -99,11 +101,16 @@ def yarn(rotary: RotarySpec, axis: int, grid: int) -> tuple[NDArray[np.float64],
 _POLICIES: dict[str, Policy] = {"native": native, "ntk": ntk, "yarn": yarn}
 
 
-def _policy(policy: str | Policy) -> Policy:
+def named_policy(policy: str | Policy) -> Policy:
+    """The function of a policy's name; a function is one already.
+
+    Raises:
+        UsageError: neither.
+    """
     if callable(policy):
         return policy
-    if policy not in _POLICIES:
-        raise UsageError(f"position policy is {policy!r}, expected one of {', '.join(_POLICIES)} or a function")
+    if not isinstance(policy, str) or policy not in _POLICIES:
+        raise UsageError(f"position policy is {shown(policy)}, expected one of {', '.join(_POLICIES)} or a function")
     return _POLICIES[policy]
 
 
@@ -112,16 +119,39 @@ def _tables(rotary: RotarySpec, positions: NDArray[np.float64], grid: tuple[int,
 
     angles, factors = [], []
     for axis, channels in enumerate(rotary.axis_channels):
-        frequencies, factor = policy(rotary, axis, grid[axis])
-        if np.shape(frequencies) != (channels // 2,):
-            raise UsageError(
-                f"the position policy gave frequencies {list(np.shape(frequencies))} for axis {axis}, "
-                f"expected [{channels // 2}]"
-            )
+        frequencies, factor = _checked(policy(rotary, axis, grid[axis]), axis, channels // 2)
         angles.append(positions[:, axis, None] * frequencies)
         factors.append(np.full(channels // 2, factor))
     angle, scale = np.concatenate(angles, axis=1), np.concatenate(factors)
     return (np.cos(angle) * scale).astype(np.float32), (np.sin(angle) * scale).astype(np.float32)
+
+
+def _checked(given: object, axis: int, pairs: int) -> tuple[NDArray[np.float64], float]:
+    """What a position policy gave for an axis.
+
+    Raises:
+        UsageError: no pair of frequencies [pairs] and a factor, or numbers that are not finite.
+    """
+    import numpy as np
+
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise UsageError(
+            f"the position policy gave a {type(given).__name__} for axis {axis}, expected (frequencies, factor)"
+        )
+    try:
+        frequencies = np.asarray(given[0], np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the position policy gave frequencies that are no numbers for axis {axis}: {error}"
+        ) from error
+    if frequencies.shape != (pairs,):
+        raise UsageError(
+            f"the position policy gave frequencies {list(frequencies.shape)} for axis {axis}, expected [{pairs}]"
+        )
+    factor = real_number(f"the position policy's factor for axis {axis}", given[1])
+    if not (np.isfinite(frequencies).all() and math.isfinite(factor)):
+        raise UsageError(f"the position policy gave NaN or Inf for axis {axis}, expected finite numbers")
+    return frequencies, factor
 
 
 def _stretch(rotary: RotarySpec, axis: int, grid: int) -> float:

@@ -18,6 +18,7 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_runtime import UsageError, __version__
+from l2p_runtime.guidance import CONVENTIONS
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 @click.option("--size", help="WIDTHxHEIGHT in pixels; default: the profile's preferred size.")
 @click.option("--steps", type=int, help="Denoising steps; default: the bundle's.")
 @click.option("--guidance", type=float, help="Guidance scale, 1 for none; default: the bundle's.")
+@click.option(
+    "--guidance-convention",
+    type=click.Choice(CONVENTIONS),
+    default="l2p",
+    show_default=True,
+    help="Whose scale --guidance is: with that of diffusers' Z-Image pipeline 0 is none, and 1 is added.",
+)
 @click.option("--shift", type=float, help="Shift of the sigma schedule; default: the bundle's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, 0 to 2^64 - 1.")
 @click.option("--rng", type=click.Choice(["philox", "torch-cpu"]), default="philox", show_default=True)
@@ -79,6 +87,7 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         "negative_embeds": read_embeddings(options["negative_embeddings"]),
         "rng": options["rng"],
         "dtype": f"uint{options['bits']}",
+        "guidance_convention": options["guidance_convention"],
     }
     sampling = {name: options[name] for name in ("steps", "guidance", "shift")}
     request = image_request(
