@@ -9,13 +9,14 @@ TEST_PROCESSES ?= 2
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-weights test test-fast test-newest test-slow test-gpu lint types bench bench-full bench-peers clean
+.PHONY: help demo demo-weights wheel test test-fast test-newest test-slow test-gpu lint types bench bench-full bench-peers clean
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo model, draw two pictures and judge them"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
 	@echo "make test-fast  the tests that build no bundle and trace no network: under a minute"
 	@echo "make test-newest  the tests of 'make test' with the newest version of every dependency"
+	@echo "make wheel  write dist/l2p_export-*.whl, which pip installs on another machine, with extras"
 	@echo "make demo-weights | test-slow | test-gpu | lint | types | bench | bench-full | bench-peers | clean"
 
 .venv/python:
@@ -34,6 +35,11 @@ NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 .venv/test: .venv/python pyproject.toml constraints.txt $(NATIVE)
 	L2P_REQUIRE_NATIVE=$(CI) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,train,dev]'
 	touch $@ .venv/demo
+
+wheel: .venv/python
+	mkdir -p dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/l2p_export-*.whl
 
 demo: .venv/demo
 	mkdir -p $(DEMO)

@@ -492,6 +492,16 @@ def test_encode_arguments(prompts: object, pipe: Pipeline) -> None:
         pipe.encode(prompts)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", ["auto", "onnx"])
+def test_without_onnx_runtime_its_extra_is_named(backend: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle of ONNX graphs runs on any CPU, whatever GPU libraries are missing too."""
+    for module in ("onnxruntime", "cuda.bindings.driver", "tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(HostError, match="ONNX Runtime cannot be imported") as caught:
+        Pipeline.open(bundle, backend)
+    assert caught.value.hint == "pip install 'l2p-export[cpu]'"
+
+
 def test_memory_goes_back_when_a_pipeline_is_closed(bundle: Path) -> None:
     """What the C library keeps of freed memory counts too; a first pipeline leaves what a library is loaded into."""
     code = (

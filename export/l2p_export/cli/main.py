@@ -45,7 +45,6 @@ _EXTRAS = {
         "onnx",
         "onnx_ir",
         "onnxscript",
-        "polygraphy",
         "safetensors",
         "torch",
         "transformers",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 PRIORITY = 10
 _PROVIDER = "CUDAExecutionProvider"
-_INSTALL = "pip uninstall onnxruntime, then pip install 'l2p-export[gpu]': both packages have one import name"
+_EXTRA = "pip install 'l2p-export[gpu]'"
+_INSTALL = f"pip uninstall onnxruntime, then {_EXTRA}: both packages have one import name"
 _LIBRARIES = "install CUDA 13 and cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 HEAVY_OPERATORS = frozenset(
@@ -45,9 +46,9 @@ def open_device(device: int) -> Backend:
     """
     from l2p_runtime.backends.cuda import open_cuda
 
-    cuda = open_cuda(device)
+    cuda = open_cuda(device, _EXTRA)
     try:
-        onnxruntime = import_onnxruntime("pip install 'l2p-export[gpu]'")
+        onnxruntime = import_onnxruntime(_EXTRA)
         _require_cuda(onnxruntime, cuda)
     except BaseException:
         cuda.close()
