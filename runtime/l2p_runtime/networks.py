@@ -139,6 +139,12 @@ def network_bytes(opened: OpenedPlan) -> dict[str, int]:
     return {network: sizes[engine_record(opened, network).engine] for network in _networks(manifest)}
 
 
+def held_bytes(opened: OpenedPlan) -> dict[str, int]:
+    """Network to the bytes that it takes while it is loaded; the text encoder included."""
+    held, is_float32 = opened.backend.held_bytes, opened.base == "fp32"
+    return {network: held(weights, is_float32) for network, weights in network_bytes(opened).items()}
+
+
 def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:
     """Maximum of token rows that a head engine takes at once, halo included, for an image of `columns` token columns.
 

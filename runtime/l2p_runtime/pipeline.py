@@ -17,13 +17,19 @@ from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
 from l2p_runtime.guidance import Convention
-from l2p_runtime.memory import budget_bytes, call_memory, fused_call_memory, return_freed_memory
+from l2p_runtime.memory import (
+    budget_bytes,
+    call_memory,
+    fused_call_memory,
+    return_freed_memory,
+    return_large_buffers_at_once,
+)
 from l2p_runtime.networks import (
     OpenedPlan,
     engine_record,
     head_rows_max,
+    held_bytes,
     load_network,
-    network_bytes,
     open_plan,
     require_sizes,
 )
@@ -37,6 +43,7 @@ from l2p_runtime.requests import (
     check_size,
     check_time,
     image_request,
+    least_memory,
     plan_call,
 )
 from l2p_runtime.sampler import Preview, Progress, preview_bytes, sample
@@ -70,14 +77,16 @@ class Pipeline:
     ) -> None:
         self._opened_plan = opened
         self._denoiser = Denoiser(opened.manifest.model, opened.backend.device, self._use)
-        self._weight_bytes = network_bytes(opened)
-        self._text_bytes = self._weight_bytes.pop(TEXT_ENCODER, 0)
+        self._held_bytes = held_bytes(opened)
+        self._text_bytes = self._held_bytes.pop(TEXT_ENCODER, 0)
         self._engines: dict[str, Engine] = {}
         self._keeps_networks = False
         self._tokenizer: Tokenizer | None = None
         # Of only the last call: frames of one prompt load the text encoder once.
         self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
         self._memory_budget_bytes = memory_budget_bytes
+        if memory_budget_bytes is not None:
+            return_large_buffers_at_once()
         self._closed = False
         self._owns_device = owns_device
 
@@ -379,6 +388,7 @@ class Pipeline:
             yield engine
         finally:
             engine.close()
+            return_freed_memory()
 
     def _load_what_fits(self) -> None:
         """Load all networks, or none if they must take turns.
@@ -386,12 +396,13 @@ class Pipeline:
         Raises:
             HostError: the largest of them exceeds the budget.
         """
-        limit, sizes = self._limit_bytes(), self._weight_bytes
+        limit, sizes = self._limit_bytes(), self._held_bytes
         largest = max(sizes, key=lambda network: sizes[network])
         if sizes[largest] > limit:
+            library = self._opened_plan.backend.library_bytes if self._memory_budget_bytes is not None else 0
             raise HostError(
-                f"the weights of `{largest}` in plan `{self.plan}` take {sizes[largest]:,} bytes, {limit:,} bytes are "
-                "there",
+                f"the weights of `{largest}` in plan `{self.plan}` take {sizes[largest] + library:,} bytes with the "
+                f"library that runs them, {limit + library:,} bytes are there",
                 hint="raise the memory budget, or use a plan of lower precision",
             )
         if sum(sizes.values()) <= limit:
@@ -428,7 +439,7 @@ class Pipeline:
             HostError: the call does not fit even then.
             UsageError: engines were not built for this size.
         """
-        model, sizes = self._denoiser.model, self._weight_bytes
+        model, sizes = self._denoiser.model, self._held_bytes
         opened = self._opened_plan
         fused = opened.runs_engines and opened.base != "fp32"
         need = (fused_call_memory if fused else call_memory)(model, batch, *grid, tokens)
@@ -444,7 +455,13 @@ class Pipeline:
         if stripes is None:
             limit, head = self._limit_bytes(), sizes["head"]
             others = max(size for network, size in sizes.items() if network != "head")
-            stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
+            try:
+                stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
+            except HostError as error:
+                if self._memory_budget_bytes is not None:
+                    least = least_memory(model, grid, need, others, head) + opened.backend.library_bytes
+                    error.hint = f"raise the memory budget to {least:,} bytes or more, or draw a smaller image"
+                raise
             self._release_networks()
         require_sizes(opened, batch, grid, tokens, stripes)
         return stripes
@@ -453,12 +470,15 @@ class Pipeline:
         """Bytes that are free beside the loaded networks."""
         if self._memory_budget_bytes is None:
             return self._opened_plan.backend.device.available_bytes()
-        return self._memory_budget_bytes - (sum(self._weight_bytes.values()) if self._keeps_networks else 0)
+        return self._limit_bytes() - (sum(self._held_bytes.values()) if self._keeps_networks else 0)
 
     def _limit_bytes(self) -> int:
-        """Bytes that would be free with no network loaded: the budget, or free memory plus that of loaded networks."""
+        """Bytes that would be free with no network loaded.
+
+        The budget without what the library takes, or free memory plus that of loaded networks.
+        """
         if self._memory_budget_bytes is not None:
-            return self._memory_budget_bytes
+            return self._memory_budget_bytes - self._opened_plan.backend.library_bytes
         held = sum(engine.memory_bytes() for engine in self._engines.values())
         return self._opened_plan.backend.device.available_bytes() + held
 

@@ -214,6 +214,22 @@ def plan_call(
     return plan_stripes(model.head, rows, need.head_row_bytes, budget)
 
 
+def least_memory(model: ModelSpec, grid: tuple[int, int], need: CallMemory, other_bytes: int, head_bytes: int) -> int:
+    """The least bytes that a call fits into, networks included, when they take turns.
+
+    Args:
+        model: the model.
+        grid: token rows and columns.
+        need: what the call takes.
+        other_bytes: what the largest network but the head takes.
+        head_bytes: what the head takes.
+    """
+    halo, rows = model.head.halo_rows, grid[0]
+    least_rows = rows if halo is None else min(1 + 2 * halo, rows)
+    inside = max(other_bytes + need.tokens_bytes, head_bytes + least_rows * need.head_row_bytes)
+    return need.buffers_bytes + inside
+
+
 def _sampling(defaults: Sampling, asked: Mapping[str, float | None], convention: str) -> Sampling:
     steps, shift = asked.get("steps"), asked.get("shift")
     guidance = own_guidance(asked.get("guidance"), convention)

@@ -80,7 +80,7 @@ def test_the_head_is_cut_to_what_its_engine_takes(device: CudaDevice, compiled: 
 def test_networks_take_turns_on_the_device(device: CudaDevice, compiled: Path) -> None:
     with Pipeline.open(compiled) as pipe:
         expected = pipe.generate(**CALL)
-        sizes = pipe._weight_bytes
+        sizes = pipe._held_bytes
     device = fake_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "open_cuda", lambda index, install: device)

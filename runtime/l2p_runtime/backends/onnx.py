@@ -20,6 +20,12 @@ _PROVIDER = "CPUExecutionProvider"
 PACKED_BYTES_MAX = 256 << 20
 """Weights up to this size are packed when a network is loaded, which makes its convolutions up to twice as fast."""
 
+# Measured with version 1.31: the library and its threads take 10 MiB, a session 1 to 4 beside its weights.
+_LIBRARY_BYTES = 16 << 20
+_SESSION_BYTES = 4 << 20
+_WIDENED = 3
+"""Weights in 16 or 8 bits are folded and packed in float32 too."""
+
 Place: TypeAlias = tuple[str, int, Any, tuple[int, ...], int]
 """What ONNX Runtime wants to know of an array: device, index, dtype, shape, address."""
 
@@ -34,7 +40,24 @@ def open_device(device: int) -> Backend:
     """
     del device
     onnxruntime = import_onnxruntime()
-    return Backend("onnx", f"onnxruntime {onnxruntime.__version__}", HostDevice(), OnnxEngine)
+    return Backend(
+        name="onnx",
+        identity=f"onnxruntime {onnxruntime.__version__}",
+        device=HostDevice(),
+        load=OnnxEngine,
+        library_bytes=_LIBRARY_BYTES,
+        held_bytes=held_bytes,
+    )
+
+
+def held_bytes(weight_bytes: int, is_float32: bool) -> int:
+    """Bytes that a network takes while it is loaded: its weights as they are packed, and its session.
+
+    Measured on the demo's networks, of 0.3 to 11 MiB, in every plan; mapped weights take only their own.
+    """
+    if weight_bytes > PACKED_BYTES_MAX:
+        return weight_bytes + _SESSION_BYTES
+    return weight_bytes * (1 if is_float32 else _WIDENED) + _SESSION_BYTES
 
 
 class OnnxEngine:
