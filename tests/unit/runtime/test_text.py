@@ -347,9 +347,9 @@ def test_requests_without_words(bundle: Path, plain: Path) -> None:
         with pytest.raises(UsageError, match="was given no prompt") as caught:
             pipe.generate(height=32, width=32)
         assert caught.value.hint.startswith("pass a prompt, or embeddings")
-        with pytest.raises(UsageError, match="prompt is a int"):
+        with pytest.raises(UsageError, match="prompt is 7, expected text"):
             pipe.generate(7, height=32, width=32)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="prompts are one text"):
+        with pytest.raises(UsageError, match="prompts are a str, expected a sequence"):
             pipe.encode("fox")
         assert pipe.encode([]) == []
         pipe.close()
