@@ -5,13 +5,18 @@ DEMO := demo
 PROMPT := a red circle to the left of a blue square
 TEST_PROCESSES ?= 2
 
+# For what loads ONNX Runtime by itself: tests, and the tools that `bench-peers` compares with.
+export ORT_DISABLE_TELEMETRY ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-weights test test-fast test-slow test-gpu lint types bench bench-full bench-peers clean
+.PHONY: help demo demo-weights wheel test test-fast test-newest test-slow test-gpu lint types bench bench-full bench-peers clean
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo model, draw two pictures and judge them"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
 	@echo "make test-fast  the tests that build no bundle and trace no network: under a minute"
+	@echo "make test-newest  the tests of 'make test' with the newest version of every dependency"
+	@echo "make wheel  write dist/l2p_export-*.whl, which pip installs on another machine, with extras"
 	@echo "make demo-weights | test-slow | test-gpu | lint | types | bench | bench-full | bench-peers | clean"
 
 .venv/python:
@@ -30,6 +35,11 @@ NATIVE := CMakeLists.txt $(wildcard runtime/csrc/*)
 .venv/test: .venv/python pyproject.toml constraints.txt $(NATIVE)
 	L2P_REQUIRE_NATIVE=$(CI) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,train,dev]'
 	touch $@ .venv/demo
+
+wheel: .venv/python
+	mkdir -p dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/l2p_export-*.whl
 
 demo: .venv/demo
 	mkdir -p $(DEMO)
@@ -74,6 +84,15 @@ test: lint types
 
 test-fast: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not bundle" $(FAST)
+
+# What a user gets who installs today; `constraints.txt` has what `make test` runs with. The versions stay in a file.
+NEWEST := build/newest
+
+test-newest: .venv/python
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[export,cpu,train,dev]'
+	$(NEWEST)/bin/pip freeze --exclude-editable > $(NEWEST)/versions.txt
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow

@@ -72,7 +72,7 @@ def _quantize(model: onnx.ModelProto, eighths: set[str]) -> None:
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in eighths:
             value, weight, name = node.input[0], node.input[1], node.output[0]
-            kind = {"output_dtype": TensorProto.FLOAT8E4M3FN}
+            kind = {"output_dtype": TensorProto.FLOAT8E4M3FN, "precision": TensorProto.FLOAT}
             nodes += [
                 helper.make_node("QuantizeLinear", [value, "l2p/scale"], [f"{name}/q"], **kind),
                 helper.make_node("DequantizeLinear", [f"{name}/q", "l2p/scale"], [f"{name}/dq"]),

@@ -55,6 +55,7 @@ from l2p_export.precision.plans import plain_plan
 from l2p_export.tensors.sources import ArrayTensor, TensorSource, read_tensor
 from l2p_runtime.backends.onnx import make_options
 from l2p_runtime.contract import Target
+from l2p_runtime.onnx_library import import_onnxruntime
 
 Array = NDArray[Any]
 Call = Callable[[], Array]
@@ -208,8 +209,7 @@ def _watch(peak: list[int], done: threading.Event) -> None:
 
 def _session(model: bytes | str) -> Any:
     """An ONNX Runtime session with the runtime's options for small ONNX graphs, on one thread."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = make_options(ort)
     options.enable_cpu_mem_arena = False
     options.intra_op_num_threads = 1

@@ -28,6 +28,10 @@ from safetensors.numpy import save_file
 from golden import tiny_checkpoint
 from l2p_engines.store.stages import Stage, stages
 from l2p_export.checkpoint.demo import write_demo_checkpoint
+from l2p_runtime.onnx_library import disable_telemetry
+
+# Tests load ONNX Runtime by themselves too.
+disable_telemetry()
 
 PROFILE = """\
 patch_px = {patch}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from calls import (
     BUNDLE,
     MODELOPT,
@@ -34,6 +33,7 @@ from l2p_calib.ledger import END_TO_END
 from l2p_runtime.backends.onnx import OnnxEngine
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import NETWORKS
+from l2p_runtime.onnx_library import import_onnxruntime
 
 EIGHTHS = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 _PASSED = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape"}
@@ -56,7 +56,7 @@ def main() -> None:
         stored = tuple(_stored(network, files(network)[0]) for network in NETWORKS)
         write_result(folder, Result(tool, measure(bundle, calls, load), stored))
     _print_tables(sorted(read_results(folder), key=lambda result: [*tools, result.tool].index(result.tool)))
-    print(f"\n{len(calls)} calls; onnxruntime {ort.__version__}, onnx {onnx.__version__}")
+    print(f"\n{len(calls)} calls; onnxruntime {import_onnxruntime().__version__}, onnx {onnx.__version__}")
     for tool, files in tools.items():
         for network in NETWORKS:
             if refused := _refusal(files(network)[0]):
@@ -130,6 +130,7 @@ def _size_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def _refusal(path: Path) -> str:
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:

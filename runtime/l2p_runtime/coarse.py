@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from l2p_runtime.arguments import integer, real_number
 from l2p_runtime.contract import Sampling
 from l2p_runtime.errors import UsageError
 
@@ -40,7 +41,12 @@ class Coarse:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        # NaN fails every comparison, so these are written as what must hold.
+        for name in ("height", "width"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        object.__setattr__(self, "renoise", real_number("renoise", self.renoise))
+        object.__setattr__(self, "steps", integer("steps", self.steps))
+        object.__setattr__(self, "guidance", real_number("guidance", self.guidance))
+        # NaN fails every comparison, so this is written as what must hold.
         if not 0 < self.renoise < 1:
             raise UsageError(f"renoise is {self.renoise}, expected more than 0 and less than 1")
         Sampling(self.steps, self.guidance)

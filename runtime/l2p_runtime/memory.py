@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from l2p_runtime.arguments import real_number, shown
 from l2p_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _FLOAT_BYTES, _HALF_BYTES = 4, 2
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE_BYTES = 1 << 20
+_SIZES = "write it as 6GiB, 500MB or 1073741824"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,41 @@ def available_host_bytes() -> int:
     return min(available, limit - used) if limit and used else available
 
 
+def return_large_buffers_at_once() -> None:
+    """Let the C library give every freed buffer of 1 MiB or more back to the system; holds for the whole process.
+
+    Without this, glibc keeps freed buffers of up to 32 MiB for its next allocations, which fit them only in part: an
+    image of 512 px under a budget of 120 MiB took 232 MiB.
+    """
+    if hasattr(_c_library(), "mallopt"):
+        _c_library().mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it for its next allocation, as glibc's does.
+
+    After an image of 2048 px on two threads, 64 of 97 MB were such memory.
+    """
+    if hasattr(_c_library(), "malloc_trim"):
+        _c_library().malloc_trim(0)
+
+
+def budget_bytes(budget: object) -> int | None:
+    """Bytes of a memory budget: a number, a text that `parse_bytes` takes, or None for none.
+
+    Raises:
+        UsageError: not a positive size.
+    """
+    if budget is None:
+        return None
+    if isinstance(budget, str):
+        return parse_bytes(budget)
+    number = real_number("memory_budget", budget)
+    if not 1 <= number < 2**63:
+        raise UsageError(f"memory_budget is {shown(budget)}, expected 1 byte or more", hint=_SIZES)
+    return int(number)
+
+
 def parse_bytes(text: str) -> int:
     """Bytes from `6GiB`, `500MB` or `1073741824`.
 
@@ -91,8 +131,15 @@ def parse_bytes(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size <= 0:
-        raise UsageError(f"{text!r} is no size in bytes", hint="write it as 6GiB, 500MB or 1073741824")
+        raise UsageError(f"{text!r} is no size in bytes", hint=_SIZES)
     return size
+
+
+def _c_library() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except OSError:
+        return None
 
 
 def _meminfo_available() -> int:

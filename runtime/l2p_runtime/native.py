@@ -1,13 +1,15 @@
 """Finds and loads the native kernels: one C-ABI library, called through ctypes.
 
 The library is optional. Each kernel has a NumPy twin that gives the same bits, so a missing or foreign library costs
-only time. `native_status` says which one is in use, and why. `L2P_NATIVE=0` turns the library off.
+only time. `native_status` says which one is in use, and why; the first use without it logs one line. `L2P_NATIVE=0`
+turns the library off.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import sysconfig
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 ABI_VERSION = 1
 SWITCH = "L2P_NATIVE"
+SLOWER = "the NumPy kernels give the same bits, slower"
 _NAMES = ("libl2p_native.so", "libl2p_native.dylib")
 
 
@@ -51,8 +54,22 @@ class NativeStatus:
 
 
 def load_native() -> NativeLibrary | None:
-    """Return the library, loaded on the first call, or None where NumPy has to do its work."""
-    return None if _is_disabled() else _probe()[0]
+    """Return the library, loaded on the first call, or None where NumPy has to do its work.
+
+    The first call that finds none logs a warning to `l2p_runtime.native`, unless it was turned off.
+    """
+    if _is_disabled():
+        return None
+    library, status = _probe()
+    if library is None:
+        _warn(status.reason)
+    return library
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    # Without a handler, logging writes the line to stderr as it is.
+    logging.getLogger(__name__).warning("l2p_runtime: no native kernels (%s); %s", reason, SLOWER)
 
 
 def native_status() -> NativeStatus:

@@ -81,7 +81,7 @@ def open_plan(bundle: Bundle, name: str, device: int, plan: str | None) -> Opene
     if len(reasons) == 1:
         raise reasons[0]
     told = "; ".join(map(str, reasons))
-    raise HostError(f"no backend can run this bundle here: {told}", hint=_hint(reasons))
+    raise HostError(f"no backend can run this bundle here: {told}", hint=_hint(bundle, reasons))
 
 
 def runnable_plans(bundle: Bundle, backend: Backend) -> list[str]:
@@ -137,6 +137,12 @@ def network_bytes(opened: OpenedPlan) -> dict[str, int]:
     if not opened.runs_engines:
         return {network: sizes[manifest.graph(network, opened.plan).weights] for network in _networks(manifest)}
     return {network: sizes[engine_record(opened, network).engine] for network in _networks(manifest)}
+
+
+def held_bytes(opened: OpenedPlan) -> dict[str, int]:
+    """Network to the bytes that it takes while it is loaded; the text encoder included."""
+    held, is_float32 = opened.backend.held_bytes, opened.base == "fp32"
+    return {network: held(weights, is_float32) for network, weights in network_bytes(opened).items()}
 
 
 def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:
@@ -239,5 +245,11 @@ def _ranges(record: EngineRecord, shapes: Mapping[str, Sequence[int]]) -> str:
     return "other combinations of sizes"
 
 
-def _hint(reasons: Sequence[L2PError]) -> str:
-    return next((error.hint for error in reasons if error.hint), "pip install 'l2p-export[cpu]'")
+def _hint(bundle: Bundle, reasons: Sequence[L2PError]) -> str:
+    """What helps most: with ONNX graphs, what the last candidate lacks, which is the CPU; else what the first does."""
+    manifest = bundle.manifest
+    has_graphs = any(
+        all(manifest.has_graph(network, ref.name) for network in _networks(manifest)) for ref in manifest.plans
+    )
+    ordered = reversed(reasons) if has_graphs else reasons
+    return next((error.hint for error in ordered if error.hint), "pip install 'l2p-export[cpu]'")

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from l2p_runtime.arguments import integer
 from l2p_runtime.errors import InternalError, UsageError
 from l2p_runtime.native import NativeLibrary, load_native
 
@@ -81,7 +81,7 @@ def normal_noise(
         UsageError: the seed, window, index or thread count is out of range, or `out` does not fit the window.
     """
     window = _checked(seed, rows, cols, image_index=image_index, channels=channels, out=out)
-    if threads is not None and _integer("threads", threads) < 1:
+    if threads is not None and integer("threads", threads) < 1:
         raise UsageError(f"threads is {threads}, wanted 1 or more", hint="leave threads out to use all")
     native = load_native()
     if native is None or window.out.size == 0:
@@ -139,7 +139,7 @@ def torch_cpu_noise(seed: int, count: int) -> NDArray[np.float32]:
     Raises:
         UsageError: the seed or the count is out of range.
     """
-    seed, count = checked_seed(seed), _integer("count", count)
+    seed, count = checked_seed(seed), integer("count", count)
     if count < 0:
         raise UsageError(f"count is {count}, wanted 0 or more", hint="give the number of values of the noise")
     # The legacy seeding is the one that PyTorch has, and NumPy has frozen its stream.
@@ -277,7 +277,7 @@ def _checked(
     seed: int, rows: _Range, cols: _Range, *, image_index: int, channels: int, out: NDArray[np.float32] | None
 ) -> _Window:
     """Check the arguments of a call, and make the array to fill where none was given."""
-    seed, image, channels = checked_seed(seed), _integer("image_index", image_index), _integer("channels", channels)
+    seed, image, channels = checked_seed(seed), integer("image_index", image_index), integer("channels", channels)
     if not 0 <= image <= _WORD:
         raise UsageError(f"image_index is {image}, wanted 0 to 2^32 - 1", hint="count the images from 0")
     if not 0 <= channels <= _WORD:
@@ -286,6 +286,8 @@ def _checked(
     shape = (channels, rows[1] - rows[0], cols[1] - cols[0])
     if out is None:
         out = np.empty(shape, np.float32)
+    elif not isinstance(out, np.ndarray):
+        raise UsageError(f"out is a {type(out).__name__}, wanted a NumPy array", hint="leave it out for a new one")
     elif out.shape != shape or out.dtype != np.float32 or not out.flags.writeable:
         raise UsageError(
             f"out is {out.dtype} {list(out.shape)}{'' if out.flags.writeable else ', read-only'}, "
@@ -296,7 +298,9 @@ def _checked(
 
 
 def _checked_range(name: str, values: _Range) -> _Range:
-    start, stop = _integer(name, values[0]), _integer(name, values[1])
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        raise UsageError(f"{name} is {values!r}, wanted two integers", hint=f"give {name} as (first, stop)")
+    start, stop = integer(name, values[0]), integer(name, values[1])
     if not 0 <= start <= stop <= _WORD:
         raise UsageError(
             f"{name} is ({start}, {stop}), wanted 0 <= start <= stop < 2^32",
@@ -311,20 +315,10 @@ def checked_seed(seed: int) -> int:
     Raises:
         UsageError: no whole number, or outside 0 to 2^64 - 1.
     """
-    seed = _integer("seed", seed)
+    seed = integer("seed", seed)
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"seed is {seed}, wanted 0 <= seed < 2^64", hint="choose another seed, such as 7")
     return seed
-
-
-def _integer(name: str, value: Any) -> int:
-    """Return a Python int, so that NumPy integers cannot wrap; a bool is a mistake."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise UsageError(f"{name} is {value!r}, wanted an integer", hint=f"give {name} as an int")
 
 
 @functools.cache

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from l2p_runtime.arguments import flag, function, text, whole_number
+from l2p_runtime.arguments import path as checked_path
 from l2p_runtime.backends import Array, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.coarse import Coarse, check_coarse, mix_enlarged
 from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict, turned
 from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
-from l2p_runtime.memory import call_memory, fused_call_memory, parse_bytes
+from l2p_runtime.guidance import Convention
+from l2p_runtime.memory import (
+    budget_bytes,
+    call_memory,
+    fused_call_memory,
+    return_freed_memory,
+    return_large_buffers_at_once,
+)
 from l2p_runtime.networks import (
     OpenedPlan,
     engine_record,
     head_rows_max,
+    held_bytes,
     load_network,
-    network_bytes,
     open_plan,
     require_sizes,
 )
-from l2p_runtime.policies import TimeDependent, axis_frequencies
+from l2p_runtime.policies import TimeDependent, axis_frequencies, require_policy
 from l2p_runtime.requests import (
+    ImageRequest,
     PixelDType,
     Rng,
     check_embeds,
@@ -34,6 +44,7 @@ from l2p_runtime.requests import (
     check_size,
     check_time,
     image_request,
+    least_memory,
     plan_call,
 )
 from l2p_runtime.sampler import Preview, Progress, Watch, preview_bytes, sample, to_pixels
@@ -47,6 +58,8 @@ if TYPE_CHECKING:
     from l2p_runtime.contract import Grid
     from l2p_runtime.policies import Frequencies, Policy
     from l2p_runtime.stripes import Stripe
+
+_DEVICE_MAX = 2**31 - 1
 
 
 class Pipeline:
@@ -67,14 +80,16 @@ class Pipeline:
     ) -> None:
         self._opened_plan = opened
         self._denoiser = Denoiser(opened.manifest.model, opened.backend.device, self._use)
-        self._weight_bytes = network_bytes(opened)
-        self._text_bytes = self._weight_bytes.pop(TEXT_ENCODER, 0)
+        self._held_bytes = held_bytes(opened)
+        self._text_bytes = self._held_bytes.pop(TEXT_ENCODER, 0)
         self._engines: dict[str, Engine] = {}
         self._keeps_networks = False
         self._tokenizer: Tokenizer | None = None
         # Of only the last call: frames of one prompt load the text encoder once.
         self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
         self._memory_budget_bytes = memory_budget_bytes
+        if memory_budget_bytes is not None:
+            return_large_buffers_at_once()
         self._closed = False
         self._owns_device = owns_device
 
@@ -103,11 +118,15 @@ class Pipeline:
         Raises:
             ArtifactError: the bundle is damaged, or lacks the plan.
             HostError: the backend cannot run here, or the largest network exceeds the budget.
-            UsageError: unknown backend, or a budget that is no size.
+            UsageError: unknown backend, a budget that is no size, or an argument of another type.
         """
-        budget = parse_bytes(str(memory_budget)) if memory_budget is not None else None
-        bundle = open_bundle(Path(path), Path(store) if store is not None else None)
-        opened = open_plan(bundle, backend, device, plan)
+        folder, shared = checked_path("path", path), None if store is None else checked_path("store", store)
+        text("backend", backend)
+        index = whole_number("device", device, 0, _DEVICE_MAX)
+        if plan is not None:
+            text("plan", plan)
+        budget = budget_bytes(memory_budget)
+        opened = open_plan(open_bundle(folder, shared), backend, index, plan)
         try:
             pipeline = cls(opened, budget, owns_device=True)
             pipeline._load_what_fits()
@@ -123,8 +142,11 @@ class Pipeline:
         Raises:
             ArtifactError: the bundle lacks the plan's files for the backend.
             HostError: the largest network exceeds the budget.
+            UsageError: a budget that is no size.
         """
-        pipeline = cls(opened, memory_budget_bytes)
+        if not isinstance(opened, OpenedPlan):
+            raise UsageError(f"opened is a {type(opened).__name__}, expected what `open_plan` returned")
+        pipeline = cls(opened, budget_bytes(memory_budget_bytes))
         pipeline._load_what_fits()
         return pipeline
 
@@ -198,9 +220,10 @@ class Pipeline:
         grid = check_size(denoiser.model, pixels.shape[2], pixels.shape[3])
         times = check_time(time, batch)
         captions = check_embeds(denoiser.model, prompt_embeds, batch)
+        policy = self._policy(positions)
         stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])))
         device = denoiser.device
-        axes = axis_frequencies(denoiser.model.rotary, grid, self._policy(positions), float(times[0]))
+        axes = axis_frequencies(denoiser.model.rotary, grid, policy, float(times[0]))
         condition = encode_caption(denoiser, captions, *grid, axes)
         prediction = device.alloc(pixels.shape, "float32")
         work = make_workspace(denoiser, condition)
@@ -217,6 +240,7 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_convention: Convention = "l2p",
         shift: float | None = None,
         negative_prompt: str | None = None,
         prompt_embeds: NDArray[np.float32] | None = None,
@@ -242,6 +266,8 @@ class Pipeline:
             steps: denoising steps; the bundle's default when None.
             guidance: 1 is none; v = v_neg + guidance (v_pos - v_neg). With neither a text encoder nor negative
                 embeddings, only 1 is possible.
+            guidance_convention: `diffusers` for a guidance of its Z-Image pipeline, v_pos + guidance (v_pos - v_neg),
+                where 0 is none: 1 is added to it.
             shift: of the noise schedule.
             negative_prompt: text; needs a bundle with a text encoder, which reads an empty one when None.
             prompt_embeds: unpadded prompt embeddings [L,C], instead of `prompt`.
@@ -250,7 +276,7 @@ class Pipeline:
             positions: position policy; the profile's when None.
             base_grid: token rows and columns of the trained grid; the bundle's when None.
             coarse: draw a smaller image first and finish it at this size; None to draw at this size from the start.
-            image_index: which image of the seed: another index, other noise.
+            image_index: which image of the seed: another index, other noise; only with `philox`.
             rng: `philox`, or `torch-cpu` for the noise of `torch.randn` on the CPU.
             dtype: full-range `uint8` or `uint16`, or `float16` in [0,1].
             progress: called after each step.
@@ -262,8 +288,8 @@ class Pipeline:
             [H,W,3] of `dtype`.
 
         Raises:
-            UsageError: a value out of range, a size that does not divide, a prompt without a text encoder, or a
-                prompt that is too long.
+            UsageError: a value out of range or of another type, a size that does not divide, a prompt without a text
+                encoder, or a prompt that is too long.
             HostError: the image or the text encoder does not fit the memory, or `tokenizers` is not installed.
             CancelledError: `cancelled` said so.
         """
@@ -281,31 +307,38 @@ class Pipeline:
             fine_guidance=1.0 if coarse is None else coarse.guidance,
             rng=rng,
             dtype=dtype,
+            image_index=image_index,
+            guidance_convention=guidance_convention,
         )
-        grid, sampling = request.grid, request.sampling
-        tokens = max(denoiser.model.padded(self._count(caption, truncate_prompt)) for caption in request.captions)
-        shown_bytes = preview_bytes(height, width) if preview is not None else 0
+        truncate = flag("truncate_prompt", truncate_prompt)
+        function("progress", progress)
+        function("cancelled", cancelled)
+        if preview is not None:
+            function("preview", preview)
+        policy, grid, sampling = self._policy(positions), request.grid, request.sampling
+        tokens = max(denoiser.model.padded(self._count(caption, truncate)) for caption in request.captions)
+        shown_bytes = preview_bytes(*request.size_px) if preview is not None else 0
         coarse_grid: tuple[int, int] = grid
         coarse_stripes: tuple[Stripe, ...] = ()
         if coarse is not None:
             coarse_grid = check_size(denoiser.model, coarse.height, coarse.width)
-            check_coarse(coarse, height, width)
+            check_coarse(coarse, *request.size_px)
             coarse_stripes = self._plan_call(1, coarse_grid, tokens)
         stripes = self._plan_call(1, grid, tokens, shown_bytes)
-        captions = self._embed(request.captions, truncate_prompt)
-        policy, steps_wanted = self._policy(positions), sampling.steps + (coarse.steps if coarse else 0)
+        captions = self._embed(request.captions, truncate)
+        steps_wanted = sampling.steps + (coarse.steps if coarse else 0)
         watch = Watch(progress, preview, cancelled, dtype, steps_wanted)
         schedule = sigmas(sampling.steps, sampling.shift)
         if coarse is None:
-            image = self._noise(height, width, seed, image_index, rng)
+            image = self._noise(request, request.size_px, rng)
             self._sample(denoiser, image, captions, grid, stripes, schedule, sampling.guidance, policy, watch)
             return to_pixels(denoiser, image, dtype)
-        small = self._noise(coarse.height, coarse.width, seed, image_index, rng)
+        small = self._noise(request, (coarse.height, coarse.width), rng)
         unseen = replace(watch, preview=None)
         self._sample(
             denoiser, small, captions, coarse_grid, coarse_stripes, schedule, sampling.guidance, policy, unseen
         )
-        image = self._noise(height, width, seed, image_index, rng)
+        image = self._noise(request, request.size_px, rng)
         if preview is not None:
             shown = denoiser.device.alloc(image.shape, "float32")
             denoiser.device.copy(shown, image)
@@ -324,11 +357,14 @@ class Pipeline:
             HostError: the text encoder does not fit the memory, or `tokenizers` is not installed.
         """
         self._opened()
-        if isinstance(prompts, str):
-            raise UsageError("prompts are one text, expected a sequence of texts")
-        for prompt in prompts:
-            self._count(prompt, truncate_prompt)
-        return self._embed(prompts, truncate_prompt)
+        truncate = flag("truncate_prompt", truncate_prompt)
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts are a {type(prompts).__name__}, expected a sequence of texts")
+        # An iterator has its texts only once.
+        texts = [text("a prompt", prompt) for prompt in prompts]
+        for prompt in texts:
+            self._count(prompt, truncate)
+        return self._embed(texts, truncate)
 
     @property
     def keeps_networks(self) -> bool:
@@ -336,12 +372,13 @@ class Pipeline:
         return self._keeps_networks
 
     def close(self) -> None:
-        """Free all memory; further calls are refused."""
+        """Give all memory back to the system; further calls are refused. Images that were returned stay."""
         self._release_networks()
         if self._owns_device and not self._closed:
             self._opened_plan.backend.device.close()
         self._closed = True
         self._encoded, self._tokenizer = {}, None
+        return_freed_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -410,6 +447,7 @@ class Pipeline:
             yield engine
         finally:
             engine.close()
+            return_freed_memory()
 
     def _load_what_fits(self) -> None:
         """Load all networks, or none if they must take turns.
@@ -418,16 +456,17 @@ class Pipeline:
             HostError: the largest of them exceeds the budget.
         """
         self._require_largest()
-        if sum(self._weight_bytes.values()) <= self._limit_bytes():
+        if sum(self._held_bytes.values()) <= self._limit_bytes():
             self._keep_networks()
 
     def _require_largest(self) -> None:
-        limit, sizes = self._limit_bytes(), self._weight_bytes
+        limit, sizes = self._limit_bytes(), self._held_bytes
         largest = max(sizes, key=lambda network: sizes[network])
         if sizes[largest] > limit:
+            library = self._opened_plan.backend.library_bytes if self._memory_budget_bytes is not None else 0
             raise HostError(
-                f"the weights of `{largest}` in plan `{self.plan}` take {sizes[largest]:,} bytes, {limit:,} bytes are "
-                "there",
+                f"the weights of `{largest}` in plan `{self.plan}` take {sizes[largest] + library:,} bytes with the "
+                f"library that runs them, {limit + library:,} bytes are there",
                 hint="raise the memory budget, or use a plan of lower precision",
             )
 
@@ -462,7 +501,7 @@ class Pipeline:
             HostError: the call does not fit even then.
             UsageError: engines were not built for this size.
         """
-        model, sizes = self._denoiser.model, self._weight_bytes
+        model, sizes = self._denoiser.model, self._held_bytes
         opened = self._opened_plan
         fused = opened.runs_engines and opened.base != "fp32"
         need = (fused_call_memory if fused else call_memory)(model, batch, *grid, tokens)
@@ -478,7 +517,13 @@ class Pipeline:
         if stripes is None:
             limit, head = self._limit_bytes(), sizes["head"]
             others = max(size for network, size in sizes.items() if network != "head")
-            stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
+            try:
+                stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
+            except HostError as error:
+                if self._memory_budget_bytes is not None:
+                    least = least_memory(model, grid, need, others, head) + opened.backend.library_bytes
+                    error.hint = f"raise the memory budget to {least:,} bytes or more, or draw a smaller image"
+                raise
             self._release_networks()
         require_sizes(opened, batch, grid, tokens, stripes)
         return stripes
@@ -487,12 +532,15 @@ class Pipeline:
         """Bytes that are free beside the loaded networks."""
         if self._memory_budget_bytes is None:
             return self._opened_plan.backend.device.available_bytes()
-        return self._memory_budget_bytes - (sum(self._weight_bytes.values()) if self._keeps_networks else 0)
+        return self._limit_bytes() - (sum(self._held_bytes.values()) if self._keeps_networks else 0)
 
     def _limit_bytes(self) -> int:
-        """Bytes that would be free with no network loaded: the budget, or free memory plus that of loaded networks."""
+        """Bytes that would be free with no network loaded.
+
+        The budget without what the library takes, or free memory plus that of loaded networks.
+        """
         if self._memory_budget_bytes is not None:
-            return self._memory_budget_bytes
+            return self._memory_budget_bytes - self._opened_plan.backend.library_bytes
         held = sum(engine.memory_bytes() for engine in self._engines.values())
         return self._opened_plan.backend.device.available_bytes() + held
 
@@ -525,14 +573,16 @@ class Pipeline:
         sample(denoiser, image, conditions, stripes, schedule, guidance, watch, later)
 
     def _policy(self, positions: str | Policy | TimeDependent | None) -> str | Policy | TimeDependent:
-        return self.bundle.manifest.profiles[0].positions if positions is None else positions
+        if positions is None:
+            return self.bundle.manifest.profiles[0].positions
+        return require_policy(positions)
 
-    def _noise(self, height: int, width: int, seed: int, image_index: int, rng: Rng) -> Array:
-        device = self._denoiser.device
+    def _noise(self, request: ImageRequest, size_px: tuple[int, int], rng: Rng) -> Array:
+        device, (height, width) = self._denoiser.device, size_px
         if rng == "torch-cpu":
             from l2p_runtime.noise import torch_cpu_noise
 
-            return device.upload(torch_cpu_noise(seed, 3 * height * width).reshape(1, 3, height, width))
+            return device.upload(torch_cpu_noise(request.seed, 3 * height * width).reshape(1, 3, height, width))
         image = device.alloc((1, 3, height, width), "float32")
-        device.launch("noise", image[0], seed, image_index)
+        device.launch("noise", image[0], request.seed, request.image_index)
         return image

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
+from l2p_runtime.arguments import function, shown
 from l2p_runtime.contract import Positions
 from l2p_runtime.errors import UsageError
 
@@ -50,6 +51,9 @@ class TimeDependent:
 
     function: Callable[[RotarySpec, int, int, float], Frequencies]
 
+    def __post_init__(self) -> None:
+        function("the function of a TimeDependent", self.function)
+
 
 def axis_frequencies(
     rotary: RotarySpec, grid: tuple[int, int], policy: str | Policy | TimeDependent, time: float = 0.0
@@ -68,6 +72,7 @@ def axis_frequencies(
     Raises:
         UsageError: unknown name, or a function gave another shape or a number that is not finite.
     """
+    require_policy(policy)
     if isinstance(policy, str):
         return _named(rotary, grid, policy)
     sizes = (1, *grid)
@@ -139,14 +144,24 @@ POSITIONS: tuple[str, ...] = get_args(Positions)
 """Names of the built-in policies, `auto` first."""
 
 
+def require_policy(policy: object) -> str | Policy | TimeDependent:
+    """A policy's name or function, checked before anything is loaded for it.
+
+    Raises:
+        UsageError: neither.
+    """
+    if isinstance(policy, TimeDependent) or callable(policy) or (isinstance(policy, str) and policy in POSITIONS):
+        return policy
+    raise UsageError(f"position policy is {shown(policy)}, expected one of {', '.join(POSITIONS)} or a function")
+
+
 def resolved_name(rotary: RotarySpec, grid: tuple[int, int], name: str) -> str:
     """What `auto` stands for at a grid: `native` up to the trained one, else the best policy measured; others as named.
 
     Raises:
         UsageError: unknown name.
     """
-    if name not in POSITIONS:
-        raise UsageError(f"position policy is {name!r}, expected one of {', '.join(POSITIONS)} or a function")
+    require_policy(name)
     if name != "auto":
         return name
     within = all(tokens <= trained for tokens, trained in zip(grid, rotary.base_grid, strict=True))

@@ -41,7 +41,8 @@ def rope_tables(
         time: t = 1 - sigma, for a policy that depends on it.
 
     Raises:
-        UsageError: unknown policy name, or a function that returns another shape or NaN.
+        UsageError: unknown policy name, or a function that returns something else than finite frequencies of the
+            axis's shape and finite factors.
     """
     axes = axis_frequencies(model.rotary, (rows, columns), policy, time)
     return tables_of(model, rows, columns, caption_tokens, axes)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from l2p_runtime.arguments import integer, one_of, real_number, text, whole_number
 from l2p_runtime.contract import Manifest, Sampling
 from l2p_runtime.errors import HostError, UsageError, counted
+from l2p_runtime.guidance import own_guidance
 from l2p_runtime.memory import CallMemory
 from l2p_runtime.stripes import Stripe, plan_stripes
 
@@ -20,17 +22,28 @@ if TYPE_CHECKING:
 PixelDType = Literal["uint8", "uint16", "float16"]
 Rng = Literal["philox", "torch-cpu"]
 
+_IMAGE_INDEX_MAX = 2**32 - 1
+_FLOATS_OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+"""Formats of embeddings that are no NumPy dtypes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One image, checked: token grid, captions (the prompt's, then the negative one's) and sampling.
+    """One image, checked, in plain Python numbers.
 
-    A caption is embeddings [L,C], or text for the bundle's text encoder.
+    Attributes:
+        size_px: height and width.
+        grid: token rows and columns.
+        captions: the prompt's, then the negative one's: embeddings [L,C], or text for the bundle's text encoder.
+        image_index: which image of the seed.
     """
 
+    size_px: tuple[int, int]
     grid: tuple[int, int]
     captions: tuple[NDArray[np.float32] | str, ...]
     sampling: Sampling
+    seed: int
+    image_index: int
 
 
 def image_request(
@@ -47,6 +60,8 @@ def image_request(
     fine_guidance: float = 1.0,
     rng: str,
     dtype: str,
+    image_index: int = 0,
+    guidance_convention: str = "l2p",
 ) -> ImageRequest:
     """Check everything a caller asks of one image, before anything is loaded or allocated.
 
@@ -60,12 +75,15 @@ def image_request(
 
     model = manifest.model
     grid = check_size(model, height, width)
-    checked_seed(seed)
-    if rng not in ("philox", "torch-cpu"):
-        raise UsageError(f"rng is {rng!r}, expected philox or torch-cpu")
-    if dtype not in ("uint8", "uint16", "float16"):
-        raise UsageError(f"dtype is {dtype!r}, expected uint8, uint16 or float16")
-    chosen = Sampling(**asdict(manifest.sampling) | {name: v for name, v in sampling.items() if v is not None})
+    seed = checked_seed(seed)
+    image_index = whole_number("image_index", image_index, 0, _IMAGE_INDEX_MAX)
+    if one_of("rng", rng, get_args(Rng)) == "torch-cpu" and image_index:
+        raise UsageError(f"image_index is {image_index}, and rng torch-cpu has one image per seed", hint="use philox")
+    one_of("dtype", dtype, get_args(PixelDType))
+    for name, words in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if words is not None:
+            text(name, words)
+    chosen = _sampling(manifest.sampling, sampling, guidance_convention)
     captions = [_caption(manifest, "prompt", prompt, prompt_embeds)]
     guidance = max(chosen.guidance, fine_guidance, key=lambda scale: abs(scale - 1.0))
     if guidance != 1.0:
@@ -77,7 +95,8 @@ def image_request(
                 hint="pass --negative-embeddings FILE (negative_embeds= in Python), or guidance 1",
             )
         captions.append(_caption(manifest, "negative prompt", negative_prompt, negative_embeds))
-    return ImageRequest(grid, tuple(captions), chosen)
+    size_px = grid[0] * model.patch_px, grid[1] * model.patch_px
+    return ImageRequest(size_px, grid, tuple(captions), chosen, seed, image_index)
 
 
 def check_size(model: ModelSpec, height: int, width: int) -> tuple[int, int]:
@@ -87,9 +106,8 @@ def check_size(model: ModelSpec, height: int, width: int) -> tuple[int, int]:
         UsageError: not positive, does not divide by the patch, or larger than the model's positions reach.
     """
     multiple, longest = model.size_multiple_px, longest_px(model)
+    height, width = integer("height", height), integer("width", width)
     for name, size in (("height", height), ("width", width)):
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise UsageError(f"{name} is {size!r}, expected a whole number of pixels")
         if size < 1 or size > longest:
             raise UsageError(f"{name} is {size} px, expected {multiple} to {longest} px for variant {model.variant}")
     if height % multiple or width % multiple:
@@ -142,7 +160,7 @@ def check_image(image: object) -> NDArray[np.float32]:
     """
     import numpy as np
 
-    array = _floats("image", image)
+    array = float_array("image", image)
     if array.ndim != 4 or array.shape[1] != 3 or array.shape[0] < 1:
         raise UsageError(f"image has shape {list(array.shape)}, expected [B, 3, H, W]")
     return np.ascontiguousarray(array)
@@ -156,7 +174,7 @@ def check_time(time: object, batch: int) -> NDArray[np.float32]:
     """
     import numpy as np
 
-    array = _floats("time", time)
+    array = float_array("time", time)
     if array.ndim == 0:
         array = np.full(batch, array, np.float32)
     if array.shape != (batch,) or not ((array >= 0) & (array <= 1)).all():
@@ -198,15 +216,39 @@ def plan_call(
     return plan_stripes(model.head, rows, need.head_row_bytes, budget)
 
 
-def _caption(manifest: Manifest, what: str, text: str | None, embeds: object) -> NDArray[np.float32] | str:
+def least_memory(model: ModelSpec, grid: tuple[int, int], need: CallMemory, other_bytes: int, head_bytes: int) -> int:
+    """The least bytes that a call fits into, networks included, when they take turns.
+
+    Args:
+        model: the model.
+        grid: token rows and columns.
+        need: what the call takes.
+        other_bytes: what the largest network but the head takes.
+        head_bytes: what the head takes.
+    """
+    halo, rows = model.head.halo_rows, grid[0]
+    least_rows = rows if halo is None else min(1 + 2 * halo, rows)
+    inside = max(other_bytes + need.tokens_bytes, head_bytes + least_rows * need.head_row_bytes)
+    return need.buffers_bytes + inside
+
+
+def _sampling(defaults: Sampling, asked: Mapping[str, float | None], convention: str) -> Sampling:
+    steps, shift = asked.get("steps"), asked.get("shift")
+    guidance = own_guidance(asked.get("guidance"), convention)
+    return Sampling(
+        defaults.steps if steps is None else integer("steps", steps),
+        defaults.guidance if guidance is None else guidance,
+        defaults.shift if shift is None else real_number("shift", shift),
+    )
+
+
+def _caption(manifest: Manifest, what: str, words: str | None, embeds: object) -> NDArray[np.float32] | str:
     model = manifest.model
-    if embeds is None and text is not None and manifest.text is not None:
-        if not isinstance(text, str):
-            raise UsageError(f"the {what} is a {type(text).__name__}, expected text")
-        return text
+    if embeds is None and words is not None and manifest.text is not None:
+        return words
     if embeds is None:
         prefix = "negative-" if what.startswith("negative") else ""
-        found = f"cannot read the {what}: it has no text encoder" if text is not None else f"was given no {what}"
+        found = f"cannot read the {what}: it has no text encoder" if words is not None else f"was given no {what}"
         either = f"pass a {what}, or" if manifest.text is not None else "pass"
         raise UsageError(
             f"the bundle {found}",
@@ -217,7 +259,7 @@ def _caption(manifest: Manifest, what: str, text: str | None, embeds: object) ->
 
 
 def _check_caption(model: ModelSpec, caption: NDArray[Any]) -> NDArray[np.float32]:
-    array = _floats("prompt embeddings", caption)
+    array = float_array("prompt embeddings", caption)
     if array.ndim != 2 or array.shape[1] != model.caption_width:
         raise UsageError(f"prompt embeddings have shape {list(array.shape)}, expected [L, {model.caption_width}]")
     if not 1 <= len(array) <= model.caption_tokens_max:
@@ -225,14 +267,25 @@ def _check_caption(model: ModelSpec, caption: NDArray[Any]) -> NDArray[np.float3
     return array
 
 
-def _floats(name: str, values: object) -> NDArray[np.float32]:
+def float_array(name: str, values: object) -> NDArray[np.float32]:
+    """Numbers of any dtype as float32.
+
+    Raises:
+        UsageError: text, complex numbers, truth, or values that are not finite in float32.
+    """
     import numpy as np
 
     try:
+        given = np.asarray(values)
+        # Text would be parsed, complex numbers would lose a part, and truth is no number.
+        numbers = given.dtype.kind in "fiuO" or given.dtype.name in _FLOATS_OF_ML_DTYPES
         with np.errstate(over="ignore"):
-            array = np.asarray(values, np.float32)
-    except (TypeError, ValueError) as error:
+            array = np.asarray(given if numbers else (), np.float32)
+    # A tensor that needs a gradient refuses with a RuntimeError.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{name} cannot be read as float32: {error}") from error
+    if not numbers:
+        raise UsageError(f"{name} cannot be read as float32: it holds {given.dtype}")
     if not np.isfinite(array).all():
         raise UsageError(f"{name} holds NaN or Inf")
     return array

@@ -147,13 +147,12 @@ def with_float8(source: Path, out: Path, *, external: bool) -> None:
     shutil.rmtree(plain)
     model.graph.initializer.append(numpy_helper.from_array(np.array(1 / 16, np.float16), "scale"))
     nodes = []
+    kind = {"output_dtype": TensorProto.FLOAT8E4M3FN, "precision": TensorProto.FLOAT}
     for node in model.graph.node:
         for index, name in enumerate(node.input if node.op_type == "MatMul" else ()):
             rounded = f"{node.output[0]}.{index}"
             nodes += [
-                helper.make_node(
-                    "QuantizeLinear", [name, "scale"], [f"{rounded}.q"], output_dtype=TensorProto.FLOAT8E4M3FN
-                ),
+                helper.make_node("QuantizeLinear", [name, "scale"], [f"{rounded}.q"], **kind),
                 helper.make_node("DequantizeLinear", [f"{rounded}.q", "scale"], [rounded]),
             ]
             node.input[index] = rounded

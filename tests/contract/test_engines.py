@@ -160,6 +160,13 @@ def test_a_pack_for_a_target_has_engines_and_no_graphs(small: Path, tmp_path: Pa
         (("--target", "sm89"), 2, ("no target 'sm89'", "rtx-{sm75")),
         (("--target", ""), 2, ("names no target",)),
         (("--target", "rtx-sm75", "--precision", "bf16"), 2, ("does not compute in BF16",)),
+        (
+            ("--target", "rtx-sm75"),
+            2,
+            ("rtx1.7-sm75 has no matrix products in FP32", "plan `fp32`", "--precision fp16"),
+        ),
+        (("--target", "rtx-sm75", "--dry-run"), 2, ("no matrix products in FP32", "--backend onnx-cuda")),
+        (("--target", "rtx-sm89,rtx-sm75", "--precision", "fp16", "--precision", "fp32"), 2, ("sm75", "plan `fp32`")),
         (("--target", "this"), 3, ("no NVIDIA driver or no GPU",)),
         (("--backend", "tensorrt"), 3, ("no NVIDIA driver or no GPU",)),
         (("--backend", "tensorrt", "--target", "tensorrt-sm90"), 3, ("TensorRT is not installed", "pip install")),
@@ -186,6 +193,7 @@ def test_a_dry_run_names_the_targets(farm: Farm, tmp_path: Path) -> None:
     result = run_cli(*command, "--target", "rtx-sm120,portable", "--dry-run", "--json")
     assert json.loads(result.stdout)["targets"] == ["rtx1.7-sm120", "rtx1.7-portable"]
     assert "engines for rtx1.7-sm120" in run_cli(*command, "--target", "rtx-sm120", "--dry-run").stdout
+    assert run_cli(*command, "--target", "rtx-sm75", "--precision", "fp16", "--dry-run").returncode == 0
 
 
 @pytest.mark.parametrize("damage", ["graph", "network", "target", "inputs", "path"])

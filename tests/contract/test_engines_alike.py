@@ -103,7 +103,7 @@ def kit(
     library = None
     if name != "onnx":
         device = fake_device()
-        monkeypatch.setattr(cuda, "open_cuda", lambda index: device)
+        monkeypatch.setattr(cuda, "open_cuda", lambda index, install: device)
         if name == "onnx-cuda":
             monkeypatch.setitem(sys.modules, "onnxruntime", FakeOnnxRuntime())
         else:

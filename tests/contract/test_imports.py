@@ -6,8 +6,10 @@ import ast
 import json
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from typing import Any
@@ -130,6 +132,34 @@ def test_no_folder_beside_a_package_can_be_taken_for_a_library() -> None:
 def test_every_package_is_typed() -> None:
     for package in PACKAGES:
         assert any((pathlib.Path(p) / "py.typed").is_file() for p in package.__path__)
+
+
+IMPORT_NAMES = {
+    "cuda-bindings": "cuda",
+    "nvidia-cuda-nvrtc": "cuda.bindings.nvrtc",
+    "onnxruntime-gpu": "onnxruntime",
+    "scikit-image": "skimage",
+    "tensorrt-rtx-cu13": "tensorrt_rtx",
+}
+"""Distribution to the name that it is imported by, or that needs it, where that is another."""
+
+
+def test_every_extra_is_imported_by_something() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [path.read_text() for package in PACKAGES for place in package.__path__ for path in _files(place)]
+    for extra in extras.keys() - {"dev"}:
+        for requirement in extras[extra]:
+            name = re.split(r"[\[<>=~! ]", requirement)[0]
+            module = re.escape(IMPORT_NAMES.get(name, name.replace("-", "_")))
+            used = re.compile(
+                rf"""^\s*(?:import|from) {module}\b|(?:import_module|engine_backend)\([^)]*"{module}["]""", re.MULTILINE
+            )
+            assert any(used.search(text) for text in sources), f"nothing imports {name} of [{extra}]"
+
+
+def _files(place: str) -> Iterator[pathlib.Path]:
+    return pathlib.Path(place).rglob("*.py")
 
 
 def test_imports_make_no_circle() -> None:

@@ -46,7 +46,7 @@ def compiled(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
     made = fake_device()
-    monkeypatch.setattr(cuda, "open_cuda", lambda index: made)
+    monkeypatch.setattr(cuda, "open_cuda", lambda index, install: made)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(made)))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     return made
@@ -80,10 +80,10 @@ def test_the_head_is_cut_to_what_its_engine_takes(device: CudaDevice, compiled: 
 def test_networks_take_turns_on_the_device(device: CudaDevice, compiled: Path) -> None:
     with Pipeline.open(compiled) as pipe:
         expected = pipe.generate(**CALL)
-        sizes = pipe._weight_bytes
+        sizes = pipe._held_bytes
     device = fake_device()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "open_cuda", lambda index: device)
+        patch.setattr(cuda, "open_cuda", lambda index, install: device)
         patch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
         with Pipeline.open(compiled, memory_budget=max(sizes.values()) + (60 << 20)) as pipe:
             pipe._memory_budget_bytes = sum(sizes.values()) - 1 + (60 << 20)
@@ -112,7 +112,7 @@ def test_sizes_that_no_engine_takes_are_refused_first(
 def test_another_gpu_is_told_what_to_build(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("rtx", "auto"):
         device = fake_device(capability=(12, 0))
-        monkeypatch.setattr(cuda, "open_cuda", lambda index, device=device: device)
+        monkeypatch.setattr(cuda, "open_cuda", lambda index, install, device=device: device)
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
         if name == "rtx":
             with pytest.raises(

@@ -43,7 +43,7 @@ def bundle(bundles: Bundles, tmp_path: Path) -> Path:
 def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeLibrary]:
     """Both libraries on one GPU."""
     device = fake_device()
-    monkeypatch.setattr(cuda, "open_cuda", lambda index: device)
+    monkeypatch.setattr(cuda, "open_cuda", lambda index, install: device)
     made = {"rtx": FakeLibrary(fake_driver(device)), "tensorrt": FakeLibrary(fake_driver(device), TENSORRT_VERSION)}
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", made["rtx"])
     monkeypatch.setitem(sys.modules, "tensorrt", made["tensorrt"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from l2p_export.cli.main import main
 from l2p_runtime import Pipeline
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
 from l2p_runtime.memory import parse_bytes
+from l2p_runtime.positions import Policy, native
 
 WIDTH = 40
 """Caption width of the tiny checkpoints."""
@@ -97,6 +100,13 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "guidance negative": (2, ("--guidance", "-1"), ("guidance is -1.0",)),
     "guidance without negative": (2, ("--guidance", "4"), ("guidance 4.0 needs", "--negative-embeddings")),
     "negative text": (2, ("--guidance", "4", "--negative", "ugly"), ("negative prompt", "--negative-embeddings")),
+    "guidance of diffusers": (
+        2,
+        ("--guidance", "99.5", "--guidance-convention", "diffusers"),
+        ("guidance is 99.5, expected 0 to 99", "diffusers"),
+    ),
+    "guidance of nobody": (2, ("--guidance-convention", "cfg"), ("--guidance-convention", "'l2p', 'diffusers'")),
+    "prompt of half a character": (2, ("--prompt", "a\udcff"), ("prompt holds what is no character at position 1",)),
     "shift zero": (2, ("--shift", "0"), ("shift is 0.0",)),
     "shift nan": (2, ("--shift", "nan"), ("shift is nan",)),
     "seed negative": (2, ("--seed", "-1"), ("seed is -1", "2^64")),
@@ -112,7 +122,7 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "budget zero": (2, ("--memory-budget", "0"), ("'0' is no size",)),
     "budget negative": (2, ("--memory-budget", "-1GiB"), ("'-1GiB' is no size",)),
     "budget under the weights": (3, ("--memory-budget", "1MiB"), ("in plan `fp32` take", "1,048,576 bytes")),
-    "budget under the buffers": (3, ("--memory-budget", "42MB", "--size", "1024x1024"), ("bytes", "memory budget")),
+    "budget under the buffers": (3, ("--memory-budget", "62MB", "--size", "1024x1024"), ("bytes", "memory budget")),
     "larger than any memory": (3, ("--size", "8192x8192"), ("8192x8192 needs", "for attention")),
 }
 
@@ -375,14 +385,140 @@ def test_generate_sizes(height: object, width: object, pipe: Pipeline) -> None:
         pipe.generate(height=height, width=width, prompt_embeds=EMBEDS)  # type: ignore[arg-type]
 
 
+class Unshowable:
+    """Nothing can be said of it but its type."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+def nan_positions(rotary: object, axis: int, grid: int) -> tuple[np.ndarray, float]:
+    frequencies, factor = native(rotary, axis, grid)  # type: ignore[arg-type]
+    return frequencies * np.nan, factor
+
+
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "height": ("32", 32.0, None, True, np.True_, np.float32(32), [32], 2**70, -(2**70), 10**5000, Unshowable()),
+    "seed": (-1, 10**5000, 1.5, 2**64, True, np.True_, "7", None, np.nan, [7], np.uint8),
+    "image_index": (-1, 2**32, 0.0, True, "0", None, np.array([1, 2])),
+    "steps": ("2", 0, 2.0, True, np.float64(2), [2], 1001, np.inf, 2**70, b"2"),
+    "guidance": ("1", True, np.nan, np.inf, -1, 101, [1.0], np.ones(1), 1j, 10**400, np.False_),
+    "guidance_convention": ("cfg", None, 1, "L2P", b"l2p", ["l2p"]),
+    "shift": ("3", True, np.nan, 0, -np.inf, 101.0, [3.0], 3j),
+    "truncate_prompt": (1, 0, "no", None, np.ones(2)),
+    "positions": ("rope", 3, ["native"], b"native", np.nan, {"native": 1}),
+    "rng": ("mersenne", None, 1, ["philox"], b"philox"),
+    "dtype": ("float64", None, np.uint8, ["uint8"], 8),
+    "progress": (None, 3, "print"),
+    "preview": (3, "show"),
+    "cancelled": (None, False, "no"),
+    "prompt": (3, b"a circle", ["a"], "a\0b", "\ud800"),
+    "negative_prompt": (3, b"a circle", ["a"], "a\0b", "\ud800"),
+    "prompt_embeds": ("a", b"a", 3, np.ones(3), np.ones((3, 4)), EMBEDS * 1j, EMBEDS > 0, EMBEDS.astype(str), {1: 2}),
+}
+"""Argument of `generate` to values that it is not."""
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_generate_arguments(name: str, pipe: Pipeline) -> None:
+    call = {"height": 32, "width": 32, "prompt_embeds": EMBEDS, "guidance": 1, "steps": 1}
+    word = {"positions": "position policy", "prompt_embeds": "prompt embeddings"}.get(name, name)
+    for value in ARGUMENTS[name]:
+        with pytest.raises(UsageError, match=rf"{word} (is|are|holds?|have|cannot)\b"):
+            pipe.generate(**{**call, name: value})  # type: ignore[arg-type]
+
+
+def test_generate_takes_the_numbers_of_numpy(pipe: Pipeline) -> None:
+    plain = pipe.generate(
+        height=32, width=48, prompt_embeds=EMBEDS, seed=7, steps=2, guidance=1, shift=3, image_index=2
+    )
+    sizes = {"height": np.int8(32), "width": np.uint8(48), "seed": np.uint64(7), "steps": np.int16(2)}
+    more = {"guidance": np.float32(1), "shift": np.float64(3), "image_index": np.int32(2), "truncate_prompt": np.False_}
+    np.testing.assert_array_equal(pipe.generate(**sizes, **more, prompt_embeds=EMBEDS.astype(np.float64)), plain)
+
+
+def test_one_image_of_a_seed_where_torch_makes_the_noise(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match="image_index is 1, and rng torch-cpu has one image per seed"):
+        pipe.generate(height=32, width=32, prompt_embeds=EMBEDS, guidance=1, rng="torch-cpu", image_index=1)
+
+
+POLICIES: dict[str, tuple[Policy, str]] = {
+    "nan": (nan_positions, "gave NaN or Inf for axis 0"),
+    "inf": (lambda rotary, axis, grid: (native(rotary, axis, grid)[0], np.inf), "gave NaN or Inf for axis 0"),
+    "text": (lambda rotary, axis, grid: (native(rotary, axis, grid)[0], "1"), "factor for axis 0 is '1'"),
+    "shape": (lambda rotary, axis, grid: (np.ones(99), 1.0), r"gave frequencies \[99\] for axis 0"),
+    "words": (lambda rotary, axis, grid: (["a", "b"], 1.0), "gave frequencies that are no numbers for axis 0"),  # type: ignore[dict-item, return-value]
+    "array": (lambda rotary, axis, grid: native(rotary, axis, grid)[0], "gave a ndarray for axis 0"),  # type: ignore[dict-item, return-value]
+    "none": (lambda rotary, axis, grid: None, "gave a NoneType for axis 0"),  # type: ignore[dict-item, return-value]
+}
+
+
+@pytest.mark.parametrize("case", POLICIES)
+def test_a_policy_that_gives_no_positions(case: str, pipe: Pipeline) -> None:
+    policy, needle = POLICIES[case]
+    with pytest.raises(UsageError, match=needle):
+        pipe.denoise(IMAGE, 0.5, EMBEDS, positions=policy)
+    with pytest.raises(UsageError, match=needle):
+        pipe.generate(height=32, width=32, prompt_embeds=EMBEDS, guidance=1, steps=1, positions=policy)
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("seed", -1), ("seed", 1.5), ("seed", 2**64), ("dtype", "float64"), ("rng", "x")]
+    ("name", "value"),
+    [
+        *(("path", value) for value in (None, 3, b"bundle", "", "a\0b", ["bundle"])),
+        *(("store", value) for value in (3, b"store", "", "a\0b")),
+        *(("backend", value) for value in (None, 3, b"onnx", ["onnx"])),
+        *(("device", value) for value in (None, -1, "0", 0.0, True, 2**40)),
+        *(("plan", value) for value in (3, b"fp32", ["fp32"])),
+        *(("memory_budget", value) for value in (0, -5, True, np.nan, np.inf, [1], b"1GiB", 2**80)),
+    ],
 )
-def test_generate_arguments(name: str, value: object, pipe: Pipeline) -> None:
-    with pytest.raises(UsageError, match=name):
-        pipe.generate(height=32, width=32, prompt_embeds=EMBEDS, **{name: value})  # type: ignore[arg-type]
+def test_open_arguments(name: str, value: object, bundle: Path) -> None:
+    with pytest.raises(UsageError, match=rf"{name} is "):
+        Pipeline.open(**{"path": bundle, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [10**9, np.int64(10**9), np.float64(1e9), "1GB"])
+def test_open_takes_a_budget_as_any_number(budget: object, bundle: Path) -> None:
+    with Pipeline.open(str(bundle), memory_budget=budget, device=np.int64(0)) as pipe:  # type: ignore[arg-type]
+        assert pipe._memory_budget_bytes == 10**9
+    with pytest.raises(UsageError, match="opened is a PosixPath"):
+        Pipeline.on_backend(bundle)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [None, 3, "one text", b"bytes", [3], [b"a"], [None], [["a"]], ["a\0b"]])
+def test_encode_arguments(prompts: object, pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match="prompt"):
+        pipe.encode(prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx"])
+def test_without_onnx_runtime_its_extra_is_named(backend: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle of ONNX graphs runs on any CPU, whatever GPU libraries are missing too."""
+    for module in ("onnxruntime", "cuda.bindings.driver", "tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(HostError, match="ONNX Runtime cannot be imported") as caught:
+        Pipeline.open(bundle, backend)
+    assert caught.value.hint == "pip install 'l2p-export[cpu]'"
+
+
+def test_memory_goes_back_when_a_pipeline_is_closed(bundle: Path) -> None:
+    """What the C library keeps of freed memory counts too; a first pipeline leaves what a library is loaded into."""
+    code = (
+        "import re, sys\nimport numpy as np\nfrom pathlib import Path\nfrom l2p_runtime import Pipeline\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "def draw(px):\n"
+        "    with Pipeline.open(sys.argv[1]) as pipe:\n"
+        "        pipe.generate(height=px, width=px, prompt_embeds=np.ones((7, 40)), guidance=1, steps=1)\n"
+        "        return held()\n"
+        "draw(32); before = held(); within = draw(512); print(within - before, held() - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True)
+    within, after = map(int, result.stdout.split())
+    assert within > 16 << 10
+    assert after < 4 << 10
 
 
 def test_call_beyond_the_budget(bundle: Path) -> None:
-    with Pipeline.open(bundle, memory_budget="40MiB") as pipe, pytest.raises(HostError, match=r"needs [0-9,]+ bytes"):
+    with Pipeline.open(bundle, memory_budget="60MiB") as pipe, pytest.raises(HostError, match=r"needs [0-9,]+ bytes"):
         pipe.denoise(np.zeros((1, 3, 2048, 2048), np.float32), 0.5, EMBEDS)

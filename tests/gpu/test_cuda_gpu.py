@@ -31,7 +31,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def device() -> Iterator[CudaDevice]:
     try:
-        device = open_cuda(0)
+        device = open_cuda(0, "pip install 'l2p-export[gpu]'")
     except HostError as error:
         pytest.skip(f"no GPU: {error}")
     yield device
@@ -169,7 +169,7 @@ def test_any_thread_may_use_a_device(device: CudaDevice) -> None:
 
 
 def test_a_second_device_opens_and_closes_beside_the_first(device: CudaDevice) -> None:
-    other = open_cuda(0)
+    other = open_cuda(0, "pip install 'l2p-export[gpu]'")
     check_noise(other, (3, 64, 64), 7, 0, "whole")
     array = other.alloc((MIB,), "uint8")
     other.close()

@@ -140,6 +140,14 @@ def test_attention_reads_three_rounded_inputs(attentive: Trunk) -> None:
     assert sum(node.op_type == "QuantizeLinear" for node in nodes) == 7
 
 
+def test_every_division_by_a_scale_is_in_float32(either: Trunk) -> None:
+    """Without it, opset 23 leaves the type to the library: ONNX Runtime divides in float16 from version 1.32."""
+    quantized = [node for node in either.graph.graph.node if node.op_type == "QuantizeLinear"]
+    given = [{item.name: item.i for item in node.attribute} for node in quantized]
+    assert given
+    assert all(item["precision"] == onnx.TensorProto.FLOAT for item in given)
+
+
 def test_scales_of_attention_take_exponents_along(attentive: Trunk) -> None:
     """Values come times 2^-3, and so does their scale: the E4M3 numbers are those of the plan."""
     scales = {item.layer: item.scale for item in attentive.plan.inputs}

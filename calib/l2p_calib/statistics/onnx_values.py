@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from l2p_calib.layout import QuantizationLayout, layer_of
 from l2p_calib.statistics.ranges import RangeCounter
 from l2p_calib.statistics.torch_hooks import RESIDUAL
-from l2p_runtime.errors import ArtifactError, HostError
+from l2p_runtime.errors import ArtifactError
+from l2p_runtime.onnx_library import import_onnxruntime
 
 if TYPE_CHECKING:
     import onnx
@@ -96,10 +97,7 @@ def _open(path: Path, values: Sequence[str], *, with_own: bool) -> tuple[Any, li
     """A session whose outputs are these values and, if asked for, the ONNX graph's own; and the names of the latter."""
     import onnx
 
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise HostError(f"ONNX Runtime cannot be imported: {error}", hint="pip install 'l2p-export[cpu]'") from error
+    ort = import_onnxruntime()
     model = onnx.load(str(path), load_external_data=False)
     own = [output.name for output in model.graph.output] if with_own else []
     kept = [output for output in model.graph.output if output.name in own]

@@ -15,7 +15,7 @@ from l2p_engines.builders.readback import read_back
 from l2p_engines.builders.request import BuildProgress, EngineSpec, require_timings
 from l2p_engines.builders.shapes import HeadBudget, engine_profiles, stripe_rows
 from l2p_engines.builders.stage import GraphToBuild, Meter, engine_record, engine_stage, is_built
-from l2p_engines.builders.targets import parse_targets, require_dtypes
+from l2p_engines.builders.targets import parse_targets, require_dtypes, require_float32_products
 from l2p_engines.builders.trt import EngineSettings, load_library, require_settings
 from l2p_engines.forecast.calls import ENGINE_KERNEL_BYTES
 from l2p_runtime.contract import (
@@ -126,16 +126,28 @@ def parse_engine_options(
 
 
 def require_engines_possible(
-    options: EngineOptions, model: ModelSpec, profiles: Sequence[Profile], plans: Sequence[EnginePlan]
+    options: EngineOptions,
+    model: ModelSpec,
+    profiles: Sequence[Profile],
+    plans: Sequence[EnginePlan],
+    float32_products: Mapping[str, Sequence[str]],
 ) -> None:
     """Refuse engines that no build can make. Needs only profiles and plans.
 
+    Args:
+        options: targets and settings.
+        model: the model.
+        profiles: sizes that the engines take.
+        plans: precision plans, before or after anything is measured.
+        float32_products: plan to the linear layers over tokens that it computes in float32.
+
     Raises:
-        UsageError: a target lacks a dtype, a profile does not fit the model, or the head cannot be cut to fit its
-            budget.
+        UsageError: a target lacks a dtype or its matrix products, a profile does not fit the model, or the head cannot
+            be cut to fit its budget.
     """
     for target, plan in itertools.product(options.targets, plans):
         require_dtypes(target, plan.dtypes)
+        require_float32_products(target, plan.name, float32_products[plan.name])
         for profile in profiles:
             try:
                 stripe_rows(model, profile, _head_budget(options, model, plan))

@@ -61,6 +61,12 @@ EXPLANATIONS: tuple[Explanation, ...] = (
         "export attention in float16 or bfloat16, or a float32 graph at opset 20, where attention is written out",
     ),
     Explanation(
+        r"Cannot compile operation '(?P<operation>[^']*)' for (?P<gpu>.{1,40}): (?P<product>\S{1,20} GEMM) is not",
+        "usage",
+        "{gpu} has no {product}, a matrix product, which `{operation}` needs",
+        "use --precision fp16; or leave this target out, and run the ONNX graphs there with --backend onnx-cuda",
+    ),
+    Explanation(
         r"[Cc]ould not find any implementation for node (?P<node>\S+)",
         "unsupported",
         "no kernel runs {node} for every shape of the profile within the memory that it may take",

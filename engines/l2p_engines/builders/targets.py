@@ -6,7 +6,7 @@ On the command line the version is left out: `rtx-sm89,rtx-sm120`, `portable`, `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from l2p_engines.builders.trt import first_gpu, library_version
 from l2p_runtime.contract import (
@@ -18,7 +18,7 @@ from l2p_runtime.contract import (
     engine_backend,
     require_capability,
 )
-from l2p_runtime.errors import UsageError
+from l2p_runtime.errors import UsageError, counted
 
 THIS = "this"
 """The GPU in this machine."""
@@ -26,6 +26,8 @@ THIS = "this"
 _SPELLING = re.compile(r"(rtx|tensorrt)([0-9]+\.[0-9]+)?-(sm[0-9]{2,3}|portable)")
 _LEAST = {"bfloat16": 80, "float8_e4m3fn": 89}
 """Minimum compute capability of a dtype; dtypes that are not listed run everywhere."""
+_NO_FLOAT32_PRODUCTS = {("rtx", "sm75")}
+"""Backend and capability that build float32 convolutions, but no float32 matrix product."""
 _SPOKEN = {"bfloat16": "BF16", "float8_e4m3fn": "FP8"}
 
 
@@ -81,6 +83,33 @@ def require_dtypes(target: Target, dtypes: Iterable[str]) -> None:
                 f"of {target.backend} targets, {', '.join(have)} do",
                 hint=f"choose one of these, or another precision for {target.spelling}",
             )
+
+
+def multiplies_float32(target: Target) -> bool:
+    """Whether a target has matrix products in float32; TensorRT for RTX has none for Turing, only convolutions."""
+    return (target.backend, target.compute_capability) not in _NO_FLOAT32_PRODUCTS
+
+
+def require_float32_products(target: Target, plan: str, layers: Sequence[str]) -> None:
+    """Refuse linear layers in float32 for a target that cannot multiply them, before anything is traced.
+
+    Args:
+        target: target of the engine.
+        plan: name of the precision plan.
+        layers: linear layers over tokens that the plan computes in float32. Layers that multiply one row per image are
+            no matrix products, and build.
+
+    Raises:
+        UsageError: there are any, and the target has no such product.
+    """
+    if layers and not multiplies_float32(target):
+        more = f" and {counted(len(layers) - 1, 'more layer')}" if len(layers) > 1 else ""
+        raise UsageError(
+            f"target {target.spelling} has no matrix products in FP32, in which plan `{plan}` computes "
+            f"`{layers[0]}`{more}",
+            hint="use a plan that leaves them in float16, as --precision fp16 does where no value exceeds it; or leave "
+            "the target out, and run the ONNX graphs on that GPU with --backend onnx-cuda",
+        )
 
 
 def _parse(part: str, this_backend: EngineBackend, version: Callable[[EngineBackend], str]) -> Target:

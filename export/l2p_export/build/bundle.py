@@ -14,7 +14,7 @@ import itertools
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ from l2p_export.checkpoint.lora import parse_lora, trunk_layers_touched
 from l2p_export.families.qwen3 import TextEncoder, open_text_encoder
 from l2p_export.graphs.ahead import ToTrace, tracing_ahead
 from l2p_export.graphs.export import graph_key, graph_stage, weight_bytes
-from l2p_export.precision.plans import PrecisionRequest, ResolvedPlan, make_plans, plain_plan
+from l2p_export.precision.plans import PrecisionRequest, ResolvedPlan, float32_products, make_plans, plain_plan
 from l2p_export.proof.prove import prove
 from l2p_export.proof.reference import References
 from l2p_export.tensors.digests import WeightDigests, weight_digests
@@ -228,7 +228,7 @@ def check_build(
         job = BuildJob(loaded, read, asked, sampling, base_grid, out or Path(name), text, store, options, jobs)
         for file in asked.files:
             check_layers(file, [loaded.model.layout(spec.name) for spec in loaded.model.networks])
-        require_engines_possible(options, loaded.model.spec, read, job.plans)
+        _require_engines(job, job.plans)
         yield job
 
 
@@ -289,6 +289,8 @@ def _run_stages(job: BuildJob, run: StageRunner, backend: Backend, reporter: Rep
     require_own_trunk(loaded, digests.trunk_sha256)
     references = References(loaded, job.profiles, reporter)
     planned = make_plans(run, job.asked, digests, references, reporter)
+    # A measured plan may have raised a layer to a dtype that a target cannot multiply.
+    _require_engines(job, [item.plan for item in planned])
     wanted = [] if job.jobs == 1 else _to_trace(job, planned, run, digests)
     with tracing_ahead(run.home, wanted, job.jobs):
         graphs, files = _graphs(job, planned, run, digests, reporter)
@@ -329,6 +331,12 @@ def _run_stages(job: BuildJob, run: StageRunner, backend: Backend, reporter: Rep
         engines=engines.records,
         base_grid=job.base_grid,
     )
+
+
+def _require_engines(job: BuildJob, plans: Sequence[PrecisionPlan]) -> None:
+    model = job.loaded.model
+    products = {plan.name: float32_products(model, plan) for plan in plans}
+    require_engines_possible(job.engines, model.spec, job.profiles, plans, products)
 
 
 def _weight_digests(loaded: LoadedModel, run: StageRunner, reporter: Reporter) -> WeightDigests:

@@ -52,7 +52,7 @@ def _facts() -> dict[str, dict[str, Any]]:
     from l2p_engines.builders.gpus import gpus
     from l2p_runtime.backends import open_backend
     from l2p_runtime.memory import available_host_bytes
-    from l2p_runtime.native import native_status
+    from l2p_runtime.native import SLOWER, native_status
 
     libraries = {name: f"{_version(name) or 'missing'} ({use})" for name, use in _LIBRARIES.items()}
     native = native_status()
@@ -68,7 +68,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         "native kernels": {
             "loaded": native.available,
             "path": native.path or "none",
-            "note": native.reason or "the NumPy kernels give the same bits, slower" if not native.available else "ok",
+            "note": "ok" if native.available else f"{native.reason}; {SLOWER}",
         },
         "machine": {
             "processors": os.cpu_count() or 0,

@@ -24,6 +24,7 @@ from l2p_export.cli.console import (
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
 from l2p_runtime import UsageError, __version__
+from l2p_runtime.guidance import CONVENTIONS
 from l2p_runtime.policies import POSITIONS
 
 if TYPE_CHECKING:
@@ -51,6 +52,13 @@ if TYPE_CHECKING:
 @click.option("--size", help="WIDTHxHEIGHT in pixels; default: the profile's preferred size.")
 @click.option("--steps", type=int, help="Denoising steps; default: the bundle's.")
 @click.option("--guidance", type=float, help="Guidance scale, 1 for none; default: the bundle's.")
+@click.option(
+    "--guidance-convention",
+    type=click.Choice(CONVENTIONS),
+    default="l2p",
+    show_default=True,
+    help="Whose scale --guidance is: with that of diffusers' Z-Image pipeline 0 is none, and 1 is added.",
+)
 @click.option("--shift", type=float, help="Shift of the sigma schedule; default: the bundle's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, 0 to 2^64 - 1.")
 @click.option(
@@ -116,6 +124,7 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
         "negative_embeds": read_embeddings(options["negative_embeddings"]),
         "rng": options["rng"],
         "dtype": f"uint{options['bits']}",
+        "guidance_convention": options["guidance_convention"],
     }
     sampling = {name: options[name] for name in ("steps", "guidance", "shift")}
     request = image_request(

@@ -12,6 +12,7 @@ import click
 from l2p_export.cli.console import Console, parse_size, print_json
 from l2p_export.cli.outputs import clear_leftovers, require_writable
 from l2p_runtime import UsageError
+from l2p_runtime.guidance import own_guidance
 
 _LIVE_SECONDS = 30.0
 """How long a dry run waits for a server to say that it is there."""
@@ -55,6 +56,7 @@ def draw_remote(
         )
     parse_address(options["server"])
     height, width = parse_size(options["size"]) if options["size"] is not None else (None, None)
+    guidance = own_guidance(options["guidance"], options["guidance_convention"])
     embeds = read_embeddings(options["embeddings"])
     negative_embeds = read_embeddings(options["negative_embeddings"])
     if dry_run:
@@ -73,7 +75,7 @@ def draw_remote(
             width=width,
             seed=options["seed"],
             steps=options["steps"],
-            guidance=options["guidance"],
+            guidance=guidance,
             negative_prompt=options["negative"],
             prompt_embeds=embeds,
             negative_embeds=negative_embeds,

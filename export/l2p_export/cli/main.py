@@ -21,6 +21,7 @@ from l2p_export.cli.console import Session, example
 from l2p_export.cli.stopping import TerminatedError
 from l2p_export.cli.streams import READER_GONE, drop_rest, is_stdout_read, open_streams
 from l2p_runtime import CancelledError, HostError, InternalError, L2PError, __version__
+from l2p_runtime.onnx_library import disable_telemetry
 
 COMMANDS = {
     "bench": "Time a bundle's networks and a denoising step on this machine.",
@@ -48,7 +49,6 @@ _EXTRAS = {
         "onnx",
         "onnx_ir",
         "onnxscript",
-        "polygraphy",
         "safetensors",
         "torch",
         "transformers",
@@ -100,6 +100,8 @@ def run() -> None:
     open_streams()
     session = Session()
     session.stops.install()
+    # Libraries that a command imports may load ONNX Runtime by themselves.
+    disable_telemetry()
     try:
         code = main.main(standalone_mode=False, obj=session)
         sys.stdout.flush()

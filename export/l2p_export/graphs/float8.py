@@ -153,8 +153,10 @@ def _values_from(attention: ir.Node) -> str:
 def _rounded(graph: ir.Graph, value: ir.Value, point: str, reader: ir.Node) -> ir.Value:
     """The value after a Q/DQ pair of E4M3, which is inserted before the node that reads it."""
     scale = _scale(graph, f"{point}{SCALE}", value.type, ())
-    kind = [ir.AttrInt64("output_dtype", ir.DataType.FLOAT8E4M3FN)]
-    quantize = ir.Node("", "QuantizeLinear", [value, scale], kind, name=f"{point}/quantize")
+    # Without a precision, the division is made in the type of the scale, float16, by ONNX Runtime from version 1.32.
+    kind = {"output_dtype": ir.DataType.FLOAT8E4M3FN, "precision": ir.DataType.FLOAT}
+    attributes = [ir.AttrInt64(key, number) for key, number in kind.items()]
+    quantize = ir.Node("", "QuantizeLinear", [value, scale], attributes, name=f"{point}/quantize")
     decode = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale], name=f"{point}/dequantize")
     _describe(quantize, value.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN))
     _describe(decode, value.shape, value.type)

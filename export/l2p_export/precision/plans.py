@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2p_calib.layout import layer_of_point
+from l2p_calib.layout import layer_of, layer_of_point
 from l2p_calib.plans.file import PlanFile, check_digests, plan_to_bytes
 from l2p_calib.plans.float8 import float8_plan
 from l2p_calib.plans.float16 import FLOAT16_MAX, HEADROOM, Measurement, largest, measured_plan, overflows
@@ -116,6 +116,16 @@ def plain_plan(model: Networks, base: BasePrecision, name: str | None = None) ->
     """The plan of a base for a model, before anything is measured; its name is that of its base by default."""
     named = replace(PLANS[base], name=name or base)
     return named.of(model.layout(spec.name) for spec in model.networks)
+
+
+def float32_products(model: Networks, plan: PrecisionPlan) -> tuple[str, ...]:
+    """Linear layers that a plan computes in float32, without those that multiply one row per image."""
+    return tuple(
+        layer
+        for spec in model.networks
+        for tensor, rows in model.operations(spec.name).linear_layers.items()
+        if rows != "call" and plan.carrier(layer := layer_of(tensor)) == "float32"
+    )
 
 
 def network_digests(digests: WeightDigests) -> dict[str, str]:

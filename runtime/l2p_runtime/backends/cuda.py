@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 _KERNELS = ("noise", "euler", "pixels", "mix_enlarged")
 
 
-def open_cuda(index: int) -> CudaDevice:
+def open_cuda(index: int, install: str) -> CudaDevice:
     """Open a GPU.
 
     Args:
         index: of the GPU among those that CUDA shows, from 0.
+        install: what to run when cuda-bindings is missing: the extra of the backend that asks.
 
     Raises:
         UsageError: there is no GPU of that index.
@@ -38,7 +39,7 @@ def open_cuda(index: int) -> CudaDevice:
     try:
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
-        raise HostError(f"cuda-bindings cannot be imported: {error}", hint="pip install 'l2p-export[rtx]'") from error
+        raise HostError(f"cuda-bindings cannot be imported: {error}", hint=install) from error
     return CudaDevice(driver, index)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2p_runtime.backends import Array, Backend
-from l2p_runtime.backends.onnx import GraphSession, Place, import_onnxruntime, make_options, require_provider
+from l2p_runtime.backends.onnx import GraphSession, Place, make_options, require_provider
 from l2p_runtime.errors import HostError, InternalError, UnsupportedError
+from l2p_runtime.onnx_library import import_onnxruntime
 
 if TYPE_CHECKING:
     from l2p_runtime.backends.cuda import CudaDevice
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 PRIORITY = 10
 _PROVIDER = "CUDAExecutionProvider"
-_INSTALL = "pip uninstall onnxruntime, then pip install 'l2p-export[gpu]': both packages have one import name"
+_EXTRA = "pip install 'l2p-export[gpu]'"
+_INSTALL = f"pip uninstall onnxruntime, then {_EXTRA}: both packages have one import name"
 _LIBRARIES = "install CUDA 13 and cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 HEAVY_OPERATORS = frozenset(
@@ -44,9 +46,9 @@ def open_device(device: int) -> Backend:
     """
     from l2p_runtime.backends.cuda import open_cuda
 
-    cuda = open_cuda(device)
+    cuda = open_cuda(device, _EXTRA)
     try:
-        onnxruntime = import_onnxruntime("pip install 'l2p-export[gpu]'")
+        onnxruntime = import_onnxruntime(_EXTRA)
         _require_cuda(onnxruntime, cuda)
     except BaseException:
         cuda.close()
@@ -70,8 +72,7 @@ class OnnxCudaEngine:
             UnsupportedError: ONNX Runtime would compute some of it on the CPU.
             HostError: the device has not enough memory, or ONNX Runtime would not use it.
         """
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         self.spec = spec
         self._device = device
         self._weight_bytes = weights.stat().st_size

@@ -276,7 +276,7 @@ def open_engine_backend(backend: EngineBackend, module_name: str, install: str, 
     """
     from l2p_runtime.backends.cuda import open_cuda
 
-    device = open_cuda(index)
+    device = open_cuda(index, install)
     try:
         require_supported(backend, device)
         module = _import_library(backend, module_name, install)

@@ -11,6 +11,7 @@ Needs the extra `[triton]`; `l2p_runtime.client.health` needs nothing.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import time
 from collections.abc import Callable, Mapping
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+from l2p_runtime.arguments import flag, real_number, text, whole_number
 from l2p_runtime.client.regions import Regions
 from l2p_runtime.client.transport import Address, HttpTransport, connect, parse_address, stream_infer, to_l2p_error
 from l2p_runtime.errors import CancelledError, HostError, L2PError, UsageError
+from l2p_runtime.requests import float_array
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +74,12 @@ class Client:
             UsageError: no such URL, or shared memory with another host.
             HostError: tritonclient is not installed, or no server answers.
         """
-        address = parse_address(url)
+        address = parse_address(text("url", url))
+        if shared_memory is not None:
+            shared_memory = flag("shared_memory", shared_memory)
+        timeout_s = _finite("timeout_s", timeout_s)
+        if timeout_s <= 0:
+            raise UsageError(f"timeout_s is {timeout_s}, expected more than 0")
         local = address.host in _LOCAL
         if shared_memory and not local:
             raise UsageError(f"shared memory needs a server on this host, the URL names `{address.host}`")
@@ -109,7 +117,7 @@ class Client:
         """Draw one image; the arguments are those of `Pipeline.generate`, what is None has the server's default.
 
         Raises:
-            UsageError: the server refuses the request; says why.
+            UsageError: an argument of another type, or the server refuses the request; says why.
             HostError: no answer in time, a full queue, or a server that cannot draw.
         """
         inputs = _inputs(prompt, negative_prompt, prompt_embeds, negative_embeds, seed, height, width, steps, guidance)
@@ -213,26 +221,28 @@ def _inputs(
     if (prompt is None) == (prompt_embeds is None):
         raise UsageError("give a prompt or prompt_embeds, one of them")
     found: dict[str, Any] = {}
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if text is not None:
-            try:
-                found[name] = np.array([text.encode()], np.object_)
-            except UnicodeEncodeError as error:
-                raise UsageError(f"{name} holds what is no character at position {error.start}") from error
+    for name, words in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if words is not None:
+            found[name] = np.array([text(name, words).encode()], np.object_)
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_embeds", negative_embeds)):
         if embeds is not None:
-            found[name] = np.ascontiguousarray(embeds, np.float32)
+            found[name] = np.ascontiguousarray(float_array(name, embeds))
     sizes = {"height": height, "width": width, "steps": steps}
     whole = [("seed", seed, "uint64"), *((name, value, "int32") for name, value in sizes.items())]
     for name, number, dtype in whole:
         if number is not None:
             low, high = (0, 2**64 - 1) if dtype == "uint64" else (-(2**31), 2**31 - 1)
-            if not low <= number <= high:
-                raise UsageError(f"{name} is {number}, expected {low} to {high}")
-            found[name] = np.array([number], dtype)
+            found[name] = np.array([whole_number(name, number, low, high)], dtype)
     if guidance is not None:
-        found["guidance"] = np.array([guidance], np.float32)
+        found["guidance"] = np.array([_finite("guidance", guidance)], np.float32)
     return found
+
+
+def _finite(name: str, value: object) -> float:
+    number = real_number(name, value)
+    if not math.isfinite(number):
+        raise UsageError(f"{name} is {number}, expected a finite number")
+    return number
 
 
 def _report(result: Any) -> dict[str, Any]:

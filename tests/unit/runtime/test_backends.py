@@ -56,7 +56,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         made: dict[str, Any] = {"devices": []}
 
-        def open_cuda(index: int) -> Any:
+        def open_cuda(index: int, install: str) -> Any:
             device = fake_device(index, capability=capability, devices=devices, **driver)
             made["devices"].append(device)
             for backend, (module, version) in LIBRARIES.items():
@@ -104,7 +104,7 @@ def test_no_such_backend() -> None:
 def test_a_machine_without_a_driver_says_so(
     name: str, host: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_driver(index: int) -> None:
+    def no_driver(index: int, install: str) -> None:
         raise HostError("no driver", hint="install one")
 
     monkeypatch.setattr(cuda, "open_cuda", no_driver)
@@ -120,7 +120,7 @@ def test_auto_loads_no_gpu_library_where_there_is_no_driver() -> None:
         "import sys\n"
         "from l2p_runtime.backends import cuda, open_backend\n"
         "from l2p_runtime.errors import HostError\n"
-        "def none(index): raise HostError('no driver')\n"
+        "def none(index, install): raise HostError('no driver')\n"
         "cuda.open_cuda = none\n"
         "assert open_backend('auto').name == 'onnx'\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"

@@ -25,7 +25,7 @@ from fakes.cuda_checks import (
     pixel_values,
     same_bits,
 )
-from l2p_runtime.backends import cuda_kernels
+from l2p_runtime.backends import cuda_kernels, open_backend
 from l2p_runtime.backends.cuda import CudaDevice, open_cuda
 from l2p_runtime.backends.cuda_arrays import CudaArray, block_copies
 from l2p_runtime.backends.cuda_kernels import compile_kernels, compile_source
@@ -36,6 +36,9 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 LAYOUTS = st.sampled_from(["whole", "rows"])
 SEEDS = st.one_of(st.sampled_from([0, 1, 7, 2**32 - 1, 2**32, 2**63 + 7, 2**64 - 1]), st.integers(0, 2**64 - 1))
 KERNELS = ("l2p_noise", "l2p_euler", "l2p_mix_enlarged", "l2p_pixels_uint8", "l2p_pixels_uint16", "l2p_pixels_float16")
+
+
+INSTALL = "pip install 'l2p-export[rtx]'"
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +438,7 @@ def test_machines_that_cannot(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     with pytest.raises(error, match=message) as raised:
-        open_cuda(index)
+        open_cuda(index, INSTALL)
     assert raised.value.hint  # type: ignore[attr-defined]
     assert driver.retained == 0
 
@@ -445,14 +448,17 @@ def test_a_driver_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) 
     driver.fail("cuInit", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     with pytest.raises(HostError, match="CUDA_ERROR_SYSTEM_DRIVER_MISMATCH in cuInit"):
-        open_cuda(0)
+        open_cuda(0, INSTALL)
 
 
-def test_without_cuda_bindings_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "extra"), [("rtx", "rtx"), ("tensorrt", "tensorrt"), ("onnx-cuda", "gpu")])
+def test_without_cuda_bindings_the_extra_of_the_backend_is_named(
+    backend: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     with pytest.raises(HostError, match="cuda-bindings") as error:
-        open_cuda(0)
-    assert error.value.hint == "pip install 'l2p-export[rtx]'"
+        open_backend(backend)
+    assert error.value.hint.endswith(f"'l2p-export[{extra}]'")
 
 
 def test_without_a_driver_its_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,14 +468,14 @@ def test_without_a_driver_its_installation_is_named(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Unloadable())
     with pytest.raises(HostError, match=r"cannot be loaded.*libcuda") as error:
-        open_cuda(0)
+        open_cuda(0, INSTALL)
     assert "580" in error.value.hint
 
 
 def test_the_real_bindings_open_or_say_why() -> None:
     pytest.importorskip("cuda.bindings.driver")
     try:
-        device = open_cuda(0)
+        device = open_cuda(0, INSTALL)
     except HostError as error:
         assert error.hint  # noqa: PT017  either is right, as the machine is
     else:

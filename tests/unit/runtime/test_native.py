@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from l2p_runtime import native
+from l2p_runtime.noise import normal_noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,9 +22,11 @@ def look_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def use(*folders: Path) -> None:
         monkeypatch.setattr(native, "_folders", lambda: folders)
         native._probe.cache_clear()
+        native._warn.cache_clear()
 
     yield use
     native._probe.cache_clear()
+    native._warn.cache_clear()
 
 
 def build(folder: Path, source: str) -> Path:
@@ -47,6 +50,23 @@ def test_nothing_there(tmp_path: Path, look_in: Callable[..., None]) -> None:
     assert (status.available, status.path) == (False, "")
     assert str(tmp_path / "a") in status.reason
     assert str(tmp_path / "b") in status.reason
+
+
+def test_the_first_use_without_it_says_so_in_one_line(
+    tmp_path: Path, look_in: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_in(tmp_path)
+    assert not native.native_status().available
+    assert capfd.readouterr().err == ""
+    for seed in (1, 2):
+        normal_noise(seed, rows=(0, 2), cols=(0, 2))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"l2p_runtime: no native kernels (no libl2p_native.so in {tmp_path})")
+    assert line.endswith(native.SLOWER)
+    look_in(tmp_path)
+    monkeypatch.setenv(native.SWITCH, "0")
+    normal_noise(1, rows=(0, 2), cols=(0, 2))
+    assert capfd.readouterr().err == ""
 
 
 def test_found_in_the_second_folder(tmp_path: Path, look_in: Callable[..., None]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l2p_runtime.errors import HostError, InternalError
+from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.png import encode_png, write_png
 
 TEXT = {"prompt": "ein roter Kreis, \u7ea2\u8272 \U0001f534", "seed": "7"}
@@ -72,9 +72,54 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
         write_png(tmp_path / "nowhere" / "x.png", np.zeros((2, 2, 3), np.uint8), {})
 
 
-def test_other_arrays_are_a_bug(tmp_path: Path) -> None:
-    with pytest.raises(InternalError):
-        write_png(tmp_path / "x.png", np.zeros((2, 2), np.uint8), {})
+PIXELS = np.zeros((2, 2, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "text", "needle"),
+    [
+        (PIXELS[0], {}, r"uint8 \[2, 3\], expected \[H,W,3\]"),
+        (PIXELS[:0], {}, r"uint8 \[0, 2, 3\]"),
+        (PIXELS[..., :2], {}, r"\[2, 2, 2\]"),
+        (PIXELS.astype(np.float16), {}, "pixels are float16"),
+        (PIXELS.astype(np.bool_), {}, "pixels are bool"),
+        ([[0, 0, 0]], {}, "pixels are a list"),
+        (None, {}, "pixels are a NoneType"),
+        (PIXELS, "prompt", "text is a str, expected a mapping"),
+        (PIXELS, {"prompt": 3}, "text `prompt` is 3, expected text"),
+        (PIXELS, {3: "prompt"}, "keyword of text is 3, expected text"),
+        (PIXELS, {"": "x"}, "keyword of text is '', expected 1 to 79"),
+        (PIXELS, {"k" * 80: "x"}, "expected 1 to 79"),
+        (PIXELS, {"\u7ea2": "x"}, "of Latin-1"),
+        (PIXELS, {" prompt": "x"}, "keyword of text is ' prompt'"),
+        (PIXELS, {"a\nb": "x"}, "keyword of text"),
+        (PIXELS, {"prompt": "a\0b"}, "text `prompt` holds a null character"),
+        (PIXELS, {"prompt": "\ud800"}, "text `prompt` holds what is no character at position 0"),
+    ],
+)
+def test_what_no_png_file_can_hold(pixels: object, text: object, needle: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=needle):
+        write_png(tmp_path / "x.png", pixels, text)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=needle):
+        encode_png(pixels, text)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x.png", "", "a\0b"])
+def test_what_is_no_path(path: object) -> None:
+    with pytest.raises(UsageError, match=r"path is .*expected a path"):
+        write_png(path, PIXELS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", [0, 10, True, 1.5, "6", None])
+def test_what_is_no_level(level: object) -> None:
+    with pytest.raises(UsageError, match="level is"):
+        encode_png(PIXELS, level=level)  # type: ignore[arg-type]
+
+
+def test_a_path_is_text_or_a_path_and_text_is_optional(tmp_path: Path) -> None:
+    write_png(str(tmp_path / "x.png"), PIXELS)
+    assert (tmp_path / "x.png").read_bytes() == encode_png(PIXELS, {}, level=np.int64(6))  # type: ignore[arg-type]
 
 
 def _decode_16(path: Path) -> np.ndarray:

@@ -271,8 +271,8 @@ def test_an_encoder_that_does_not_fit_beside_the_networks_takes_turns_with_them(
         pipe.close()
     with Pipeline.open(bundle) as pipe:
         watch = Watch(pipe)
-        needed = record_bytes(pipe)
-        networks = sum(pipe._weight_bytes.values())
+        needed = encoder_bytes(pipe)
+        networks = held_bytes(pipe)
         pipe._memory_budget_bytes = networks + needed - 1
         made = pipe.encode(["fox"])
         assert watch.events[:3] == ["load text_encoder", "run text_encoder", "close text_encoder"]
@@ -286,15 +286,22 @@ def test_an_encoder_that_does_not_fit_beside_the_networks_takes_turns_with_them(
         ], "what fits stays"
         pipe._memory_budget_bytes = None
         assert np.array_equal(pipe.generate(**arguments, prompt_embeds=made[0]), expected)
-        pipe._memory_budget_bytes = needed - 1
+        pipe._memory_budget_bytes = pipe._opened_plan.backend.library_bytes + needed - 1
         with pytest.raises(HostError, match="text encoder's weights take"):
             pipe.encode(["cat"])
 
 
-def record_bytes(pipe: Pipeline) -> int:
+def held_bytes(pipe: Pipeline) -> int:
+    """What all networks take while they are loaded, with the library that runs them."""
+    return sum(pipe._held_bytes.values()) + pipe._opened_plan.backend.library_bytes
+
+
+def encoder_bytes(pipe: Pipeline) -> int:
+    """What the text encoder takes while it is loaded."""
     text = pipe.bundle.manifest.text
     assert text is not None
-    return (pipe.bundle.root / text.graph(pipe.plan).weights).stat().st_size
+    weight_bytes = (pipe.bundle.root / text.graph(pipe.plan).weights).stat().st_size
+    return pipe._opened_plan.backend.held_bytes(weight_bytes, pipe.plan == "fp32")
 
 
 def test_networks_that_cannot_come_back_are_told_and_tried_again(bundle: Path) -> None:
@@ -310,7 +317,7 @@ def test_networks_that_cannot_come_back_are_told_and_tried_again(bundle: Path) -
             return opened.backend.load(graph, weights, spec)
 
         pipe._opened_plan = replace(opened, backend=replace(opened.backend, load=load))
-        pipe._memory_budget_bytes = sum(pipe._weight_bytes.values()) + record_bytes(pipe) - 1
+        pipe._memory_budget_bytes = held_bytes(pipe) + encoder_bytes(pipe) - 1
         with pytest.raises(HostError, match="no memory"):
             pipe.encode(["fox"])
         assert not pipe._engines, "what was loaded before the trunk is closed"
@@ -340,9 +347,9 @@ def test_requests_without_words(bundle: Path, plain: Path) -> None:
         with pytest.raises(UsageError, match="was given no prompt") as caught:
             pipe.generate(height=32, width=32)
         assert caught.value.hint.startswith("pass a prompt, or embeddings")
-        with pytest.raises(UsageError, match="prompt is a int"):
+        with pytest.raises(UsageError, match="prompt is 7, expected text"):
             pipe.generate(7, height=32, width=32)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="prompts are one text"):
+        with pytest.raises(UsageError, match="prompts are a str, expected a sequence"):
             pipe.encode("fox")
         assert pipe.encode([]) == []
         pipe.close()

@@ -38,6 +38,12 @@ TOLD: tuple[tuple[str, type[L2PError], str, str], ...] = (
         "BF16 sm80 or later",
     ),
     (
+        f"{MYELIN}Cannot compile operation 'layers.4/node_linear' for Turing (SM75): FP32 GEMM is not supported. In x",
+        UsageError,
+        "Turing (SM75) has no FP32 GEMM, a matrix product, which `layers.4/node_linear` needs",
+        "--precision fp16",
+    ),
+    (
         f"{MYELIN}CHECK(x->is_decomposable()) failed. Attention operation was not supported by a dedicated kernel.",
         ArtifactError,
         "no fused kernel takes this `Attention`",

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l2p_engines.builders.gpus import Gpu, gpus
-from l2p_engines.builders.targets import parse_targets, require_dtypes, runs
+from l2p_engines.builders.targets import (
+    multiplies_float32,
+    parse_targets,
+    require_dtypes,
+    require_float32_products,
+    runs,
+)
 from l2p_engines.builders.trt import library_version, load_library
 from l2p_runtime.contract import CAPABILITIES, PORTABLE, EngineBackend, Target, target_from_spelling
 from l2p_runtime.errors import HostError, UsageError
@@ -242,7 +248,6 @@ def test_a_library_that_does_not_load_is_told(
         ("rtx-sm75", "bfloat16", False),
         ("rtx-sm80", "bfloat16", True),
         ("rtx-sm75", "float16", True),
-        ("rtx-sm75", "float32", True),
         (PORTABLE, "float8_e4m3fn", True),
         (PORTABLE, "bfloat16", True),
     ],
@@ -260,6 +265,26 @@ def test_dtypes_that_a_gpu_has_no_arithmetic_for_are_refused(target: str, dtype:
     offered = str(caught.value).rpartition("targets, ")[2].removesuffix(" do").split(", ")
     assert (PORTABLE in offered) == (parsed.backend == "rtx")
     assert all(runs(Target(parsed.backend, "1.7", name), dtype) for name in offered)
+
+
+@pytest.mark.parametrize("backend", CAPABILITIES)
+def test_turing_has_no_float32_products_in_one_library(backend: EngineBackend) -> None:
+    layers = ("layers.0.attention.to_q", "layers.1.feed_forward.w2", "layers.1.feed_forward.w3")
+    for capability in (*CAPABILITIES[backend], *((PORTABLE,) if backend == "rtx" else ())):
+        (target,) = parse(f"{backend}-{capability}")
+        require_float32_products(target, "fp16", ())
+        assert multiplies_float32(target) == ((backend, capability) != ("rtx", "sm75"))
+        if multiplies_float32(target):
+            require_float32_products(target, "fp32", layers)
+            continue
+        with pytest.raises(UsageError) as caught:
+            require_float32_products(target, "fp32", layers)
+        assert "rtx1.7-sm75 has no matrix products in FP32, in which plan `fp32` computes" in str(caught.value)
+        assert "`layers.0.attention.to_q` and 2 more layers" in str(caught.value)
+        assert "--precision fp16" in caught.value.hint
+        assert "--backend onnx-cuda" in caught.value.hint
+        with pytest.raises(UsageError, match=r"computes `layers.0.attention.to_q`$"):
+            require_float32_products(target, "fp16", layers[:1])
 
 
 class Driver:
