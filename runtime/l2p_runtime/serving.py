@@ -1,6 +1,6 @@
 """Serves a bundle: checks a request against limits, draws, describes failures.
 
-Independent of Triton: the models in `runtime/triton_models/` turn tensors into these calls and back.
+Independent of Triton: the models in `l2p_export/data/triton_models/` turn tensors into these calls and back.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ PACKAGES = (
     "calib/l2p_calib",
     "engines/l2p_engines",
     "runtime/l2p_runtime",
-    "runtime/triton_models",
 )
 HELPER = "runtime/l2p_runtime/files.py"
 

@@ -126,7 +126,7 @@ def test_no_folder_beside_a_package_can_be_taken_for_a_library() -> None:
     # `tests/contract/test_imports.py` lies in the repository, whose folders these are.
     roots = [pathlib.Path(__file__).parents[2] / name for name in ("runtime", "export", "calib", "engines")]
     names = {entry.name for root in roots for entry in root.iterdir() if entry.is_dir()}
-    assert names - {"__pycache__"} <= {"l2p_runtime", *OURS, "csrc", "triton_models"}
+    assert names - {"__pycache__"} <= {"l2p_runtime", *OURS, "csrc"}
 
 
 def test_every_package_is_typed() -> None:

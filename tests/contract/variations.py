@@ -24,11 +24,11 @@ class Verdict(Enum):
     SERVES = "loads it, and it answers as it states"
     WRONG = "loads it, and requests fail or get something else than stated"
     REFUSES = "says why it does not load it"
-    WAITS = "never answers, at least sometimes, or crashes"
+    UNASKED = "lint alone looks at it; no test asks a server"
     MACHINE = "refuses it for what this machine lacks, so lint cannot tell"
 
 
-SERVES, WRONG, REFUSES, WAITS, MACHINE = Verdict
+SERVES, WRONG, REFUSES, UNASKED, MACHINE = Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,24 +165,24 @@ CODE: dict[str, Variation] = {
     "zeros in model.py": Variation(file("1/model.py", b"\0\0"), REFUSES, "is not Python"),
     "return in model.py": Variation(file("1/model.py", f"{BODY}return\n"), REFUSES, "line 4"),
     "another class": Variation(file("1/model.py", BODY.replace("Triton", "")), REFUSES, "defines no class"),
-    "no execute": Variation(file("1/model.py", "class TritonPythonModel:\n    pass\n"), WAITS, "no method `execute`"),
+    "no execute": Variation(file("1/model.py", "class TritonPythonModel:\n    pass\n"), UNASKED, "no method `execute`"),
     "class of another module": Variation(
         all_of(move("1/model.py", "1/own.py"), file("1/model.py", "from own import TritonPythonModel\n")), SERVES
     ),
     "class by *": Variation(all_of(move("1/model.py", "1/own.py"), file("1/model.py", "from own import *\n")), SERVES),
     "encoded model.py": Variation(front("1/model.py", b"# coding: latin-1\n# \xe4\n"), SERVES),
     "model.py elsewhere": Variation(link("1/model.py"), SERVES),
-    "model.py above": Variation(move("1/model.py", "model.py"), WAITS, "1/model.py: is missing"),
-    "model.py in capitals": Variation(move("1/model.py", "1/Model.py"), WAITS, "1/model.py: is missing"),
-    "code of the stream": Variation(of_other(STREAM), WAITS, "is that of `l2p_stream`"),
-    "code without a stream": Variation(of_other("l2p"), WAITS, "is that of `l2p`", STREAM),
+    "model.py above": Variation(move("1/model.py", "model.py"), UNASKED, "1/model.py: is missing"),
+    "model.py in capitals": Variation(move("1/model.py", "1/Model.py"), UNASKED, "1/model.py: is missing"),
+    "code of the stream": Variation(of_other(STREAM), UNASKED, "is that of `l2p_stream`"),
+    "code without a stream": Variation(of_other("l2p"), UNASKED, "is that of `l2p`", STREAM),
     "no glue.py": Variation(drop("1/glue.py"), REFUSES, "1/glue.py: is missing"),
     "empty glue.py": Variation(file("1/glue.py", ""), REFUSES, "1/glue.py: does not define `Host`"),
     "broken glue.py": Variation(file("1/glue.py", "def x(:\n"), REFUSES, "1/glue.py: is not Python"),
     "glue.py above": Variation(move("1/glue.py", "glue.py"), SERVES),
     "no such package": Variation(file("1/model.py", f"import nosuch\n{BODY}"), MACHINE),
     "file name": Variation(all_of(add('default_model_filename: "other.py"'), move("1/model.py", "1/other.py")), SERVES),
-    "absent file name": Variation(add('default_model_filename: "other.py"'), WAITS, "1/other.py: is missing"),
+    "absent file name": Variation(add('default_model_filename: "other.py"'), UNASKED, "1/other.py: is missing"),
     "file name above": Variation(
         all_of(add('default_model_filename: "../other.py"'), move("1/model.py", "other.py")), REFUSES, "no name of"
     ),
@@ -201,11 +201,10 @@ VERSIONS: dict[str, Variation] = {
     "version 01": Variation(move("1", "01"), REFUSES, "ignores `01`"),
     "version latest": Variation(move("1", "latest"), REFUSES, "versions: there is none"),
     "version 0": Variation(move("1", "0"), SERVES),
-    "version 1.0": Variation(move("1", "1.0"), WAITS, "`1.0` is version 1 to the server"),
-    "version -1": Variation(move("1", "-1"), WAITS, "`-1` is version -1"),
-    "version beyond all": Variation(make("9" * 25), WAITS, "is beyond"),
-    "empty version": Variation(all_of(make("2"), NO_WARM_UP), WAITS, "2/model.py: is missing"),
-    "copy of a version": Variation(make("2.bak"), WAITS, "`2.bak` is version 2 to the server"),
+    "version 1.0": Variation(move("1", "1.0"), UNASKED, "`1.0` is version 1 to the server"),
+    "version -1": Variation(move("1", "-1"), UNASKED, "`-1` is version -1"),
+    "empty version": Variation(all_of(make("2"), NO_WARM_UP), UNASKED, "2/model.py: is missing"),
+    "copy of a version": Variation(make("2.bak"), UNASKED, "`2.bak` is version 2 to the server"),
     "copy of the version": Variation(make("1 (copy)"), SERVES),
     "other folders": Variation(all_of(make("01"), make("latest"), make("configs")), SERVES),
     "version elsewhere": Variation(link("1"), SERVES),
@@ -260,20 +259,20 @@ SCHEDULING: dict[str, Variation] = {
     "two schedulers": Variation(add("sequence_batching { }"), REFUSES, "sequence_batching"),
     "sequences": Variation(all_of(NO_BATCHING, add("sequence_batching { }")), WRONG, "sequence_batching: is set"),
     "ensemble": Variation(all_of(NO_BATCHING, add(ENSEMBLE)), REFUSES, "ensemble_scheduling", STREAM),
-    "one answer of a stream": Variation(sub("decoupled: true", "decoupled: false"), WAITS, "decoupled", STREAM),
+    "one answer of a stream": Variation(sub("decoupled: true", "decoupled: false"), UNASKED, "decoupled", STREAM),
     "answers of no stream": Variation(
-        add("model_transaction_policy { decoupled: true }"), WAITS, "model_transaction_policy"
+        add("model_transaction_policy { decoupled: true }"), UNASKED, "model_transaction_policy"
     ),
 }
 
 TENSORS: dict[str, Variation] = {
-    "input dtype": Variation(tensor("height", "data_type: TYPE_INT64 dims: 1 optional: true"), WAITS, "TYPE_INT64"),
+    "input dtype": Variation(tensor("height", "data_type: TYPE_INT64 dims: 1 optional: true"), UNASKED, "TYPE_INT64"),
     "unknown dtype": Variation(tensor("height", "data_type: TYPE_INT dims: 1 optional: true"), REFUSES, "TYPE_INT."),
     "no dtype": Variation(add('input { name: "x" dims: 1 optional: true }'), REFUSES, "has no data_type"),
     "no name of an input": Variation(add("input { data_type: TYPE_INT32 dims: 1 }"), REFUSES, "has no name"),
     "no dims": Variation(tensor("height", "data_type: TYPE_INT32 optional: true"), REFUSES, "has no dims"),
     "dims 0": Variation(tensor("height", "data_type: TYPE_INT32 dims: 0 optional: true"), REFUSES, "has dims [0]"),
-    "rank": Variation(tensor("height", "data_type: TYPE_INT32 dims: [1, 1] optional: true"), WAITS, "[1, 1]"),
+    "rank": Variation(tensor("height", "data_type: TYPE_INT32 dims: [1, 1] optional: true"), UNASKED, "[1, 1]"),
     "looser dims": Variation(tensor("height", "data_type: TYPE_INT32 dims: -1 optional: true"), SERVES),
     "reshape": Variation(
         tensor("height", "data_type: TYPE_INT32 dims: 1 reshape { shape: [1, 1] } optional: true"), SERVES
@@ -340,19 +339,19 @@ PARAMETERS: dict[str, Variation] = {
     "dtype": Variation(parameter("dtype", "float32"), REFUSES, "dtype is 'float32'"),
     "dtype of the image": Variation(parameter("dtype", "float16"), WRONG, "the bundle's is TYPE_FP16"),
     "limit": Variation(parameter("max_steps", "0"), REFUSES, "max_steps is '0'"),
-    "limit below the warm-up": Variation(parameter("max_pixels", "16"), WAITS, "the limit is 16 pixels"),
+    "limit below the warm-up": Variation(parameter("max_pixels", "16"), UNASKED, "the limit is 16 pixels"),
     "stated default": Variation(parameter("default_height", "999"), WRONG, "default_height is 999"),
     "default not stated": Variation(sub('"default_height"', '"default_heigth"'), WRONG, "default_height is missing"),
     "no warm-up": Variation(NO_WARM_UP, SERVES),
     "warm-up skipped": Variation(sub("batch_size: 1", "batch_size: 0"), WRONG, "skips it"),
-    "warm-up in batches": Variation(sub("batch_size: 1", "batch_size: 2"), WAITS, "has batch_size 2"),
+    "warm-up in batches": Variation(sub("batch_size: 1", "batch_size: 2"), UNASKED, "has batch_size 2"),
     "warm-up twice": Variation(sub("batch_size: 1", "batch_size: 1 count: 2"), SERVES),
-    "no file of the warm-up": Variation(drop("warmup/height"), WAITS, "warmup/height, which is missing"),
-    "file of the warm-up": Variation(file("warmup/height", b"1"), WAITS, "of 1 byte, `height` takes 4"),
+    "no file of the warm-up": Variation(drop("warmup/height"), UNASKED, "warmup/height, which is missing"),
+    "file of the warm-up": Variation(file("warmup/height", b"1"), UNASKED, "of 1 byte, `height` takes 4"),
     "longer file of the warm-up": Variation(file("warmup/height", b"\x10\0\0\0more"), SERVES),
-    "size of the warm-up": Variation(file("warmup/height", b"\x18\0\0\0"), WAITS, "does not divide"),
-    "large warm-up": Variation(file("warmup/height", b"\0\x10\0\0"), WAITS, "the limit is 4,096 pixels"),
-    "no data of the warm-up": Variation(sub("zero_data: true", ""), WAITS, "without data"),
+    "size of the warm-up": Variation(file("warmup/height", b"\x18\0\0\0"), UNASKED, "does not divide"),
+    "large warm-up": Variation(file("warmup/height", b"\0\x10\0\0"), UNASKED, "the limit is 4,096 pixels"),
+    "no data of the warm-up": Variation(sub("zero_data: true", ""), UNASKED, "without data"),
     "bundle elsewhere": Variation(link("1/bundle"), SERVES),
 }
 

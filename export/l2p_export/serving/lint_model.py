@@ -88,11 +88,11 @@ def backend_of(folder: Path, config: Any) -> str:
 
 
 def check_versions(model: Model) -> Iterator[Fault]:
-    """Version folders that there are not, that hang a server, or that it takes for another version."""
+    """Version folders that there are not, that no server loads, or that it takes for another version."""
     found = number_to_name(model.folder)
     for number, name in found.items():
         if not -_VERSION_MAX <= number <= _VERSION_MAX:
-            yield "versions", f"`{name}` is beyond {_VERSION_MAX}: the server crashes"
+            yield "versions", f"`{name}` is beyond {_VERSION_MAX}, the largest version"
         elif number in model.served() and (name != str(number) or number < 0):
             text = f"`{name}` is version {number} to the server, which then waits for its files for ever"
             yield "versions", f"{text}: move it out of the model folder"

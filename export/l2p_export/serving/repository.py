@@ -65,7 +65,6 @@ PROMPT_BYTES = 16_384
 STEPS_MAX = 1000
 
 _TEMPLATES = Path(__file__).parents[1] / "data" / "triton_models"
-_CHECKOUT = Path(__file__).parents[3] / "runtime" / "triton_models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +167,10 @@ def write_repository(
 
 
 def template(name: str) -> bytes:
-    """The content of a file of `runtime/triton_models/`, from the wheel or the checkout."""
-    for folder in (_TEMPLATES, _CHECKOUT):
-        if (folder / name).is_file():
-            return (folder / name).read_bytes()
-    raise InternalError(f"the installation lacks the template `{name}`")
+    """The content of a file of `data/triton_models/`, which a server runs and nothing of ours imports."""
+    if not (_TEMPLATES / name).is_file():
+        raise InternalError(f"the installation lacks the template `{name}`", hint="reinstall l2p-export")
+    return (_TEMPLATES / name).read_bytes()
 
 
 def versions(folder: Path) -> list[int]:
