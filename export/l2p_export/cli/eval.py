@@ -14,11 +14,13 @@ from l2p_export.cli.console import (
     dry_run_option,
     example,
     json_option,
+    parse_grid,
     parse_size,
     print_json,
     quiet_option,
     store_option,
 )
+from l2p_export.cli.grid_options import grid_options, read_coarse
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
@@ -64,6 +66,7 @@ _LAYOUT_IMAGES = 4
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the first image; it increases by 1 per image."
 )
+@grid_options
 @click.option("--plan", help="Precision plan of a bundle; default: its first.")
 @backend_option
 @click.option(
@@ -83,10 +86,13 @@ def command(model: Path, out: Path | None, *, as_json: bool, dry_run: bool, quie
 
     _check_options(options, out)
     require_apart({"--out": out}, {"MODEL": model, "--store": options["store"], "--prompts": options["prompts"]})
-    names = ("steps", "guidance", "shift", "backend", "plan", "store")
+    names = ("steps", "guidance", "shift", "backend", "plan", "store", "positions")
     size = options["size"]
     draw_options = DrawOptions(
-        parse_size(size) if size is not None else None, **{name: options[name] for name in names}
+        parse_size(size) if size is not None else None,
+        base_grid=parse_grid(options["base_grid"]),
+        coarse=read_coarse(options),
+        **{name: options[name] for name in names},
     )
     console = Console(quiet=quiet)
     wanted = _prompts(options) if options["layout"] is None else _layout(options)

@@ -21,15 +21,14 @@ from l2p_export.cli.console import (
     quiet_option,
     store_option,
 )
+from l2p_export.cli.grid_options import grid_options, read_coarse
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
 from l2p_runtime import UsageError, __version__
 from l2p_runtime.guidance import CONVENTIONS
-from l2p_runtime.policies import POSITIONS
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
-    from l2p_runtime.coarse import Coarse
     from l2p_runtime.contract import Sampling
     from l2p_runtime.requests import ImageRequest
 
@@ -68,21 +67,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Noise of a seed; philox: the same bits on every machine; torch-cpu: that of torch.randn on the CPU.",
 )
-@click.option(
-    "--positions",
-    type=click.Choice(POSITIONS),
-    metavar="POLICY",
-    help=f"Rotary positions beyond the trained grid: {', '.join(POSITIONS[:6])}; all but auto also with +temperature. "
-    "native: as trained; linear: stretched evenly; ntk, yarn, vision-yarn: slow frequencies more than fast ones; auto: "
-    "native up to the trained grid, then linear. Default: the profile's.",
-)
-@click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens; default: the bundle's.")
-@click.option("--coarse", metavar="WIDTHxHEIGHT", help="Draw at this smaller size first and finish at --size.")
-@click.option(
-    "--renoise", type=float, help="Sigma to which the enlarged coarse image is mixed with noise; default: 0.9."
-)
-@click.option("--fine-steps", type=int, help="Steps at --size after a coarse image; default: 4.")
-@click.option("--fine-guidance", type=float, help="Guidance scale of those steps; default: 1, none.")
+@grid_options
 @click.option("--plan", help="Precision plan; default: the bundle's first.")
 @backend_option
 @click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
@@ -113,7 +98,7 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
     _check_out(out)
     opened = open_bundle_apart(bundle, options["store"], {"--out": out}, _embeddings(options))
     height, width = _size(options["size"], opened)
-    grid, coarse = parse_grid(options["base_grid"]), _coarse(options)
+    grid, coarse = parse_grid(options["base_grid"]), read_coarse(options)
     model = opened.manifest.model_on(grid)
     if coarse is not None:
         check_size(model, coarse.height, coarse.width)
@@ -169,7 +154,7 @@ def _draw(
         if not pipe.bundle.manifest.checkpoint.trained:
             console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
         text = _text(pipe.bundle, options, request.sampling, pipe.plan)
-        coarse = _coarse(options)
+        coarse = read_coarse(options)
         steps = request.sampling.steps + (coarse.steps if coarse else 0)
         with console.task(f"drawing {width}x{height}", steps, "steps") as advance:
             pixels = pipe.generate(
@@ -190,7 +175,7 @@ def _draw(
 
 def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str) -> dict[str, str]:
     """Text chunks of the PNG file."""
-    coarse = _coarse(options)
+    coarse = read_coarse(options)
     parameters = {
         "seed": options["seed"],
         "steps": sampling.steps,
@@ -212,23 +197,6 @@ def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str
         "bundle": bundle.digest,
         "parameters": json.dumps(parameters),
     }
-
-
-def _coarse(options: dict[str, Any]) -> Coarse | None:
-    """How to draw coarse to fine; None to draw at the full size from the start."""
-    from l2p_runtime.coarse import Coarse
-
-    names = {"renoise": "renoise", "fine_steps": "steps", "fine_guidance": "guidance"}
-    given = {name: options[option] for option, name in names.items() if options[option] is not None}
-    if options["coarse"] is None:
-        if given:
-            raise UsageError(
-                "--renoise, --fine-steps and --fine-guidance belong to --coarse, which was not given",
-                hint="--coarse 1024x1024",
-            )
-        return None
-    height, width = parse_size(options["coarse"], "--coarse")
-    return Coarse(height, width, **given)
 
 
 def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,6 +18,9 @@ from l2p_runtime.errors import ArtifactError, HostError, UsageError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from l2p_runtime.coarse import Coarse
+    from l2p_runtime.contract import Grid
 
     Draw: TypeAlias = Callable[[Sequence[str], Sequence[int]], Iterator[NDArray[np.uint8]]]
     """Prompts and their seeds to images [H,W,3], one at a time and in order."""
@@ -40,6 +43,9 @@ class DrawOptions:
         backend: backend of the runtime, for a bundle.
         plan: precision plan of a bundle.
         store: folder of a bundle's shared files.
+        positions: position policy, for a bundle.
+        base_grid: trained grid, token rows and columns, for a bundle.
+        coarse: how to draw coarse to fine, for a bundle; None to draw at the full size from the start.
     """
 
     size_px: tuple[int, int] | None = None
@@ -49,6 +55,9 @@ class DrawOptions:
     backend: str = "auto"
     plan: str | None = None
     store: Path | None = None
+    positions: str | None = None
+    base_grid: Grid | None = None
+    coarse: Coarse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +120,9 @@ def check_prompts(drawer: Drawer, prompts: Sequence[tuple[str, str]]) -> None:
 
 
 def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
+    from l2p_runtime.coarse import check_coarse
     from l2p_runtime.networks import open_plan
-    from l2p_runtime.requests import image_request
+    from l2p_runtime.requests import check_size, image_request
     from l2p_runtime.text import bundle_tokenizer
 
     bundle = open_bundle(folder, options.store)
@@ -129,6 +139,11 @@ def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
         "guidance": options.guidance,
         "shift": options.shift,
     }
+    coarse = options.coarse
+    model = manifest.model_on(options.base_grid)
+    if coarse is not None:
+        check_size(model, coarse.height, coarse.width)
+        check_coarse(coarse, height, width)
     chosen = image_request(
         manifest,
         prompt="",
@@ -139,6 +154,7 @@ def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
         width=width,
         seed=0,
         sampling=sampling,
+        fine_guidance=1.0 if coarse is None else coarse.guidance,
         rng="philox",
         dtype="uint8",
     ).sampling
@@ -162,21 +178,29 @@ def _bundle_drawer(folder: Path, options: DrawOptions) -> Drawer:
                         steps=chosen.steps,
                         guidance=chosen.guidance,
                         shift=chosen.shift,
+                        positions=options.positions,
+                        base_grid=options.base_grid,
+                        coarse=coarse,
                     )
 
     settings = {
         "model_sha256": bundle.digest,
         "plan": opened.plan,
         **_sampling_settings((height, width), chosen.steps, chosen.guidance, chosen.shift),
+        "positions": options.positions or profile.positions,
+        "base_grid": list(model.rotary.base_grid),
+        "coarse": None if coarse is None else asdict(coarse),
     }
     note = "" if manifest.checkpoint.trained else "the bundle's weights are untrained: its pictures are noise"
     return Drawer(height, width, settings, tokenizer.tokens, draw, note)
 
 
 def _source_drawer(folder: Path, options: DrawOptions) -> Drawer:
-    if options.backend != "auto" or options.plan is not None:
+    for_bundles = (options.plan, options.positions, options.base_grid, options.coarse)
+    if options.backend != "auto" or any(value is not None for value in for_bundles):
         raise UsageError(
-            f"`{folder}` is a pipeline folder, which torch draws; --backend and --plan are for bundles",
+            f"`{folder}` is a pipeline folder, which torch draws; --backend, --plan, --positions, --base-grid and "
+            "--coarse are for bundles",
             hint="leave them out",
         )
     try:
