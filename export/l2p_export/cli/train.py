@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, dry_run_option, example, json_option, parse_size, print_json, quiet_option
+from l2p_export.cli.console import (
+    Console,
+    dry_run_option,
+    example,
+    json_option,
+    parse_grid,
+    parse_size,
+    print_json,
+    quiet_option,
+)
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_export.cli.train_text import forecast_lines
 from l2p_runtime import CancelledError, UsageError
+from l2p_runtime.policies import POSITIONS
 
 if TYPE_CHECKING:
     from l2p_export.training.loop.distributed import ProcessGroup
@@ -253,6 +263,14 @@ def corpus_command(
     "--init", type=InputPath("adapter file"), help="Adapters of this source to initialize from, of any variant."
 )
 @click.option("--shift", default=3.0, show_default=True, help="Shift of the sigma schedule; recorded for sampling.")
+@click.option(
+    "--positions",
+    type=click.Choice(POSITIONS),
+    default="native",
+    show_default=True,
+    help="Position policy of sizes beyond the trained grid, which is that of --base-grid or --init.",
+)
+@click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens that --positions stretches from.")
 @click.option("--sampling-steps", type=int, help="Recommended steps to record in the adapter file; default: none.")
 @click.option("--guidance", type=float, help="Recommended guidance to record in the adapter file; default: none.")
 @click.option("--caption-dropout", default=0.1, show_default=True, help="Share of samples without a caption.")
@@ -372,6 +390,8 @@ def _sampling_metadata(options: dict[str, Any]) -> dict[str, str]:
 
 
 def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
+    from l2p_export.tensors.files import open_weights
+    from l2p_export.tensors.metadata import trained_grid
     from l2p_export.training.loop.loop import Schedule
     from l2p_export.training.transfer.spec import TransferSpec
 
@@ -385,11 +405,17 @@ def _transfer_spec(options: dict[str, Any]) -> TransferSpec:
         "head_divisor",
         "checkpointing",
         "holdout",
+        "positions",
     )
     taken = ("steps", "batch", "micro_batches", "learning_rate", "warmup_steps", "ema", "save_every", "seed")
     schedule = Schedule(cooldown_steps=options["steps"] // 5, **{name: options[name] for name in taken})
     sizes_px = options["sizes_px"] or (_PUBLISHED_SIDE_PX[options["variant"]],)
-    return TransferSpec(sizes_px=sizes_px, schedule=schedule, **{name: options[name] for name in names})
+    base_grid = parse_grid(options["base_grid"])
+    if base_grid is None and options["init"] is not None and options["positions"] != "native":
+        base_grid = trained_grid(open_weights(options["init"]).metadata)
+    return TransferSpec(
+        sizes_px=sizes_px, schedule=schedule, base_grid=base_grid, **{name: options[name] for name in names}
+    )
 
 
 @contextmanager

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from l2p_export.families.z_image_l2p.pixel import Window
-from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_export.training.corpus.corpus import Row
 from l2p_export.training.corpus.reader import Images, image_reader
 from l2p_export.training.flow import draw_sigmas
 from l2p_export.training.loop.loop import generator
 from l2p_export.training.source.folder import TOKENS_MULTIPLE, Embeds, Source, encode_texts
+from l2p_export.training.transfer.spec import trained_model
 from l2p_runtime.errors import UsageError
 from l2p_runtime.noise import normal_noise
 from l2p_runtime.positions import rope_tables
@@ -148,7 +148,7 @@ def assembler(
     images: Images, captions: Captions, d: Dimensions, spec: TransferSpec, device: torch.device
 ) -> Callable[[Draws, range, tuple[int, ...]], Batch]:
     """Make a function from random draws, the numbers of some of their samples, and a seed of noise to their batch."""
-    model = model_spec(d)
+    model = trained_model(d, spec)
     read = image_reader(images, device)
 
     def assemble(drawn: Draws, samples: range, seed: tuple[int, ...]) -> Batch:
@@ -165,7 +165,10 @@ def assembler(
         rows = [drawn.places[sample][1] for sample in samples]
         embeds = _with_dropout(captions, drawn.length, rows, drawn.dropped[part])
         tokens = drawn.size_px // spec.patch_px
-        cos, sin = (torch.from_numpy(table).to(device) for table in rope_tables(model, tokens, tokens, drawn.length))
+        cos, sin = (
+            torch.from_numpy(table).to(device)
+            for table in rope_tables(model, tokens, tokens, drawn.length, spec.positions)
+        )
         wanted = clean - noise
         if drawn.window is not None:
             wanted = _cut(wanted, drawn.window, spec.patch_px)

@@ -148,7 +148,7 @@ def run_transfer(
         ArtifactError: the source or `init` does not fit the model.
     """
     opened = open_source(job.source)
-    on_save = None if job.samples is None else pixel_samples(work, job.dimensions, opened, job.samples)
+    on_save = None if job.samples is None else pixel_samples(work, job.dimensions, opened, job.samples, job.spec)
     training, held_out = split_images(job.images, job.holdout, job.spec.schedule.seed)
     transfer(
         opened,

@@ -17,12 +17,14 @@ from l2p_export.families.z_image_l2p.dimensions import (
     published_dimensions,
     source_dimensions,
 )
-from l2p_export.families.z_image_l2p.specs import HALO_ROWS
+from l2p_export.families.z_image_l2p.specs import HALO_ROWS, model_spec
 from l2p_export.training.loop.distributed import ProcessGroup
 from l2p_export.training.loop.loop import Schedule
 from l2p_export.training.source.folder import Source
 from l2p_export.training.transfer.storage import STORAGES
+from l2p_runtime.contract import Grid, ModelSpec
 from l2p_runtime.errors import HostError, UsageError
+from l2p_runtime.policies import POSITIONS
 
 if TYPE_CHECKING:
     from l2p_export.tensors.checkpoint import Checkpoint
@@ -49,6 +51,8 @@ class TransferSpec:
         head_divisor: divisor of the published head's channels; 1 for the published head.
         checkpointing: recompute activations in the backward pass.
         holdout: images that are not trained on: a share below 1, or a number of them; 0 for none.
+        positions: position policy of grids beyond `base_grid`.
+        base_grid: token rows and columns from which positions are stretched; None with `native`, which does not.
     """
 
     variant: str
@@ -62,6 +66,8 @@ class TransferSpec:
     head_divisor: int = 1
     checkpointing: bool = False
     holdout: float = 0.0
+    positions: str = "native"
+    base_grid: Grid | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -71,6 +77,7 @@ class TransferSpec:
         """
         if self.variant not in VARIANTS.values():
             raise UsageError(f"the variant is {self.variant!r}, expected one of {', '.join(VARIANTS.values())}")
+        self._check_positions()
         if self.noise not in NOISES:
             raise UsageError(f"noise is {self.noise!r}, expected {' or '.join(NOISES)}")
         patch_px = self.patch_px
@@ -97,6 +104,21 @@ class TransferSpec:
             raise UsageError(
                 f"shift is {self.shift} and head divisor {self.head_divisor}, expected above 0, and 1 or more"
             )
+
+    def _check_positions(self) -> None:
+        if self.positions not in POSITIONS:
+            raise UsageError(f"positions are {self.positions!r}, expected one of {', '.join(POSITIONS)}")
+        if self.positions != "native" and self.base_grid is None:
+            raise UsageError(
+                f"positions `{self.positions}` are stretched from a trained grid, and none is stated",
+                hint="give --base-grid ROWSxCOLUMNS, or --init with adapters that state theirs",
+            )
+
+    @property
+    def trained_grid(self) -> Grid:
+        """The grid that the adapters know afterwards: the one stretched from, or with `native` the largest one."""
+        side = max(self.sizes_px) // self.patch_px
+        return (side, side) if self.base_grid is None or self.positions == "native" else self.base_grid
 
     @property
     def patch_px(self) -> int:
@@ -196,3 +218,9 @@ def pixel_dimensions(transformer: Checkpoint, spec: TransferSpec) -> Dimensions:
 def _divided(channels: int, divisor: int) -> int:
     # The outermost encoders of the 8k and 10k heads have 3 channels, as many as the image.
     return channels if channels == 3 else max(channels // divisor, min(channels, 16))
+
+
+def trained_model(d: Dimensions, spec: TransferSpec) -> ModelSpec:
+    """The model as it will know its trained grid."""
+    model = model_spec(d)
+    return replace(model, rotary=replace(model.rotary, base_grid=spec.trained_grid))

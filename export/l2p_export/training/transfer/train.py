@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from l2p_engines.store.locks import locked
 from l2p_export.families.z_image_l2p.blocks import Block
 from l2p_export.families.z_image_l2p.pixel import PixelModel, checkpoint_activations
+from l2p_export.tensors.metadata import BASE_GRID
 from l2p_export.training.corpus.checking import images_digest
 from l2p_export.training.corpus.reader import Images
 from l2p_export.training.corpus.rendered import RenderedScenes
@@ -114,7 +115,8 @@ def transfer(
     if held_out is not None and ranks.is_rank_zero:
         held = held_out_batches(held_out, embed_captions(source, held_out), d, spec, ranks)
 
-    states = {"l2p.shift": f"{spec.shift:g}", **metadata}
+    rows, columns = spec.trained_grid
+    states = {"l2p.shift": f"{spec.shift:g}", BASE_GRID: f"{rows}x{columns}", **metadata}
 
     def saved(step: int, averaged: Mapping[str, Tensor]) -> None:
         stated = states

@@ -154,6 +154,21 @@ def test_the_trunk_stays_bit_for_bit(source: Source, corpus: Corpus, tmp_path: P
     with safe_open(out, "pt") as file:
         assert file.metadata()["license"] == "MIT"
         assert file.metadata()["l2p.shift"] == "3"
+        assert file.metadata()["l2p.base_grid"] == "4x4"
+
+
+def test_positions_are_stretched_from_the_trained_grid(source: Source, corpus: Corpus) -> None:
+    spec = tiny_spec(sizes_px=(SIZE_PX,), positions="linear", base_grid=(2, 1))
+    batch = batch_of(source, corpus, spec)
+    model = model_spec(transfer_dimensions(source, spec))
+    model = replace(model, rotary=replace(model.rotary, base_grid=(2, 1)))
+    for table, expected in zip(batch.rope, rope_tables(model, 4, 4, 32, "linear"), strict=True):
+        np.testing.assert_array_equal(table.numpy(), expected)
+    assert spec.trained_grid == (2, 1)
+    assert tiny_spec(sizes_px=(32, SIZE_PX)).trained_grid == (4, 4)
+    for wrong in ({"positions": "linear"}, {"positions": "rope"}):
+        with pytest.raises(UsageError, match="position"):
+            tiny_spec(**wrong)
 
 
 def test_averaged_weights_are_what_is_shown(source: Source, corpus: Corpus, tmp_path: Path) -> None:
