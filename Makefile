@@ -46,7 +46,7 @@ demo: .venv/demo
 	$(BIN)/l2p-export build --profile 4k --jobs 2 --out $(DEMO)/demo-4k.bundle
 	$(BIN)/l2p-export generate $(DEMO)/demo-4k.bundle --prompt "$(PROMPT)" --size 1024x1024 --seed 7 --out $(DEMO)/picture.png
 	$(BIN)/l2p-export judge $(DEMO)/picture.png --prompt "$(PROMPT)"
-	$(BIN)/l2p-export generate $(DEMO)/demo-4k.bundle --prompt "$(PROMPT)" --size 4096x4096 --steps 2 --guidance 1 --seed 7 \
+	$(BIN)/l2p-export generate $(DEMO)/demo-4k.bundle --prompt "$(PROMPT)" --size 4096x4096 --coarse 1024x1024 --seed 7 \
 		--out $(DEMO)/picture-4096.png
 	$(BIN)/l2p-export judge $(DEMO)/picture-4096.png --prompt "$(PROMPT)"
 	@echo "the pictures are $(DEMO)/picture.png and $(DEMO)/picture-4096.png"
