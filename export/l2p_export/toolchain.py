@@ -15,8 +15,8 @@ ROOMS = {
     "l2p_export": ("build", "checkpoint", "families", "graphs", "precision", "proof", "tensors"),
     "l2p_calib": ("fp8.py", "layout.py", "ledger.py", "plans", "prompts.py", "statistics"),
     "l2p_runtime": (
-        *("captions.py", "contract", "foreign.py", "noise.py", "policies.py", "positions.py"),
-        *("tensorfile.py", "text.py", "textfile.py"),
+        *("arguments.py", "captions.py", "contract", "foreign.py", "noise.py", "onnx_library.py"),
+        *("policies.py", "positions.py", "tensorfile.py", "text.py", "textfile.py"),
     ),
 }
 """Package to the folders and files whose code decides a stage: ONNX graphs, plans, and the proof's inputs and results.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
-from l2p_runtime.arguments import function, shown
+from l2p_runtime.arguments import function, real_number, shown
 from l2p_runtime.contract import Positions
 from l2p_runtime.errors import UsageError
 
@@ -185,27 +185,32 @@ def _temperature(rotary: RotarySpec, grid: tuple[int, int]) -> float:
     return math.sqrt(math.log(tokens) / math.log(trained)) if tokens > trained > 1 else 1.0
 
 
-def _checked(rotary: RotarySpec, axis: int, found: Any) -> Frequencies:
-    """What a policy gave for an axis, as float64 arrays [axis_channels / 2]."""
+def _checked(rotary: RotarySpec, axis: int, found: object) -> Frequencies:
+    """What a policy gave for an axis, as float64 arrays [axis_channels / 2].
+
+    Raises:
+        UsageError: no pair of frequencies and a factor, another shape, or numbers that are not finite.
+    """
     import numpy as np
 
-    pairs = rotary.axis_channels[axis] // 2
+    pairs, what = rotary.axis_channels[axis] // 2, f"the position policy's factor for axis {axis}"
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise UsageError(
+            f"the position policy gave a {type(found).__name__} for axis {axis}, expected (frequencies, factor)"
+        )
     try:
-        frequencies, factor = found
-        values = [np.asarray(part, np.float64) for part in (frequencies, factor)]
+        frequencies = np.asarray(found[0], np.float64)
+        factor = np.asarray(found[1] if np.ndim(found[1]) else real_number(what, found[1]), np.float64)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"the position policy gave {type(found).__name__} for axis {axis}, expected (frequencies, factor): {error}"
+            f"the position policy gave frequencies or factors that are no numbers for axis {axis}: {error}"
         ) from error
-    if values[0].shape != (pairs,) or values[1].shape not in ((), (pairs,)):
-        shapes = " and a factor ".join(str(list(value.shape)) for value in values)
-        raise UsageError(
-            f"the position policy gave frequencies {shapes} for axis {axis}, expected [{pairs}] and one number, or "
-            "one for each"
-        )
-    if not all(np.isfinite(value).all() for value in values):
-        raise UsageError(f"the position policy gave NaN or Inf for axis {axis}")
-    return values[0], np.broadcast_to(values[1], (pairs,))
+    for name, value, shapes in (("frequencies", frequencies, [(pairs,)]), ("factors", factor, [(), (pairs,)])):
+        if value.shape not in shapes:
+            raise UsageError(f"the position policy gave {name} {list(value.shape)} for axis {axis}, expected [{pairs}]")
+    if not (np.isfinite(frequencies).all() and np.isfinite(factor).all()):
+        raise UsageError(f"the position policy gave NaN or Inf for axis {axis}, expected finite numbers")
+    return frequencies, np.broadcast_to(factor, (pairs,))
 
 
 def _ramped(rotary: RotarySpec, axis: int, grid: int, low: float, high: float) -> NDArray[np.float64]:

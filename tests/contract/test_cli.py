@@ -283,7 +283,7 @@ def test_doctor_reports() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("frobnicate",), ("build",), ("generate", "x"), ("build", "--profile", "4k", "--backend", "abacus")]
+    "arguments", [("frobnicate",), ("build",), ("generate", "."), ("build", "--profile", "4k", "--backend", "abacus")]
 )
 def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     result = run_cli(*arguments)

@@ -252,8 +252,8 @@ def test_unknown_names_are_refused(server: Server) -> None:
 NOT_FINITE = np.ones((3, 40), np.float32)
 NOT_FINITE[1, 1] = np.inf
 EMBEDS: dict[str, tuple[np.ndarray, str]] = {
-    "NaN": (NOT_FINITE * np.nan, "prompt embeddings holds NaN or Inf"),
-    "Inf": (NOT_FINITE, "prompt embeddings holds NaN or Inf"),
+    "NaN": (NOT_FINITE * np.nan, "prompt_embeds holds NaN or Inf"),
+    "Inf": (NOT_FINITE, "prompt_embeds holds NaN or Inf"),
     "no tokens": (np.ones((0, 40), np.float32), "0 tokens"),
     "too many tokens": (np.ones((513, 40), np.float32), "513 tokens, expected 1 to 512"),
     "width": (np.ones((3, 41), np.float32), "unexpected shape for input 'prompt_embeds'"),

@@ -120,6 +120,7 @@ def test_what_any_other_command_lacks_is_named_too(
     command: tuple[str, ...], extra: str, lean: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "x").mkdir()
     result = subprocess.run(
         [lean, "-m", "l2p_export", *command], capture_output=True, text=True, check=False, cwd=tmp_path
     )

@@ -189,8 +189,8 @@ def test_no_folder(bundle: Path) -> None:
     shutil.rmtree(bundle)
     for arguments in commands(bundle).values():
         result = run_cli(*arguments)
-        assert result.returncode == 4
-        assert f"`{bundle}`" in result.stderr
+        assert result.returncode == 2
+        assert f"there is no bundle `{bundle}`" in result.stderr
 
 
 def test_files_of_the_good_bundle_were_not_touched(good: Path) -> None:

@@ -527,7 +527,7 @@ def test_absent_profile(tmp_path: Path, tiny_path: Path) -> None:
 
 def test_profile_that_is_binary(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="cannot read profile"):
+    with pytest.raises(UsageError, match="is UTF-16, expected UTF-8"):
         load_profile(str(tmp_path / "bad.toml"))
 
 

@@ -22,7 +22,7 @@ from l2p_export.cli.main import main
 from l2p_runtime import Pipeline
 from l2p_runtime.errors import ArtifactError, HostError, L2PError, UsageError
 from l2p_runtime.memory import parse_bytes
-from l2p_runtime.positions import Policy, native
+from l2p_runtime.policies import Policy, native
 
 WIDTH = 40
 """Caption width of the tiny checkpoints."""
@@ -227,7 +227,11 @@ def test_no_tokens(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "needle"),
-    [("absent.npy", "no embeddings file"), (".", "no embeddings file"), ("x.txt", "neither .npy nor .safetensors")],
+    [
+        ("absent.npy", "no embeddings file"),
+        (".", "(--embeddings), which is read"),
+        ("x.txt", "neither .npy nor .safetensors"),
+    ],
 )
 def test_embeddings_path(name: str, needle: str, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("1 2 3")
@@ -447,7 +451,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "inf": (lambda rotary, axis, grid: (native(rotary, axis, grid)[0], np.inf), "gave NaN or Inf for axis 0"),
     "text": (lambda rotary, axis, grid: (native(rotary, axis, grid)[0], "1"), "factor for axis 0 is '1'"),
     "shape": (lambda rotary, axis, grid: (np.ones(99), 1.0), r"gave frequencies \[99\] for axis 0"),
-    "words": (lambda rotary, axis, grid: (["a", "b"], 1.0), "gave frequencies that are no numbers for axis 0"),  # type: ignore[dict-item, return-value]
+    "words": (lambda rotary, axis, grid: (["a", "b"], 1.0), "that are no numbers for axis 0"),  # type: ignore[dict-item, return-value]
     "array": (lambda rotary, axis, grid: native(rotary, axis, grid)[0], "gave a ndarray for axis 0"),  # type: ignore[dict-item, return-value]
     "none": (lambda rotary, axis, grid: None, "gave a NoneType for axis 0"),  # type: ignore[dict-item, return-value]
 }

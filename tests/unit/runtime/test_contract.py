@@ -126,7 +126,7 @@ SIDE = Range(64, 128, 256)
 def test_a_profile_needs_little() -> None:
     profile = Profile("mine", 64, SIDE, SIDE)
     assert profile.sampling == Sampling(50, 4.0, 3.0)
-    assert profile.positions == "native"
+    assert profile.positions == "auto"
 
 
 @pytest.mark.parametrize(

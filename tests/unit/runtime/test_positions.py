@@ -192,12 +192,12 @@ def returning(value: object) -> Policy:
     [
         ("dype", "auto, native, linear, ntk, yarn"),
         (returning((np.zeros(3), 1.0)), r"frequencies \[3\]"),
-        (returning((np.zeros(16), np.ones(2))), r"a factor \[2\]"),
+        (returning((np.zeros(16), np.ones(2))), r"factors \[2\]"),
         (returning((np.full(16, np.nan), 1.0)), "NaN"),
         (returning((np.zeros(16), np.inf)), "NaN or Inf"),
         (returning(None), "NoneType"),
         (returning((np.zeros(16),)), "expected"),
-        (returning((["a"] * 16, 1.0)), "expected"),
+        (returning((["a"] * 16, 1.0)), "no numbers"),
     ],
 )
 def test_wrong_policies_are_refused(policy: str | Policy, message: str) -> None:
