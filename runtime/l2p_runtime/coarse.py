@@ -36,7 +36,7 @@ class Coarse:
 
     height: int
     width: int
-    renoise: float = 0.9
+    renoise: float = 0.7
     steps: int = 4
     guidance: float = 1.0
 

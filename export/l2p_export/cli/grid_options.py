@@ -28,7 +28,7 @@ _OPTIONS = (
     click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens; default: the bundle's."),
     click.option("--coarse", metavar="WIDTHxHEIGHT", help="Draw at this smaller size first and finish at --size."),
     click.option(
-        "--renoise", type=float, help="Sigma to which the enlarged coarse image is mixed with noise; default: 0.9."
+        "--renoise", type=float, help="Sigma to which the enlarged coarse image is mixed with noise; default: 0.7."
     ),
     click.option("--fine-steps", type=int, help="Steps at --size after a coarse image; default: 4."),
     click.option("--fine-guidance", type=float, help="Guidance scale of those steps; default: 1, none."),
