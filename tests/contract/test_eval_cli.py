@@ -96,7 +96,8 @@ def test_a_source_is_scored_by_its_own_defaults(tmp_path: Path) -> None:
         assert image.size == (64, 32)
     for extra, message in (
         (("--size", "40x64"), "does not divide by 16 px"),
-        (("--plan", "fp16"), "--plan are for bundles"),
+        (("--plan", "fp16"), "--coarse are for bundles"),
+        (("--positions", "linear"), "--coarse are for bundles"),
     ):
         refused = run_cli(*arguments, *extra)
         assert refused.returncode == 2

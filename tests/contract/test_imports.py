@@ -135,7 +135,7 @@ def test_every_package_is_typed() -> None:
 
 
 IMPORT_NAMES = {
-    "cuda-bindings": "cuda",
+    "cuda-bindings": "cuda.bindings.driver",
     "nvidia-cuda-nvrtc": "cuda.bindings.nvrtc",
     "onnxruntime-gpu": "onnxruntime",
     "scikit-image": "skimage",

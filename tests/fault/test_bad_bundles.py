@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -190,7 +191,7 @@ def test_no_folder(bundle: Path) -> None:
     for arguments in commands(bundle).values():
         result = run_cli(*arguments)
         assert result.returncode == 2
-        assert f"there is no bundle `{bundle}`" in result.stderr
+        assert re.search(f"there is no (checkpoint or )?bundle `{bundle}`", result.stderr)
 
 
 def test_files_of_the_good_bundle_were_not_touched(good: Path) -> None:

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+POSITIONS_TOLD = (
+    f"Rotary positions beyond the trained grid: {', '.join(POSITIONS[:6])}; all but auto also with +temperature. "
+    "native: as trained; linear: stretched evenly; ntk, yarn, vision-yarn: slow frequencies more than fast ones; "
+    "auto: native up to the trained grid, then linear."
+)
+
 _OPTIONS = (
     click.option(
         "--positions",
         type=click.Choice(POSITIONS),
         metavar="POLICY",
-        help=f"Rotary positions beyond the trained grid: {', '.join(POSITIONS[:6])}; all but auto also with "
-        "+temperature. native: as trained; linear: stretched evenly; ntk, yarn, vision-yarn: slow frequencies more "
-        "than fast ones; auto: native up to the trained grid, then linear. Default: the profile's.",
+        help=f"{POSITIONS_TOLD} Default: the profile's.",
     ),
     click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens; default: the bundle's."),
     click.option("--coarse", metavar="WIDTHxHEIGHT", help="Draw at this smaller size first and finish at --size."),

@@ -20,6 +20,7 @@ from l2p_export.cli.console import (
     print_json,
     quiet_option,
 )
+from l2p_export.cli.grid_options import POSITIONS_TOLD
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_export.cli.train_text import forecast_lines
@@ -266,9 +267,10 @@ def corpus_command(
 @click.option(
     "--positions",
     type=click.Choice(POSITIONS),
+    metavar="POLICY",
     default="native",
     show_default=True,
-    help="Position policy of sizes beyond the trained grid, which is that of --base-grid or --init.",
+    help=f"{POSITIONS_TOLD} The trained grid is that of --base-grid or --init.",
 )
 @click.option("--base-grid", metavar="ROWSxCOLUMNS", help="Trained grid in tokens that --positions stretches from.")
 @click.option("--sampling-steps", type=int, help="Recommended steps to record in the adapter file; default: none.")

@@ -14,6 +14,7 @@ from l2p_engines.forecast.cards import CARDS
 from l2p_engines.profiles import profile_names
 from l2p_export.cli.main import main
 from l2p_runtime.backends import backend_names
+from l2p_runtime.policies import POSITIONS
 
 Words = tuple[str, ...]
 
@@ -57,7 +58,7 @@ def test_each_help_ends_with_a_call_that_the_command_takes(words: Words) -> None
         ("--backend", backend_names()),
         ("--profile", list(profile_names())),
         ("--rng", ["philox", "torch-cpu"]),
-        ("--positions", ["native", "ntk", "yarn"]),
+        ("--positions", list(POSITIONS[:6])),
     ],
 )
 def test_values_and_what_they_do(option: str, values: list[str]) -> None:
