@@ -294,6 +294,8 @@ class Pipeline:
             CancelledError: `cancelled` said so.
         """
         denoiser = self._opened(base_grid)
+        if coarse is not None and not isinstance(coarse, Coarse):
+            raise UsageError(f"coarse is a {type(coarse).__name__}, expected Coarse(height=..., width=...)")
         request = image_request(
             self.bundle.manifest,
             prompt=prompt,
@@ -324,7 +326,9 @@ class Pipeline:
             coarse_grid = check_size(denoiser.model, coarse.height, coarse.width)
             check_coarse(coarse, *request.size_px)
             coarse_stripes = self._plan_call(1, coarse_grid, tokens)
-        stripes = self._plan_call(1, grid, tokens, shown_bytes)
+        # The coarse image is held until it is enlarged.
+        coarse_bytes = 0 if coarse is None else 4 * 3 * coarse.height * coarse.width
+        stripes = self._plan_call(1, grid, tokens, shown_bytes + coarse_bytes)
         captions = self._embed(request.captions, truncate)
         steps_wanted = sampling.steps + (coarse.steps if coarse else 0)
         watch = Watch(progress, preview, cancelled, dtype, steps_wanted)

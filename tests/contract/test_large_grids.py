@@ -139,6 +139,12 @@ def test_coarse_previews_and_progress(pipe: Pipeline) -> None:
     assert taken == [(step, 4) for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize("coarse", [(32, 32), "32x32", 32, Coarse])
+def test_a_coarse_image_that_is_none(coarse: Any, pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match="expected Coarse"):
+        pipe.generate(height=64, width=64, coarse=coarse, **ASKED)
+
+
 def test_fine_guidance_asks_for_a_negative(pipe: Pipeline) -> None:
     with pytest.raises(UsageError, match=r"guidance 3\.0 needs"):
         pipe.generate(height=64, width=64, coarse=Coarse(32, 32, guidance=3.0), **ASKED)
