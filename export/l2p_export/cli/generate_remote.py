@@ -22,10 +22,6 @@ _SERVERS_OWN: Mapping[str, object] = {
     "rng": "philox",
     "positions": None,
     "base_grid": None,
-    "coarse": None,
-    "renoise": None,
-    "fine_steps": None,
-    "fine_guidance": None,
     "plan": None,
     "backend": "auto",
     "memory_budget": None,
@@ -34,6 +30,8 @@ _SERVERS_OWN: Mapping[str, object] = {
     "truncate_prompt": False,
 }
 """Options that the server's model repository decides, with their defaults."""
+
+_COARSE = ("coarse", "renoise", "fine_steps", "fine_guidance")
 
 
 def draw_remote(
@@ -53,6 +51,8 @@ def draw_remote(
 
     if bundle is not None:
         raise UsageError(f"there is a bundle `{bundle}` and a --server; give one of them")
+    if any(options[name] is not None for name in _COARSE):
+        raise UsageError("a server does not draw coarse to fine", hint="leave --coarse out, or draw with a BUNDLE here")
     own = [f"--{name.replace('_', '-')}" for name, default in _SERVERS_OWN.items() if options[name] != default]
     if own:
         raise UsageError(
