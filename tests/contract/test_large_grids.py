@@ -190,3 +190,9 @@ def test_the_command_draws_coarse_to_fine(bundles: Bundles, tmp_path: Path) -> N
         refused = run_cli(*base, *wrong, *out)
         assert refused.returncode == 2, wrong
         assert said in refused.stderr
+
+
+def test_a_server_does_not_draw_coarse_to_fine(tmp_path: Path) -> None:
+    refused = run_cli("generate", "--server", "grpc://127.0.0.1:9", "--coarse", "32x32", "--out", tmp_path / "x.png")
+    assert refused.returncode == 2
+    assert "a server does not draw coarse to fine" in refused.stderr

@@ -6,10 +6,8 @@ Forward passes and not merges: LyCORIS 4.1.3 applies alpha / r twice when it mer
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,31 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fakes.tensor_array import TensorArray
 from l2p_export.checkpoint.lora import LoraRequest, merge_loras, open_lora
 from l2p_export.tensors.sources import read_tensor
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Largest difference of an output over the largest output.
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@dataclass(frozen=True)
-class TensorArray:
-    """A torch tensor as the merge sees it."""
-
-    values: NDArray[np.float32]
-    dtype: str = "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def chunks(self, chunk_bytes: int = 0) -> Iterator[NDArray[np.float32]]:
-        yield self.values.reshape(-1)
 
 
 class Layers(nn.Module):

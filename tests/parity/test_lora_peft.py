@@ -6,10 +6,10 @@ They merge in float32, we in float64 with one rounding, so the last bits differ 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +18,11 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from fakes.tensor_array import TensorArray
 from l2p_export.checkpoint.lora import LoraRequest, merge_loras, open_lora
 from l2p_export.families.z_image_l2p import Z_IMAGE_L2P, ZImageModel
 from l2p_export.tensors.sources import read_tensor
 from parity.models import load_network, published_like, random_state
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Largest difference over the largest weight of a tensor; 1.8e-7 was measured.
 TOLERANCE = 1e-6
@@ -34,21 +32,6 @@ CONVOLUTIONS = ("enc1.0", "enc3.0", "bottleneck.0", "up2.1", "dec1.0", "out_conv
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@dataclass(frozen=True)
-class TensorArray:
-    """A torch weight as the merge sees it."""
-
-    values: NDArray[np.float32]
-    dtype: str = "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def chunks(self, chunk_bytes: int = 0) -> Iterator[NDArray[np.float32]]:
-        yield self.values.reshape(-1)
 
 
 def small_network(name: str) -> nn.Module:
