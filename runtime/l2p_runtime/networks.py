@@ -103,8 +103,13 @@ def runnable_plans(bundle: Bundle, backend: Backend) -> list[str]:
     return found
 
 
-def load_network(opened: OpenedPlan, network: str) -> Engine:
+def load_network(opened: OpenedPlan, network: str, *, fused: bool = True) -> Engine:
     """Load one network: its engine on an engine backend, else its ONNX graph.
+
+    Args:
+        opened: the plan on its backend.
+        network: its name.
+        fused: take the fused graph, where the bundle has one and the backend runs it.
 
     Raises:
         ArtifactError: the bundle does not have that engine or ONNX graph, or it is damaged.
@@ -116,7 +121,16 @@ def load_network(opened: OpenedPlan, network: str) -> Engine:
         return backend.load_engine(bundle.path(record.engine), record, spec)
     _require_graph(opened, network)
     graph = opened.manifest.graph(network, opened.plan)
-    return backend.load(bundle.path(graph.graph), bundle.path(graph.weights), spec)
+    chosen = graph.fused if fused and graph.fused is not None and backend.runs_fused else graph.graph
+    return backend.load(bundle.path(chosen), bundle.path(graph.weights), spec)
+
+
+def fused_networks(opened: OpenedPlan) -> tuple[str, ...]:
+    """Networks of a denoising call whose fused graphs run, in order; none on a backend that does not take them."""
+    manifest, plan = opened.manifest, opened.plan
+    if not opened.backend.runs_fused:
+        return ()
+    return tuple(network for network in NETWORKS if manifest.graph(network, plan).fused is not None)
 
 
 def engine_record(opened: OpenedPlan, network: str) -> EngineRecord:

@@ -363,9 +363,8 @@ def _graphs(
         require_disk(run.home.root, left_bytes + SPARE_DISK_BYTES)
     for precision, spec in itertools.product(plans, model.networks):
         stage = graph_stage(run, model, tensors, spec, precision, digests.of(spec.name), reporter)
-        graph, weights = stage.files
         files += stage.files
-        graphs.append(GraphRecord(spec.name, precision.name, precision.opset, graph.path, weights.path))
+        graphs.append(GraphRecord(spec.name, precision.name, precision.opset, *(file.path for file in stage.files)))
     return graphs, files
 
 

@@ -72,7 +72,7 @@ def pack_manifest(manifest: Manifest, target: str | None, plans: Sequence[str]) 
     if keeps_graphs:
         for record in (*graphs, *(text.graphs if text else ())):
             if manifest.has_graph(record.network, record.plan):
-                used |= {record.graph, record.weights}
+                used |= set(record.paths)
             elif target is not None:
                 raise UsageError(
                     f"the bundle has no graph of `{record.network}`: it was packed for engines",

@@ -55,7 +55,7 @@ def add_text_encoder(
     for plan in chosen:
         stage = graph_stage(run, model, encoder.tensors, model.network, plan, weights, reporter)
         files += stage.files
-        graphs.append(GraphRecord(TEXT_ENCODER, plan.name, plan.opset, stage.files[0].path, stage.files[1].path))
+        graphs.append(GraphRecord(TEXT_ENCODER, plan.name, plan.opset, *(file.path for file in stage.files)))
     tokenizer, template = _text_stage(run, encoder).files
     case, ledger = prove_text(
         run,

@@ -35,12 +35,18 @@ _NOWHERE = "weights"
 
 @dataclass(frozen=True, slots=True)
 class GraphFiles:
-    """A written ONNX graph: its two files, named by their content, and the SHA-256 of each."""
+    """A written ONNX graph: its two files, named by their content, and the SHA-256 of each.
+
+    Attributes:
+        fused: the same graph for ONNX Runtime on the CPU (`graphs/fused.py`), with its SHA-256; None if it has no
+            attention.
+    """
 
     graph: Path
     graph_sha256: str
     weights: Path
     weights_sha256: str
+    fused: tuple[Path, str] | None = None
 
 
 def graph_stage(
@@ -52,7 +58,7 @@ def graph_stage(
     weights_sha256: str,
     reporter: Reporter,
 ) -> Stage:
-    """Export one network as a stage; its files are the `.onnx` and the `.safetensors`, in this order.
+    """Export one network as a stage; its files are `.onnx`, `.safetensors` and, if it has attention, `.cpu.onnx`.
 
     The trace is a separate stage without weights, which another checkpoint of the same dimensions reuses.
 
@@ -75,7 +81,9 @@ def graph_stage(
         with reporter.task(f"{plan.name} graph of `{network.name}`", total) as advance:
             scales = _input_scales(model, network.name, plan)
             found = write_graph(path.read_bytes(), tensors, network.name, plan, work, advance, scales)
-        return StageOutput("graphs", ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256)))
+        fused = () if found.fused is None else (found.fused,)
+        files = ((found.graph, found.graph_sha256), (found.weights, found.weights_sha256), *fused)
+        return StageOutput("graphs", files)
 
     inputs = {**_structure(model, network, plan), "weights": weights_sha256}
     return run("graph", f"{network.name}.{plan.name}", inputs, make)
@@ -184,6 +192,7 @@ def write_graph(
     import onnx_ir as ir
 
     from l2p_export.graphs.float8 import float8_sources, is_float8, weight_parts
+    from l2p_export.graphs.fused import fuse
 
     graph = ir.serde.deserialize_model(onnx.load_model_from_string(traced))
     weights_of = graph.graph.initializers
@@ -199,9 +208,14 @@ def write_graph(
     dtypes = {name: _STORED[str(weights_of[name].dtype)] for name in names}
     weights_sha256, places = write_weights(written, sources, dtypes, advance)
     weights = named_by_content(written, written.name, weights_sha256)
-    graph_sha256, path = _save(graph, places, weights, folder / f"{network}.{plan.name}")
+    stem = folder / f"{network}.{plan.name}"
+    _point_into(graph, places, weights)
+    graph_sha256, path = _save(graph, stem, ".onnx")
     _check(path)
-    return GraphFiles(path, graph_sha256, weights, weights_sha256)
+    # ONNX Runtime has no bfloat16 on the CPU, so nothing would run it.
+    is_fused = plan.base != "bf16" and fuse(graph)
+    fused = _save(graph, stem, ".cpu.onnx") if is_fused else None
+    return GraphFiles(path, graph_sha256, weights, weights_sha256, (fused[1], fused[0]) if fused else None)
 
 
 def _source(
@@ -306,7 +320,8 @@ def _repeats(model: Networks, network: str, plan: PrecisionPlan) -> dict[str, li
     return runs
 
 
-def _save(graph: ir.Model, places: Mapping[str, TensorInfo], weights: Path, stem: Path) -> tuple[str, Path]:
+def _point_into(graph: ir.Model, places: Mapping[str, TensorInfo], weights: Path) -> None:
+    """Give each weight its place in the weights file."""
     import onnx_ir as ir
 
     for name, info in places.items():
@@ -315,9 +330,12 @@ def _save(graph: ir.Model, places: Mapping[str, TensorInfo], weights: Path, stem
             raise InternalError(f"weight `{name}` of the traced graph has no dtype")
         shape = ir.Shape(info.shape)
         value.const_value = _external(name, weights.name, info.offset, info.size_bytes, value.dtype, shape)
+
+
+def _save(graph: ir.Model, stem: Path, suffix: str) -> tuple[str, Path]:
     data = _serialized(graph)
     digest = hashlib.sha256(data).hexdigest()
-    path = stem.with_name(f"{stem.name}.{digest[:DIGEST_DIGITS]}.onnx")
+    path = stem.with_name(f"{stem.name}.{digest[:DIGEST_DIGITS]}{suffix}")
     write_bytes(path, data)
     return digest, path
 

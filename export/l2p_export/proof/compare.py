@@ -50,12 +50,6 @@ def compare_networks(
         return []
     made: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in references}
     entries = []
-
-    def judge(label: str, output: str, name: str, found: NDArray[Any]) -> LedgerEntry:
-        reference = references[name]
-        step = pixel_step(reference) if output == "head.prediction" else 1
-        return compare(reference[output], found, comparison, network=label, case=name, base=base, pixel_step=step)
-
     for network in NETWORKS:
         engine = load(network)
         try:
@@ -64,13 +58,42 @@ def compare_networks(
                 alone = _run(engine, device, network_inputs(network, reference, reference), cut)
                 chained = _run(engine, device, network_inputs(network, reference, made[name]), cut)
                 made[name] |= {f"{network}.{output}": value for output, value in chained.items()}
-                for output in (spec.name for spec in networks[network].outputs):
-                    label = network if output == networks[network].outputs[0].name else f"{network}.{output}"
-                    entries.append(judge(label, f"{network}.{output}", name, alone[output]))
+                entries += _judge_outputs(comparison, base, networks[network], name, reference, alone)
                 advance(1)
         finally:
             engine.close()
-    return entries + [judge(END_TO_END, "head.prediction", name, made[name]["head.prediction"]) for name in references]
+    end = "head.prediction"
+    return entries + [
+        _judge(comparison, base, END_TO_END, end, name, reference, made[name][end])
+        for name, reference in references.items()
+    ]
+
+
+def compare_each(
+    comparison: Comparison,
+    base: BasePrecision,
+    networks: Mapping[str, NetworkSpec],
+    references: Mapping[str, Tensors],
+    load: Callable[[str], Engine],
+    device: Device,
+    advance: Callable[[int], None],
+) -> list[LedgerEntry]:
+    """Run every case through some networks, each on its own with the reference's tensors; see `compare_networks`.
+
+    Returns:
+        One entry for each case and network output.
+    """
+    entries = []
+    for network, spec in networks.items():
+        engine = load(network)
+        try:
+            for name, reference in references.items():
+                found = _run(engine, device, network_inputs(network, reference, reference), ())
+                entries += _judge_outputs(comparison, base, spec, name, reference, found)
+                advance(1)
+        finally:
+            engine.close()
+    return entries
 
 
 def run_engine(engine: Engine, device: Device, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -82,6 +105,31 @@ def run_engine(engine: Engine, device: Device, inputs: Tensors) -> dict[str, NDA
     engine.run({name: device.upload(np.ascontiguousarray(value)) for name, value in inputs.items()}, outputs)
     device.synchronize()
     return {name: device.download(value) for name, value in outputs.items()}
+
+
+def _judge_outputs(
+    comparison: Comparison, base: BasePrecision, spec: NetworkSpec, case: str, reference: Tensors, found: Tensors
+) -> list[LedgerEntry]:
+    """Every output of a network; the first is called as the network is."""
+    names = [output.name for output in spec.outputs]
+    labels = [spec.name, *(f"{spec.name}.{name}" for name in names[1:])]
+    return [
+        _judge(comparison, base, label, f"{spec.name}.{name}", case, reference, found[name])
+        for label, name in zip(labels, names, strict=True)
+    ]
+
+
+def _judge(
+    comparison: Comparison,
+    base: BasePrecision,
+    label: str,
+    output: str,
+    case: str,
+    reference: Tensors,
+    found: NDArray[Any],
+) -> LedgerEntry:
+    step = pixel_step(reference) if output == "head.prediction" else 1
+    return compare(reference[output], found, comparison, network=label, case=case, base=base, pixel_step=step)
 
 
 def _run(engine: Engine, device: Device, inputs: Tensors, stripes: Sequence[Stripe]) -> dict[str, NDArray[Any]]:

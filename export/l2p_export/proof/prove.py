@@ -12,7 +12,7 @@ from l2p_engines.store.stages import StageOutput, StageRunner, named_by_content
 from l2p_export.proof.cases import (
     Case,
 )
-from l2p_export.proof.compare import compare_networks
+from l2p_export.proof.compare import compare_each, compare_networks
 from l2p_export.proof.reference import References
 from l2p_export.proof.stored import write_case
 from l2p_export.toolchain import toolchain
@@ -24,6 +24,7 @@ from l2p_runtime.contract import (
     GraphRecord,
     LedgerEntry,
     ReferenceCase,
+    fused_comparison,
     graph_comparison,
 )
 from l2p_runtime.contract.codec import from_json
@@ -80,7 +81,7 @@ def prove(
     plans = list(dict.fromkeys(record.plan for record in graphs))
     loaded, cases, too_large = references.loaded, references.cases, references.too_large
     inputs = {
-        "graphs": [[record, files[record.graph].sha256, files[record.weights].sha256] for record in graphs],
+        "graphs": [[record, *(files[path].sha256 for path in record.paths)] for record in graphs],
         "cases": cases,
         "left": [[reason, left] for reason, left in too_large],
         "thresholds": {
@@ -103,6 +104,8 @@ def prove(
         for plan in plans:
             of_plan = {record.network: record for record in graphs if record.plan == plan}
             ledger += _compare(run, loaded, plan, bases[plan], of_plan, files, backend, results, reporter)
+            small = {case.name: results[case.name] for case in cases if case.stored}
+            ledger += _compare_fused(run, loaded, plan, bases[plan], of_plan, files, backend, small, reporter)
         require_passed(ledger, bases)
         stored, made = _store(cases, results, work, loaded.model.spec.patch_px)
         return StageOutput("reference", tuple(made), _Facts(tuple(stored), tuple(ledger)))
@@ -133,6 +136,32 @@ def _compare(
     with reporter.task(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
         try:
             return compare_networks(comparison, base, networks, references, load, backend.device, advance)
+        except UnsupportedError as error:
+            return not_run(comparison, list(references), str(error))
+
+
+def _compare_fused(
+    run: StageRunner,
+    loaded: LoadedModel,
+    plan: str,
+    base: BasePrecision,
+    graphs: Mapping[str, GraphRecord],
+    files: Mapping[str, FileRecord],
+    backend: Backend,
+    references: Mapping[str, Mapping[str, NDArray[Any]]],
+    reporter: Reporter,
+) -> list[LedgerEntry]:
+    """Each fused graph on its own: another way to run a network, whose sequence is that of `_compare`."""
+    networks = {spec.name: spec for spec in loaded.model.networks if graphs[spec.name].fused is not None}
+
+    def load(network: str) -> Engine:
+        record = graphs[network]
+        return backend.load(run.path(files[record.fused or ""]), run.path(files[record.weights]), networks[network])
+
+    comparison = fused_comparison(plan)
+    with reporter.task(f"ledger {plan}, fused", len(references) * len(networks), "calls") as advance:
+        try:
+            return compare_each(comparison, base, networks, references, load, backend.device, advance)
         except UnsupportedError as error:
             return not_run(comparison, list(references), str(error))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from l2p_calib.ledger import END_TO_END, not_run
-from l2p_export.proof.compare import compare_networks
+from l2p_export.proof.compare import compare_each, compare_networks
 from l2p_export.proof.engine_layers import judge_layers, layers_not_read
 from l2p_export.proof.stored import read_case
 from l2p_export.proof.text import verify_text
@@ -25,12 +25,14 @@ from l2p_runtime.contract import (
     ReferenceCase,
     build_comparison,
     engine_comparison,
+    fused_comparison,
     graph_comparison,
 )
 from l2p_runtime.errors import HostError, UnsupportedError, UsageError
 from l2p_runtime.networks import (
     OpenedPlan,
     engine_record,
+    fused_networks,
     head_rows_max,
     load_network,
     open_plan,
@@ -40,6 +42,8 @@ from l2p_runtime.networks import (
 from l2p_runtime.stripes import Stripe, plan_stripes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from l2p_runtime.bundle import Bundle
     from l2p_runtime.progress import Reporter
 
@@ -89,17 +93,33 @@ def _verify_plan(opened: OpenedPlan, reporter: Reporter) -> list[LedgerEntry]:
     reading = _reading_layers(opened, layers)
 
     def load(network: str) -> Engine:
-        return load_network(reading, network)
+        return load_network(reading, network, fused=False)
 
-    with reporter.task(f"ledger {plan}", len(references) * len(networks), "calls") as advance:
+    calls = len(references) * (len(networks) + len(fused_networks(opened)))
+    with reporter.task(f"ledger {plan}", calls, "calls") as advance:
         try:
             found = compare_networks(
                 comparison, opened.base, networks, references, load, opened.backend.device, advance, stripes
             )
+            found += _verify_fused(opened, networks, references, advance)
             found += verify_text(reading, comparison)
         except UnsupportedError as error:
             found = not_run(comparison, list(references), str(error))
     return [*found, *refused, *layers, *_layers_not_read(opened, layers)]
+
+
+def _verify_fused(
+    opened: OpenedPlan,
+    networks: Mapping[str, NetworkSpec],
+    references: Mapping[str, Mapping[str, NDArray[Any]]],
+    advance: Callable[[int], None],
+) -> list[LedgerEntry]:
+    """The plan's fused graphs, where the backend runs them."""
+    specs = {network: networks[network] for network in fused_networks(opened)}
+    comparison, device = fused_comparison(opened.plan), opened.backend.device
+    return compare_each(
+        comparison, opened.base, specs, references, lambda name: load_network(opened, name), device, advance
+    )
 
 
 def _stripes(opened: OpenedPlan, case: ReferenceCase) -> tuple[Stripe, ...]:
@@ -156,7 +176,8 @@ def _left(manifest: Manifest, backend: Backend, plan: str | None, ledger: Sequen
     """Entries of the bundle's own ledger, of one plan or all, that this machine did not run; listed as not run."""
     run = {entry.comparison for entry in ledger}
     cases = {case.name for case in manifest.references} | {entry.case for entry in ledger}
-    chosen = {graph_comparison(ref.name) for ref in manifest.plans if plan in (None, ref.name)}
+    of_graphs = (graph_comparison, fused_comparison)
+    chosen = {made(ref.name) for ref in manifest.plans if plan in (None, ref.name) for made in of_graphs}
     replaced = _outputs_compared(manifest, backend, ledger)
     left = [
         entry

@@ -99,6 +99,7 @@ class Backend:
         load: (ONNX graph file, weights file, the network's inputs and outputs) to a ready engine.
         target: target that engines must be built for to run here; None for a backend that runs ONNX graphs.
         load_engine: (engine file, its record, the network's inputs and outputs) to a ready engine; None likewise.
+        runs_fused: whether it takes graphs with contrib operators of ONNX Runtime's CPU.
         library_bytes: what the library takes by itself, beside networks.
         held_bytes: (bytes of a network's weights, whether its plan is float32) to what it takes while it is loaded.
     """
@@ -109,6 +110,7 @@ class Backend:
     load: Callable[[Path, Path, NetworkSpec], Engine]
     target: Target | None = None
     load_engine: Callable[[Path, EngineRecord, NetworkSpec], Engine] | None = None
+    runs_fused: bool = False
     library_bytes: int = 0
     held_bytes: Callable[[int, bool], int] = lambda weight_bytes, is_float32: weight_bytes
 

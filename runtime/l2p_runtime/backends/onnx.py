@@ -45,6 +45,7 @@ def open_device(device: int) -> Backend:
         identity=f"onnxruntime {onnxruntime.__version__}",
         device=HostDevice(),
         load=OnnxEngine,
+        runs_fused=True,
         library_bytes=_LIBRARY_BYTES,
         held_bytes=held_bytes,
     )

@@ -9,7 +9,7 @@ from typing import Literal
 from l2p_runtime.errors import ArtifactError
 
 Baseline = Literal["torch float32", "float32 ranges", "graph", "pictures"]
-Subject = Literal["graph", "engine", "pictures"]
+Subject = Literal["graph", "fused graph", "engine", "pictures"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Comparison:
     Attributes:
         baseline: outputs of torch float32; the ranges that were measured in float32; the ONNX graph that an engine
             was built from; or pictures drawn under another plan.
-        subject: what is judged: ONNX graphs, engines, or pictures.
+        subject: what is judged: ONNX graphs, those fused for ONNX Runtime on the CPU, engines, or pictures.
         plan: name of the subject's precision plan.
         target: target of an engine, as `rtx1.7-sm89`; None for ONNX graphs and pictures.
         baseline_plan: precision plan of the baseline's pictures; None for every other baseline.
@@ -72,6 +72,11 @@ class LedgerEntry:
 def graph_comparison(plan: str) -> Comparison:
     """A plan's ONNX graphs with torch float32."""
     return Comparison("torch float32", "graph", plan)
+
+
+def fused_comparison(plan: str) -> Comparison:
+    """A plan's ONNX graphs as fused for ONNX Runtime on the CPU with torch float32."""
+    return Comparison("torch float32", "fused graph", plan)
 
 
 def engine_comparison(plan: str, target: str) -> Comparison:

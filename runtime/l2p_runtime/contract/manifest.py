@@ -17,9 +17,9 @@ from l2p_runtime.contract.profile import Profile, Sampling
 from l2p_runtime.contract.tensors import NetworkSpec
 from l2p_runtime.errors import ArtifactError, UsageError
 
-SCHEMA = 3
-"""Version of `bundle.json`. Older ones still open: 2 gave the trained grid one side; 1 also named comparisons by texts,
-and plans' bases by their names."""
+SCHEMA = 4
+"""Version of `bundle.json`. Older ones still open: 3 had no fused graphs; 2 also gave the trained grid one side; 1 also
+named comparisons by texts, and plans' bases by their names."""
 MANIFEST_NAME = "bundle.json"
 NETWORKS = ("caption", "stem", "trunk", "tail", "head")
 """The networks of one denoising call, in the order of the data flow."""
@@ -77,13 +77,24 @@ class PlanRef:
 
 @dataclass(frozen=True, slots=True)
 class GraphRecord:
-    """One network as ONNX under one precision plan: paths of the ONNX graph and of its weights."""
+    """One network as ONNX under one precision plan: paths of the ONNX graph and of its weights.
+
+    Attributes:
+        fused: path of the same graph with contrib operators, for ONNX Runtime on the CPU; it refers to the same
+            weights. None where there is none.
+    """
 
     network: str
     plan: str
     opset: int
     graph: str
     weights: str
+    fused: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Its two or three files."""
+        return (self.graph, self.weights, *((self.fused,) if self.fused is not None else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +268,8 @@ class Manifest:
         used = {
             path
             for record in (*self.graphs, *(self.text.graphs if self.text is not None else ()))
-            if (record.network, record.plan) not in built or not paths.isdisjoint((record.graph, record.weights))
-            for path in (record.graph, record.weights)
+            if (record.network, record.plan) not in built or not paths.isdisjoint(record.paths)
+            for path in record.paths
         }
         used |= {case.file for case in self.references} | {record.engine for record in self.engines}
         used |= {plan.file for plan in self.plans if plan.file is not None}
