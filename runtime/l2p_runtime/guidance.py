@@ -20,6 +20,11 @@ _DIFFUSERS_MAX = 99.0
 """One less than the maximum of `Sampling`."""
 
 
+def prompts_of(guidance: float) -> int:
+    """How many prompts a denoising step of this guidance scale computes: the negative one only with guidance."""
+    return 1 if guidance == 1.0 else 2
+
+
 def own_guidance(guidance: float | None, convention: str) -> float | None:
     """A guidance scale in the convention `l2p`; None, which stands for a default in that convention, stays None.
 

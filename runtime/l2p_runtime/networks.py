@@ -16,6 +16,7 @@ from l2p_runtime.contract import (
     Manifest,
 )
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UsageError
+from l2p_runtime.memory import CallMemory, call_memory, cpu_call_memory, fused_call_memory
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
@@ -157,6 +158,26 @@ def held_bytes(opened: OpenedPlan) -> dict[str, int]:
     """Network to the bytes that it takes while it is loaded; the text encoder included."""
     held, is_float32 = opened.backend.held_bytes, opened.base == "fp32"
     return {network: held(weights, is_float32) for network, weights in network_bytes(opened).items()}
+
+
+def forecast_call(
+    opened: OpenedPlan, batch: int, grid: tuple[int, int], caption_tokens: int, prompts: int
+) -> CallMemory:
+    """Memory of one denoising call of a plan on its backend, besides the weights.
+
+    Args:
+        opened: the plan.
+        batch: images.
+        grid: token rows and columns.
+        caption_tokens: of the longest caption, padded.
+        prompts: 2 with guidance, 1 without.
+    """
+    forecast = call_memory
+    if opened.runs_engines:
+        forecast = call_memory if opened.base == "fp32" else fused_call_memory
+    elif fused_networks(opened):
+        forecast = cpu_call_memory
+    return forecast(opened.manifest.model, batch, *grid, caption_tokens, prompts)
 
 
 def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:

@@ -17,17 +17,16 @@ from l2p_runtime.coarse import Coarse, check_coarse, mix_enlarged
 from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict, turned
 from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
-from l2p_runtime.guidance import Convention
+from l2p_runtime.guidance import Convention, prompts_of
 from l2p_runtime.memory import (
     budget_bytes,
-    call_memory,
-    fused_call_memory,
     return_freed_memory,
     return_large_buffers_at_once,
 )
 from l2p_runtime.networks import (
     OpenedPlan,
     engine_record,
+    forecast_call,
     head_rows_max,
     held_bytes,
     load_network,
@@ -159,6 +158,7 @@ class Pipeline:
         memory_budget_bytes: int | None = None,
         *,
         encodes: bool = False,
+        prompts: int = 2,
     ) -> None:
         """Refuse a call that cannot be made, before anything is loaded.
 
@@ -168,6 +168,7 @@ class Pipeline:
             caption_tokens: of the longest caption, padded.
             memory_budget_bytes: as in `open`.
             encodes: the text encoder runs too.
+            prompts: 2 with guidance, 1 without.
 
         Raises:
             HostError: the call, the largest network or the text encoder exceeds the budget or the free memory.
@@ -177,7 +178,7 @@ class Pipeline:
         pipeline._require_largest()
         if encodes:
             pipeline._require_encoder()
-        pipeline._plan_call(1, grid, caption_tokens)
+        pipeline._plan_call(1, grid, caption_tokens, prompts)
 
     @property
     def bundle(self) -> Bundle:
@@ -221,7 +222,7 @@ class Pipeline:
         times = check_time(time, batch)
         captions = check_embeds(denoiser.model, prompt_embeds, batch)
         policy = self._policy(positions)
-        stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])))
+        stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])), 1)
         device = denoiser.device
         axes = axis_frequencies(denoiser.model.rotary, grid, policy, float(times[0]))
         condition = encode_caption(denoiser, captions, *grid, axes)
@@ -325,10 +326,11 @@ class Pipeline:
         if coarse is not None:
             coarse_grid = check_size(denoiser.model, coarse.height, coarse.width)
             check_coarse(coarse, *request.size_px)
-            coarse_stripes = self._plan_call(1, coarse_grid, tokens)
+            coarse_stripes = self._plan_call(1, coarse_grid, tokens, prompts_of(sampling.guidance))
         # The coarse image is held until it is enlarged.
         coarse_bytes = 0 if coarse is None else 4 * 3 * coarse.height * coarse.width
-        stripes = self._plan_call(1, grid, tokens, shown_bytes + coarse_bytes)
+        prompts = prompts_of(sampling.guidance if coarse is None else coarse.guidance)
+        stripes = self._plan_call(1, grid, tokens, prompts, shown_bytes + coarse_bytes)
         captions = self._embed(request.captions, truncate)
         steps_wanted = sampling.steps + (coarse.steps if coarse else 0)
         watch = Watch(progress, preview, cancelled, dtype, steps_wanted)
@@ -492,13 +494,16 @@ class Pipeline:
     def _load(self, network: str) -> Engine:
         return load_network(self._opened_plan, network)
 
-    def _plan_call(self, batch: int, grid: tuple[int, int], tokens: int, further_bytes: int = 0) -> tuple[Stripe, ...]:
+    def _plan_call(
+        self, batch: int, grid: tuple[int, int], tokens: int, prompts: int, further_bytes: int = 0
+    ) -> tuple[Stripe, ...]:
         """Cut the head for a call. If all networks and the call do not fit together, the networks take turns.
 
         Args:
             batch: images.
             grid: token rows and columns.
             tokens: of the caption, padded.
+            prompts: 2 with guidance, 1 without.
             further_bytes: buffers beside those of a denoising call.
 
         Raises:
@@ -507,8 +512,7 @@ class Pipeline:
         """
         model, sizes = self._denoiser.model, self._held_bytes
         opened = self._opened_plan
-        fused = opened.runs_engines and opened.base != "fp32"
-        need = (fused_call_memory if fused else call_memory)(model, batch, *grid, tokens)
+        need = forecast_call(opened, batch, grid, tokens, prompts)
         need = replace(need, buffers_bytes=need.buffers_bytes + further_bytes)
         head_rows = None
         if opened.runs_engines:
@@ -561,8 +565,7 @@ class Pipeline:
         watch: Watch,
     ) -> None:
         """Run one schedule at one size, with the negative caption only where there is guidance."""
-        if guidance == 1.0:
-            captions = captions[:1]
+        captions = captions[: prompts_of(guidance)]
 
         def axes(time: float) -> tuple[Frequencies, ...]:
             return axis_frequencies(denoiser.model.rotary, grid, policy, time)

@@ -82,7 +82,7 @@ def test_a_batch_equals_its_images_one_by_one(bundles: Bundles) -> None:
     ("kind", "size"), [("tiny-16", (336, 208)), ("tiny-64", (1216, 320)), ("tiny-128", (1408, 256))]
 )
 def test_stripes_equal_the_whole(bundles: Bundles, kind: str, size: tuple[int, int]) -> None:
-    from l2p_runtime.memory import call_memory
+    from l2p_runtime.networks import forecast_call
     from l2p_runtime.requests import plan_call
 
     image = np.random.default_rng(1).standard_normal((1, 3, *size), dtype=np.float32)
@@ -91,8 +91,8 @@ def test_stripes_equal_the_whole(bundles: Bundles, kind: str, size: tuple[int, i
         whole = pipe.denoise(image, 0.25, embeds)
         model = pipe.bundle.manifest.model
         held = sum(pipe._held_bytes.values()) + pipe._opened_plan.backend.library_bytes
-    grid = (size[0] // model.patch_px, size[1] // model.patch_px)
-    need = call_memory(model, 1, *grid, 32)
+        grid = (size[0] // model.patch_px, size[1] // model.patch_px)
+        need = forecast_call(pipe._opened_plan, 1, grid, 32, 1)
     stripe_counts = []
     for rows in (9, 10):
         budget = held + need.buffers_bytes + rows * need.head_row_bytes

@@ -21,7 +21,7 @@ from l2p_engines.forecast.cards import find_card
 from l2p_export.performance.bench import _bounds as bounds_of
 from l2p_export.performance.bench import bench
 from l2p_export.proof.verify import verify_bundle
-from l2p_runtime import Pipeline, pipeline
+from l2p_runtime import Pipeline, networks
 from l2p_runtime.backends import cuda
 from l2p_runtime.backends.cuda import CudaDevice
 from l2p_runtime.bundle import open_bundle
@@ -69,7 +69,7 @@ def test_the_same_pixels_as_on_the_host(device: CudaDevice, compiled: Path, dtyp
 
 def test_the_head_is_cut_to_what_its_engine_takes(device: CudaDevice, compiled: Path) -> None:
     with Pipeline.open(compiled) as pipe:
-        stripes = pipe._plan_call(1, (8, 4), 32)
+        stripes = pipe._plan_call(1, (8, 4), 32, 2)
         assert max(stripe.read_stop - stripe.read_first for stripe in stripes) == HEAD_ROWS
         noisy = np.random.default_rng(0).standard_normal((1, 3, 128, 64), dtype=np.float32)
         found = pipe.denoise(noisy, 0.5, EMBEDS)
@@ -169,7 +169,7 @@ def test_memory_is_forecast_by_the_base_of_a_plan(
     (plan,) = (plan for plan in data["plans"] if plan["name"] == "fp32")
     plan |= {"name": "fp32-mine", "base": base}
     path.write_text(json.dumps(data))
-    monkeypatch.setattr(pipeline, forbidden, None)
+    monkeypatch.setattr(networks, forbidden, None)
     with Pipeline.open(tmp_path / "bundle", plan="fp32-mine") as pipe:
         assert pipe.generate(**CALL).shape == (128, 64, 3)
 

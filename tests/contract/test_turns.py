@@ -14,8 +14,7 @@ import pytest
 from conftest import Bundles
 from l2p_runtime import HostError, Pipeline
 from l2p_runtime.backends import onnx
-from l2p_runtime.memory import call_memory
-from l2p_runtime.networks import network_bytes
+from l2p_runtime.networks import forecast_call, network_bytes
 
 KIND = "tiny-16-fused"
 CALL = {"height": 32, "width": 16, "seed": 3, "steps": 2}
@@ -77,7 +76,7 @@ def test_a_call_that_needs_the_room_makes_networks_take_turns(
     embeds = np.zeros((4, 40), np.float32)
     with Pipeline.open(path) as pipe:
         expected = pipe.generate(**CALL, prompt_embeds=embeds, guidance=1.0)
-        need = call_memory(pipe.bundle.manifest.model, 1, 2, 1, 32)
+        need = forecast_call(pipe._opened_plan, 1, (2, 1), 32, 1)
     with watched(monkeypatch) as seen, Pipeline.open(path, memory_budget=total + need.buffers_bytes) as pipe:
         assert len(seen["loads"]) == 5
         np.testing.assert_array_equal(pipe.generate(**CALL, prompt_embeds=embeds, guidance=1.0), expected)
@@ -118,7 +117,7 @@ def test_the_least_budget_that_a_refusal_states_is_enough(bundles: Bundles) -> N
         assert stated is not None
         least = int(stated[1].replace(",", ""))
         with Pipeline.open(path, memory_budget=least) as pipe:
-            assert pipe._plan_call(1, (size["height"] // 16, size["width"] // 16), 32)
+            assert pipe._plan_call(1, (size["height"] // 16, size["width"] // 16), 32, 1)
         with Pipeline.open(path, memory_budget=least - 1) as pipe, pytest.raises(HostError, match="needs"):
             pipe.generate(**{**call, **size})
 

@@ -25,7 +25,7 @@ from l2p_export.cli.grid_options import grid_options, read_coarse
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
 from l2p_runtime import UsageError, __version__
-from l2p_runtime.guidance import CONVENTIONS
+from l2p_runtime.guidance import CONVENTIONS, prompts_of
 
 if TYPE_CHECKING:
     from l2p_runtime.bundle import Bundle
@@ -212,6 +212,7 @@ def _check_machine(bundle: Bundle, request: ImageRequest, options: dict[str, Any
     from l2p_runtime import Pipeline
     from l2p_runtime.memory import parse_bytes
     from l2p_runtime.networks import open_plan
+    from l2p_runtime.requests import check_size
     from l2p_runtime.text import bundle_tokenizer
 
     budget = parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None
@@ -223,7 +224,14 @@ def _check_machine(bundle: Bundle, request: ImageRequest, options: dict[str, Any
     opened = open_plan(bundle, options["backend"], 0, options["plan"])
     try:
         tokens = bundle.manifest.model.padded(max(lengths))
-        Pipeline.check_call(opened, request.grid, tokens, budget, encodes=bool(texts))
+        coarse, guidance = read_coarse(options), request.sampling.guidance
+        calls = [(request.grid, guidance)]
+        if coarse is not None:
+            coarse_grid = check_size(bundle.manifest.model, coarse.height, coarse.width)
+            calls = [(coarse_grid, guidance), (request.grid, coarse.guidance)]
+        for grid, scale in calls:
+            prompts = prompts_of(scale)
+            Pipeline.check_call(opened, grid, tokens, budget, encodes=bool(texts), prompts=prompts)
     finally:
         opened.backend.device.close()
     return opened.plan

@@ -112,8 +112,8 @@ def _activations(found: Forecast) -> Iterator[str]:
         if halo is not None
         else "the head is not striped"
     )
-    # Attention in float32 is decomposed both in engines and on the CPU.
-    yield f"  Only fp32 stores whole attention scores; {cut}."
+    # Attention in float32 is decomposed in engines; on the CPU, fused graphs run.
+    yield f"  Only engines in fp32 store whole attention scores; {cut}."
 
 
 def _build(build: BuildForecast) -> Iterator[str]:

@@ -46,7 +46,7 @@ from l2p_export.tensors.checkpoint import fingerprint
 from l2p_export.tensors.metadata import sampling_defaults
 from l2p_runtime.contract import TEXT_ENCODER, ModelSpec, Profile, Sampling
 from l2p_runtime.errors import UsageError
-from l2p_runtime.memory import CallMemory, call_memory
+from l2p_runtime.memory import CallMemory, cpu_call_memory
 from l2p_runtime.requests import check_size
 
 CPU_PRECISIONS = ("fp32", "fp16")
@@ -361,7 +361,7 @@ def _placements(
         # ONNX Runtime on the CPU computes in float32, whatever the weights are stored in.
         tokens = count_tokens(model, call)
         memory = (
-            call_memory(model, call.batch, tokens.rows, tokens.columns, tokens.caption)
+            cpu_call_memory(model, call.batch, tokens.rows, tokens.columns, tokens.caption)
             if on_cpu
             else engine_memory(model, call, setting.precision)
         )

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from l2p_export.families.z_image_l2p.dimensions import published_dimensions
 from l2p_export.families.z_image_l2p.specs import model_spec
 from l2p_runtime.errors import UsageError
-from l2p_runtime.memory import available_host_bytes, call_memory, parse_bytes
+from l2p_runtime.memory import available_host_bytes, call_memory, cpu_call_memory, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,18 @@ def test_the_head_bounds_large_images() -> None:
     # Float32: a 4096 px map of 16 channels is 1 GiB; joined, convolved and activated there are six of them.
     assert 4 << 30 < 64 * need.head_row_bytes < 9 << 30
     assert need.buffers_bytes == 4 * (3 * 3 * 4096 * 4096 + 4 * (4096 + 128) * 3840)
+
+
+def test_without_guidance_one_prediction_is_held() -> None:
+    model = model_spec(published_dimensions("4k"))
+    two, one = (call_memory(model, 1, 64, 64, 128, prompts) for prompts in (2, 1))
+    assert two.buffers_bytes - one.buffers_bytes == 4 * (3 * 4096 * 4096 + 2 * (4096 + 128) * 3840)
+
+
+def test_fused_graphs_hold_no_scores() -> None:
+    """On the CPU, at 16,416 tokens: the feed-forward of 3 x 10,240 and 4 x 3,840 values a token, or the 8K patches."""
+    model = model_spec(published_dimensions("4k"))
+    tokens = 16384 + 32
+    assert cpu_call_memory(model, 1, 128, 128, 32).tokens_bytes == 4 * tokens * (3 * 10240 + 4 * 3840)
+    narrow = cpu_call_memory(replace(model, width=128, heads=1, ffn_width=340), 1, 128, 128, 32)
+    assert narrow.tokens_bytes == 4 * (3 * 8192**2 + 16384 * 128)
