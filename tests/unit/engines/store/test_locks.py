@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,6 +175,84 @@ def test_a_zombie_is_dead() -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert is_dead(replace(this_process(), pid=process.pid, start=5))
+
+
+def test_a_process_that_another_user_runs_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signals are not ours to send, which says that it is there."""
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert not is_dead(this_process())
+    # Started at another time: the process id was given again, to somebody else.
+    assert is_dead(replace(this_process(), start=this_process().start - 1))
+
+
+def test_a_process_id_beyond_any_kernels_is_nobodys() -> None:
+    assert not is_dead(replace(this_process(), pid=1 << 80, start=5))
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_claim_that_cannot_be_written_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **more: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claims.json, "dumps", full)
+    with pytest.raises(OSError, match="No space left"), locked(tmp_path / "x"):
+        pass
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_claim_that_cannot_be_read_is_held(tmp_path: Path) -> None:
+    """What it says is not known, so nothing is removed."""
+    (tmp_path / "x.held").mkdir()
+    with pytest.raises(HostError, match=r"`.*x\.held` cannot be read \(Is a directory\)"), locked(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x.held").is_dir()
+
+
+def test_a_claim_that_is_gone_is_not_looked_for(tmp_path: Path) -> None:
+    """Its holder may remove it between any two looks at it."""
+    claim = tmp_path / "x.held"
+    assert claims._holder(claim) is None
+    claims._remove(claim, b"data")
+    assert names(tmp_path) == []
+
+
+def test_a_claim_that_was_made_since_stays(tmp_path: Path) -> None:
+    """A dead process's claim was read, but another process has removed it and claimed the lock itself."""
+    claim = tmp_path / "x.held"
+    write_claim(claim)
+    claims._remove(claim, b"what the dead process had written")
+    assert names(tmp_path) == ["x.held"]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_system_without_proc_frees_what_it_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, a process is alive as long as its id is somebody's."""
+    read_text, stat = Path.read_text, Path.stat
+
+    def hidden(real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(path: Path, *arguments: Any, **more: Any) -> Any:
+            if path.parts[1:2] == ("proc",):
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+            return real(path, *arguments, **more)
+
+        return look
+
+    monkeypatch.setattr(Path, "read_text", hidden(read_text))
+    monkeypatch.setattr(Path, "stat", hidden(stat))
+    here = this_process()
+    assert (here.boot, here.pids, here.start) == ("", 0, 0)
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        pass
+    assert is_dead(replace(here, pid=process.pid))
+    says = f"busy: process {os.getpid()} on "
+    with locked(tmp_path / "x"), pytest.raises(HostError, match=says), locked(tmp_path / "x", busy="busy"):
+        pass
+    assert names(tmp_path) == []
 
 
 @pytest.mark.usefixtures("no_locks")

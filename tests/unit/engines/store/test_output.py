@@ -116,9 +116,14 @@ def test_an_unreadable_manifest_is_no_licence_to_delete(tmp_path: Path) -> None:
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / "x.onnx").write_bytes(b"x")
     (tmp_path / "bundle.json").write_text("{")
-    with open_output(tmp_path):
-        pass
-    assert (tmp_path / "graphs" / "x.onnx").exists()
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "record.json").write_text("{}")
+    with open_output(tmp_path) as output:
+        output.tidy(())
+    # A build that is refused sweeps what it made, where it knows what that is.
+    ended_build(tmp_path, UsageError("refused"), "made")
+    kept = {"graphs/x.onnx", "graphs/made", "stages/record.json", "bundle.json"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} >= kept
 
 
 def test_too_little_disk_is_said_before_any_work(tmp_path: Path) -> None:
