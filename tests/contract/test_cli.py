@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from conftest import link_traces, run_cli
+from conftest import link_traces, run_cli, seed_store
 
 if TYPE_CHECKING:
     from conftest import Bundles
@@ -311,7 +311,8 @@ def test_cancelling_stops_between_networks_and_leaves_the_pipeline_usable(bundle
 def test_every_command_in_the_readme_runs(bundles: Bundles, tmp_path: Path) -> None:
     """In order, in one folder, in the test process; the first through a shell, as a user types it.
 
-    The builds find the traces of the 1k demo, which has all networks but the stem and the head in common with this one.
+    The builds find the traces of the 1k demo, which has all networks but the stem and the head in common with this one;
+    those two are traced once, before the first command.
     """
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", readme, flags=re.DOTALL)
@@ -320,8 +321,11 @@ def test_every_command_in_the_readme_runs(bundles: Bundles, tmp_path: Path) -> N
     commands = [line for line in lines if line not in ("make demo", "make test")]
     assert len(commands) >= 5
     bundles.path("demo-16")
-    for home in ("demo-4k.bundle", "shared"):
-        link_traces(bundles.demo_store, tmp_path / home)
+    seed_store(bundles.demo_store, tmp_path / "shared")
+    made = run_cli("build", "--profile", "4k", "--store", "shared", "--out", "before.bundle", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    link_traces(tmp_path / "shared", tmp_path / "demo-4k.bundle")
+    shutil.rmtree(tmp_path / "before.bundle")
     shell = commands[0].replace("l2p-export", f"{shlex.quote(sys.executable)} -m l2p_export", 1)
     result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
