@@ -145,7 +145,7 @@ def _draw(
 ) -> dict[str, str]:
     """Draw the image and write the PNG file; returns its text chunks."""
     from l2p_runtime import Pipeline
-    from l2p_runtime.png import write_png
+    from l2p_runtime.images.png import write_png
 
     height, width = size
     budget, plan = options["memory_budget"], options["plan"]

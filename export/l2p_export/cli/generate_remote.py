@@ -46,7 +46,7 @@ def draw_remote(
     from l2p_export.cli.embeddings import read_embeddings
     from l2p_runtime.client import Client
     from l2p_runtime.client.transport import parse_address
-    from l2p_runtime.png import write_png
+    from l2p_runtime.images.png import write_png
     from l2p_runtime.serving import picture_text
 
     if bundle is not None:
