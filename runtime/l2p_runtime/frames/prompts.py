@@ -63,10 +63,9 @@ def read_prompts(path: Path) -> dict[int, PromptLine]:
 
 
 def in_line(error: L2PError, line: int, path: Path | None) -> L2PError:
-    """The same error, which says in what line of what file it was found."""
-    told = type(error)(f"line {line} of `{path}`: {error}", hint=error.hint)
-    told.__cause__ = error
-    return told
+    """The same error, which says in what line it was found, and of what file if that is known."""
+    place = f"line {line}" if path is None else f"line {line} of `{path}`"
+    return type(error)(f"{place}: {error}", hint=error.hint)
 
 
 def _parsed(words: str, number: int, path: Path) -> PromptLine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ def check_shot(shot: Shot, bundle: Bundle) -> ShotNeeds:
                     length = texts[caption] = count(caption, bool(call.get("truncate_prompt")))
                 tokens[image.grid] = max(tokens.get(image.grid, 0), length)
         except UsageError as error:
-            if line is not None and shot.prompts is not None:
+            if line is not None:
                 raise in_line(error, line.number, shot.prompts) from error
             if shot.lines:
                 raise UsageError(f"frame {frame} has no line in `{shot.prompts}`: {error}", hint=error.hint) from error
@@ -184,7 +185,7 @@ def _counter(bundle: Bundle) -> Callable[[str, bool], int]:
 def _distinct(shot: Shot) -> Iterator[int]:
     """Frames that stand for all: one of those without a line, and each of those with one."""
     if not shot.lines:
-        yield from (frame for frame, _ in zip(shot.frames, range(1), strict=False))
+        yield from itertools.islice(shot.frames, 1)
         return
     has_plain = False
     for frame in shot.frames:
@@ -199,23 +200,25 @@ def _check_files(shot: Shot) -> None:
     """Refuse two frames of one file, and a file of another format than the others."""
     pattern, suffix = shot.pattern, Path(shot.pattern.name(0)).suffix
     owners: dict[str, int] = {}
-    for frame, line in shot.lines.items():
-        if line.out is None or frame not in shot.frames:
+    for frame in shot.frames if shot.lines else ():
+        line = shot.lines.get(frame)
+        if line is None or line.out is None:
             continue
         problem = ""
         if Path(line.out).suffix.lower() != suffix.lower():
             problem = f"out is `{line.out}`, expected a name that ends in {suffix}, as --out does"
         owner = owners.setdefault(line.out, frame)
         named = pattern.frame(line.out)
-        if owner == frame and named in shot.frames and shot.path(named) == pattern.folder / line.out:
-            owner = named
+        if named is not None and named in shot.frames and shot.path(named) == pattern.folder / line.out:
+            # Names that two lines give are told above.
+            owner = named if owner == frame else owner
         if owner != frame:
             problem = f"out is `{line.out}`, which frame {owner} is written to"
-        if problem and shot.prompts is not None:
+        if problem:
             raise in_line(UsageError(problem), line.number, shot.prompts)
     if pattern.digits is not None:
         return
-    plain = [frame for frame, _ in zip(_without_out(shot), range(2), strict=False)]
+    plain = list(itertools.islice(_without_out(shot), 2))
     if len(plain) > 1 or (plain and pattern.before in owners):
         raise UsageError(
             f"--out is `{pattern.before}` for {len(shot):,} frames, expected a name with the frame in it",
