@@ -136,9 +136,9 @@ def check_machine(opened: OpenedPlan, needs: ShotNeeds, options: Mapping[str, An
     from l2p_runtime.memory import budget_bytes
 
     budget = budget_bytes(options["memory_budget"])
-    for grid, tokens in needs.tokens.items():
+    for (grid, prompts), tokens in needs.calls.items():
         padded = opened.manifest.model.padded(tokens)
-        Pipeline.check_call(opened, grid, padded, budget, encodes=bool(needs.texts))
+        Pipeline.check_call(opened, grid, padded, budget, encodes=bool(needs.texts), prompts=prompts)
 
 
 def farm_progress(form: str | None) -> Callable[[float], None]:

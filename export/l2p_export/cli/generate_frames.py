@@ -159,7 +159,7 @@ def _with_room(opened: OpenedPlan, needs: ShotNeeds, image: ImageFormat) -> Open
     from l2p_runtime.frames.embeddings import GROUPS_MAX
 
     model = opened.manifest.model
-    pixels = max(rows * columns for rows, columns in needs.tokens) * model.patch_px**2
+    pixels = max(rows * columns for (rows, columns), _ in needs.calls) * model.patch_px**2
     # A group is of two texts, and those of the last frames are kept while others are encoded.
     tokens = sum(needs.texts[: 2 * 2 * GROUPS_MAX])
     held_bytes = 2 * 3 * np.dtype(image.dtype).itemsize * pixels + 4 * model.caption_width * tokens

@@ -14,6 +14,7 @@ from l2p_runtime.errors import UsageError
 from l2p_runtime.frames.names import PLACEHOLDERS, FramePattern
 from l2p_runtime.frames.prompts import PromptLine, in_line
 from l2p_runtime.frames.ranges import FrameRange
+from l2p_runtime.guidance import prompts_of
 from l2p_runtime.requests import ImageRequest, check_size, image_request
 from l2p_runtime.text import bundle_tokenizer
 
@@ -97,11 +98,11 @@ class ShotNeeds:
     """What drawing a shot takes.
 
     Attributes:
-        tokens: token rows and columns of an image to the tokens of its longest caption, unpadded.
+        calls: token rows and columns, and prompts of a step, to the tokens of the longest caption, unpadded.
         texts: tokens of each text that is encoded, from the longest.
     """
 
-    tokens: Mapping[tuple[int, int], int]
+    calls: Mapping[tuple[tuple[int, int], int], int]
     texts: tuple[int, ...]
 
 
@@ -121,24 +122,27 @@ def check_shot(shot: Shot, bundle: Bundle) -> ShotNeeds:
             hint="leave --seed-per-frame out, or take --rng philox",
         )
     count = _counter(bundle)
-    tokens: dict[tuple[int, int], int] = {}
+    calls: dict[tuple[tuple[int, int], int], int] = {}
     texts: dict[str, int] = {}
     for frame in _distinct(shot):
         call, line = shot.request(frame).call, shot.lines.get(frame)
         try:
             image = checked_call(bundle.manifest, call)
+            longest = 0
             for caption in image.captions:
                 length = len(caption)
                 if isinstance(caption, str):
                     length = texts[caption] = count(caption, bool(call.get("truncate_prompt")))
-                tokens[image.grid] = max(tokens.get(image.grid, 0), length)
+                longest = max(longest, length)
+            for key in _calls(bundle.manifest, call, image):
+                calls[key] = max(calls.get(key, 0), longest)
         except UsageError as error:
             if line is not None:
                 raise in_line(error, line.number, shot.prompts) from error
             if shot.lines:
                 raise UsageError(f"frame {frame} has no line in `{shot.prompts}`: {error}", hint=error.hint) from error
             raise
-    return ShotNeeds(tokens, tuple(sorted(texts.values(), reverse=True)))
+    return ShotNeeds(calls, tuple(sorted(texts.values(), reverse=True)))
 
 
 def checked_call(manifest: Manifest, call: Mapping[str, Any]) -> ImageRequest:
@@ -167,6 +171,16 @@ def checked_call(manifest: Manifest, call: Mapping[str, Any]) -> ImageRequest:
         check_size(model, coarse.height, coarse.width)
         check_coarse(coarse, *image.size_px)
     return image
+
+
+def _calls(manifest: Manifest, call: Mapping[str, Any], image: ImageRequest) -> Iterator[tuple[tuple[int, int], int]]:
+    """Token rows and columns, and prompts, of the steps of an image: of two sizes if it is drawn coarse first."""
+    coarse = call.get("coarse")
+    if coarse is None:
+        yield image.grid, prompts_of(image.sampling.guidance)
+        return
+    yield check_size(manifest.model, coarse.height, coarse.width), prompts_of(image.sampling.guidance)
+    yield image.grid, prompts_of(coarse.guidance)
 
 
 def _counter(bundle: Bundle) -> Callable[[str, bool], int]:

@@ -9,6 +9,7 @@ import pytest
 
 from fakes.frames import CALL, bundle_of
 from l2p_runtime import UsageError
+from l2p_runtime.coarse import Coarse
 from l2p_runtime.frames import shot as shots
 from l2p_runtime.frames.names import parse_pattern
 from l2p_runtime.frames.prompts import PromptLine
@@ -82,14 +83,14 @@ def test_a_line_says_what_differs() -> None:
 def test_texts_are_counted_once_and_sizes_have_their_longest(tokenized: list[str]) -> None:
     lines = [line(1, 1, prompt="a b"), line(2, 2, prompt="a b c", size=(32, 32)), line(3, 3, prompt="a b", steps=1)]
     needs = check_shot(make("1-9", "s.#.png", *lines, prompt="a"), bundle_of())
-    assert needs.tokens == {(1, 1): 2, (2, 2): 3}
+    assert needs.calls == {((1, 1), 1): 2, ((2, 2), 1): 3}
     assert needs.texts == (3, 2, 1)
     assert sorted(tokenized) == ["a", "a b", "a b c"]
 
 
 def test_ten_million_frames_are_checked_once(tokenized: list[str]) -> None:
     shot = make("1-10000000", prompt="a b")
-    assert check_shot(shot, bundle_of()).tokens == {(1, 1): 2}
+    assert check_shot(shot, bundle_of()).calls == {((1, 1), 1): 2}
     assert tokenized == ["a b"]
 
 
@@ -161,4 +162,11 @@ def test_frames_have_no_images_of_a_seed_of_torch(tokenized: list[str]) -> None:
 def test_embeddings_need_no_tokenizer(tokenized: list[str]) -> None:
     embeds = np.ones((5, bundle_of().manifest.model.caption_width), np.float32)
     needs = check_shot(make(prompt="a description", prompt_embeds=embeds), bundle_of())
-    assert (needs.tokens, needs.texts, tokenized) == ({(1, 1): 5}, (), [])
+    assert (needs.calls, needs.texts, tokenized) == ({((1, 1), 1): 5}, (), [])
+
+
+def test_steps_with_guidance_compute_two_prompts(tokenized: list[str]) -> None:
+    shot = make("1-2", "s.#.png", line(1, 2, guidance=1.0), guidance=2.0, negative_prompt="a b c")
+    assert check_shot(shot, bundle_of()).calls == {((1, 1), 2): 3, ((1, 1), 1): 1}
+    coarse = make("1", coarse=Coarse(16, 32), height=32, width=64, guidance=2.0)
+    assert check_shot(coarse, bundle_of()).calls == {((1, 2), 2): 1, ((2, 4), 1): 1}
