@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from l2p_runtime.errors import (
     ArtifactError,
     CancelledError,
+    FramesError,
     HostError,
     InternalError,
     L2PError,
@@ -35,6 +36,7 @@ __all__ = [
     "ArtifactError",
     "CancelledError",
     "Coarse",
+    "FramesError",
     "HostError",
     "InternalError",
     "L2PError",
