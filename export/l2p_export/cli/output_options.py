@@ -26,9 +26,11 @@ _OUTPUT_OPTIONS = (
     click.option(
         "--bits",
         type=click.Choice(["8", "16", "half", "float"]),
-        help="Bits per channel; default: 8 in PNG and TIFF, half in EXR.",
+        help="Bits per channel; default: 8 in PNG, 16 in TIFF, half in EXR.",
     ),
-    click.option("--compression", metavar="NAME", help="Compression of the file; default: the format's usual one."),
+    click.option(
+        "--compression", metavar="NAME", help="Compression: zip, piz, dwaa, none and more in EXR; zlib or none in TIFF."
+    ),
     click.option("--color", type=click.Choice(["sRGB", "linear"]), help="Encoding; default: linear in EXR, else sRGB."),
 )
 
