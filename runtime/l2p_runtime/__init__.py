@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from l2p_runtime.errors import (
     ArtifactError,
     CancelledError,
+    FramesError,
     HostError,
     InternalError,
     L2PError,
@@ -25,8 +26,8 @@ from l2p_runtime.errors import (
 
 if TYPE_CHECKING:
     from l2p_runtime.coarse import Coarse as Coarse
+    from l2p_runtime.images.png import write_png as write_png
     from l2p_runtime.pipeline import Pipeline as Pipeline
-    from l2p_runtime.png import write_png as write_png
     from l2p_runtime.policies import TimeDependent as TimeDependent
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "ArtifactError",
     "CancelledError",
     "Coarse",
+    "FramesError",
     "HostError",
     "InternalError",
     "L2PError",
@@ -61,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
         return TimeDependent
     if name == "write_png":
-        from l2p_runtime.png import write_png
+        from l2p_runtime.images.png import write_png
 
         return write_png
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise UsageError(f"{name} is {shown(value)}, expected {' or '.join(choices)}")
     return str(value)
+
+
+def size(name: str, value: object) -> tuple[int, int]:
+    """Height and width in pixels, from `WIDTHxHEIGHT`.
+
+    Raises:
+        UsageError: another type, or text that is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise UsageError(f"{name} is {shown(value)}, expected WIDTHxHEIGHT as 1024x1024")
+    return int(match[2]), int(match[1])
 
 
 def path(name: str, value: object) -> Path:

@@ -1,6 +1,6 @@
 """The error classes: each error states what was found, what was expected, what to do, and an exit code.
 
-The codes (docs/design.md, "Exit codes"): 0 done, 2 usage, 3 environment, 4 artifact, 5 parity, 70 our bug,
+The codes (docs/design.md, "Exit codes"): 0 done, 2 usage, 3 environment, 4 artifact, 5 parity, 6 frames, 70 our bug,
 130/143 interrupted.
 """
 
@@ -50,6 +50,12 @@ class ParityError(L2PError):
     """A comparison is over its threshold."""
 
     exit_code = 5
+
+
+class FramesError(L2PError):
+    """Some frames of a shot were not drawn or not written; all others are on disk."""
+
+    exit_code = 6
 
 
 class InternalError(L2PError):

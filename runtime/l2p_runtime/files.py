@@ -56,7 +56,8 @@ def atomic_file(path: Path, *, work: Path | None = None) -> Iterator[BinaryIO]:
     with _errors_naming(path):
         handle, partial = _new(path, work, _create)
         try:
-            with os.fdopen(handle, "wb") as file:
+            # Not `os.fdopen`: tifffile wants a file whose name is a path.
+            with open(partial, "wb", opener=lambda *_: handle) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -364,13 +364,24 @@ class Pipeline:
         """
         self._opened()
         truncate = flag("truncate_prompt", truncate_prompt)
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-            raise UsageError(f"prompts are a {type(prompts).__name__}, expected a sequence of texts")
-        # An iterator has its texts only once.
-        texts = [text("a prompt", prompt) for prompt in prompts]
-        for prompt in texts:
-            self._count(prompt, truncate)
-        return self._embed(texts, truncate)
+        return self._embed(self._checked_texts(prompts, truncate), truncate)
+
+    def encode_each(
+        self, groups: Iterable[Sequence[str]], *, truncate_prompt: bool = False
+    ) -> list[list[NDArray[np.float32]]]:
+        """Embeddings [L,C] of the prompts of each group; the text encoder is loaded once for all groups.
+
+        Prompts of one group go through the encoder together, so that a group has the same bits whatever the other
+        groups are. `generate` encodes a prompt and its negative prompt as one group.
+
+        Raises:
+            UsageError: the bundle has no text encoder, or a prompt is too long.
+            HostError: the text encoder does not fit the memory, or `tokenizers` is not installed.
+        """
+        self._opened()
+        truncate = flag("truncate_prompt", truncate_prompt)
+        checked = [self._checked_texts(group, truncate) for group in groups]
+        return self._run_encoder(checked, truncate) if any(checked) else [[] for _ in checked]
 
     @property
     def keeps_networks(self) -> bool:
@@ -412,10 +423,21 @@ class Pipeline:
         """Replace texts by their embeddings: all texts are encoded, then the encoder is released."""
         texts = list(dict.fromkeys(caption for caption in captions if isinstance(caption, str)))
         if texts and any((text, truncate) not in self._encoded for text in texts):
-            self._encoded = dict(zip(((t, truncate) for t in texts), self._run_encoder(texts, truncate), strict=True))
+            (embeds,) = self._run_encoder([texts], truncate)
+            self._encoded = dict(zip(((t, truncate) for t in texts), embeds, strict=True))
         return [self._encoded[caption, truncate] if isinstance(caption, str) else caption for caption in captions]
 
-    def _run_encoder(self, texts: Sequence[str], truncate: bool) -> list[NDArray[np.float32]]:
+    def _checked_texts(self, prompts: object, truncate: bool) -> list[str]:
+        """Prompts that the text encoder takes."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts are a {type(prompts).__name__}, expected a sequence of texts")
+        # An iterator has its texts only once.
+        texts = [text("a prompt", prompt) for prompt in prompts]
+        for prompt in texts:
+            self._count(prompt, truncate)
+        return texts
+
+    def _run_encoder(self, groups: Sequence[Sequence[str]], truncate: bool) -> list[list[NDArray[np.float32]]]:
         """Load the text encoder, run it and close it; networks are released first if it does not fit beside them."""
         text, tokenizer = self.bundle.manifest.text, self._tokenizer
         if text is None or tokenizer is None:
@@ -426,7 +448,8 @@ class Pipeline:
             self._release_networks()
         encoder = self._load(TEXT_ENCODER)
         try:
-            embeds = encode_prompts(encoder, tokenizer, texts, self._opened_plan.backend.device, truncate=truncate)
+            device = self._opened_plan.backend.device
+            embeds = [encode_prompts(encoder, tokenizer, texts, device, truncate=truncate) for texts in groups]
         finally:
             encoder.close()
         if makes_room:

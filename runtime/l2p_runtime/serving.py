@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 from l2p_runtime import __version__
 from l2p_runtime.bundle import Bundle, check_file, open_bundle
 from l2p_runtime.errors import ArtifactError, CancelledError, HostError, L2PError, UsageError
+from l2p_runtime.images.png import encode_png
 from l2p_runtime.pipeline import Pipeline
-from l2p_runtime.png import encode_png
 from l2p_runtime.requests import ImageRequest, PixelDType, check_size, image_request
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ def test_the_runtime_root_imports_the_standard_library_alone() -> None:
 
 
 def test_the_pipeline_imports_numpy_and_nothing_else() -> None:
-    loaded = _loaded_by("from l2p_runtime import Pipeline; import l2p_runtime.noise, l2p_runtime.png")
+    loaded = _loaded_by("from l2p_runtime import Pipeline; import l2p_runtime.noise, l2p_runtime.images.png")
     foreign = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
     # NumPy 2.4 itself brings no other package.
     assert foreign <= {"l2p_runtime", "numpy"}

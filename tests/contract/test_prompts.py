@@ -70,6 +70,25 @@ def test_prompts_that_are_too_long_are_refused_or_cut_by_flag(bundles: Bundles, 
         pipe.generate(long, **SIZE)
 
 
+def test_groups_of_prompts_are_encoded_as_if_each_were_alone(bundles: Bundles) -> None:
+    """The last bits of embeddings depend on what is padded beside them; here that is only their own group."""
+    groups = [("a red circle", ""), ("a",), ("a blue square left of a green triangle", "red"), (), ("a red circle",)]
+    with Pipeline.open(bundles.path(KIND)) as pipe:
+        together = pipe.encode_each(groups)
+        for group, found in zip(groups, together, strict=True):
+            alone = pipe.encode_each([group])[0]
+            assert len(found) == len(group)
+            assert all((one == other).all() for one, other in zip(found, alone, strict=True))
+        assert (together[0][0] == pipe.encode(["a red circle", ""])[0]).all()
+        assert pipe.encode_each([]) == []
+        assert pipe.encode_each([(), ()]) == [[], []]
+        drawn = pipe.generate("a red circle", **SIZE, guidance=2.0, dtype="float16")
+        embeds = {"prompt_embeds": together[0][0], "negative_embeds": together[0][1]}
+        assert (drawn == pipe.generate(**embeds, **SIZE, guidance=2.0, dtype="float16")).all()
+        with pytest.raises(UsageError, match="expected a sequence of texts"):
+            pipe.encode_each(["a"])
+
+
 def test_verify_runs_the_text_encoder_too(bundles: Bundles) -> None:
     result = run_cli("verify", bundles.path(KIND), "--json")
     assert result.returncode == 0, result.stderr

@@ -59,6 +59,10 @@ def test_no_call_leaves_anything_in_the_home(bundles: Bundles, tmp_path: Path) -
     demo, tiny = str(bundles.path("demo-16")), str(bundles.path("tiny-16"))
     calls = {
         "generate": _command("generate", demo, "--prompt", "a", "--size", "64x64", "--steps", "1", "--out", "a.png"),
+        "frames": _command(
+            *("generate", demo, "--prompt", "a", "--size", "64x64", "--steps", "1"),
+            *("--frames", "1-2", "--out", "a.##.png"),
+        ),
         "verify": _command("verify", tiny),
         "bench": _command("bench", tiny, "--size", "32x32", "--runs", "1"),
         "calibrate": _command("calibrate", tiny, "--samples", "1", "--size", "32x32", "--out", "statistics.json"),

@@ -21,6 +21,7 @@ import click
 
 from l2p_export.cli.stopping import Stops
 from l2p_runtime import UsageError
+from l2p_runtime.arguments import size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -107,10 +108,7 @@ def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     Raises:
         UsageError: the text is not a size.
     """
-    match = re.fullmatch(r"([0-9]{1,9})[xX\u00d7]([0-9]{1,9})", text.strip())
-    if match is None:
-        raise UsageError(f"{option} is {text!r}, expected WIDTHxHEIGHT as 1024x1024")
-    return int(match[2]), int(match[1])
+    return size(option, text)
 
 
 def parse_grid(text: str | None) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +15,32 @@ from l2p_export.cli.console import (
     dry_run_option,
     example,
     json_option,
-    parse_grid,
-    parse_size,
     print_json,
     quiet_option,
     store_option,
 )
-from l2p_export.cli.grid_options import grid_options, read_coarse
+from l2p_export.cli.drawing import (
+    check_machine,
+    failures_told,
+    farm_progress,
+    picture_text,
+    pipeline_opened,
+    plan_opened,
+    read_call,
+    read_embeddings_options,
+    read_format,
+)
+from l2p_export.cli.grid_options import grid_options
 from l2p_export.cli.inputs import InputPath
+from l2p_export.cli.output_options import draws_frames, frame_options, output_options
 from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
-from l2p_runtime import UsageError, __version__
-from l2p_runtime.guidance import CONVENTIONS, prompts_of
+from l2p_runtime import UsageError
+from l2p_runtime.guidance import CONVENTIONS
 
 if TYPE_CHECKING:
-    from l2p_runtime.bundle import Bundle
-    from l2p_runtime.contract import Sampling
+    from numpy.typing import NDArray
+
+    from l2p_runtime import Pipeline
     from l2p_runtime.requests import ImageRequest
 
 
@@ -71,63 +82,65 @@ if TYPE_CHECKING:
 @click.option("--plan", help="Precision plan; default: the bundle's first.")
 @backend_option
 @click.option("--memory-budget", help="Limit for weights, buffers and activations together, e.g. 6GiB.")
-@click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits per channel.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG file to write.")
+@output_options
+@frame_options
 @store_option
 @json_option
 @dry_run_option
 @quiet_option
 def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
-    """Draw one image with BUNDLE, or on a Triton server, and write it as PNG.
+    """Draw one image with BUNDLE, or the frames of a shot, or one image on a Triton server.
 
-    The file stores prompt, seed, sampling settings and the bundle's digest as text.
+    Files store prompt, seed, sampling settings and the bundle's digest as text.
     """
-    if options["server"] is not None:
-        from l2p_export.cli.generate_remote import draw_remote
+    form = options["progress_format"]
+    if as_json and form not in (None, "none"):
+        raise UsageError(f"--json and --progress-format {form} both write to stdout; give one of them")
+    console = Console(quiet=quiet or form is not None)
+    is_shot = draws_frames(options)
+    with failures_told(form):
+        if options["server"] is not None:
+            from l2p_export.cli.generate_remote import draw_remote
 
-        _check_out(out)
-        require_apart({"--out": out}, _embeddings(options))
-        draw_remote(bundle, out, options, Console(quiet=quiet), as_json=as_json, dry_run=dry_run)
-        return
-    if bundle is None:
-        raise UsageError("there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png")
-    from l2p_export.cli.embeddings import read_embeddings
-    from l2p_runtime.coarse import check_coarse
-    from l2p_runtime.requests import check_size, image_request
+            require_apart({"--out": out}, read_embeddings_options(options))
+            draw_remote(bundle, out, options, console, as_json=as_json, dry_run=dry_run)
+        elif bundle is None:
+            raise UsageError(
+                "there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png"
+            )
+        elif is_shot:
+            from l2p_export.cli.generate_frames import draw_shot
 
-    _check_out(out)
-    opened = open_bundle_apart(bundle, options["store"], {"--out": out}, _embeddings(options))
-    height, width = _size(options["size"], opened)
-    grid, coarse = parse_grid(options["base_grid"]), read_coarse(options)
-    model = opened.manifest.model_on(grid)
-    if coarse is not None:
-        check_size(model, coarse.height, coarse.width)
-        check_coarse(coarse, height, width)
-    inputs = {
-        "negative_prompt": options["negative"],
-        "prompt_embeds": read_embeddings(options["embeddings"]),
-        "negative_embeds": read_embeddings(options["negative_embeddings"]),
-        "rng": options["rng"],
-        "dtype": f"uint{options['bits']}",
-        "guidance_convention": options["guidance_convention"],
-    }
-    sampling = {name: options[name] for name in ("steps", "guidance", "shift")}
-    request = image_request(
-        opened.manifest,
-        prompt=options["prompt"],
-        height=height,
-        width=width,
-        seed=options["seed"],
-        sampling=sampling,
-        fine_guidance=1.0 if coarse is None else coarse.guidance,
-        **inputs,
-    )
-    if dry_run:
-        require_writable({"--out": out})
-        text = _text(opened, options, request.sampling, _check_machine(opened, request, options))
-    else:
-        clear_leftovers(out)
-        text = _draw(bundle, out, request, (height, width), inputs | sampling, options, Console(quiet=quiet))
+            draw_shot(bundle, out, options, console, as_json=as_json, dry_run=dry_run)
+        else:
+            _draw_image(bundle, out, options, console, as_json=as_json, dry_run=dry_run)
+
+
+def _draw_image(
+    bundle: Path, out: Path, options: Mapping[str, Any], console: Console, *, as_json: bool, dry_run: bool
+) -> None:
+    """Draw one image: a shot of one frame, whose file is named as it is."""
+    from l2p_runtime.frames.names import FramePattern
+    from l2p_runtime.frames.ranges import frames_of
+    from l2p_runtime.frames.shot import Shot, check_shot, checked_call
+    from l2p_runtime.images import write_image
+
+    image = read_format(out, options)
+    opened_bundle = open_bundle_apart(bundle, options["store"], {"--out": out}, read_embeddings_options(options))
+    call = read_call(options, opened_bundle, image)
+    needs = check_shot(Shot(frames_of([0]), FramePattern(out.parent, out.name), call), opened_bundle)
+    request = checked_call(opened_bundle.manifest, call)
+    height, width = request.size_px
+    with plan_opened(opened_bundle, options) as opened:
+        check_machine(opened, needs, options)
+        text = picture_text(opened, call, request)
+        if dry_run:
+            require_writable({"--out": out})
+        else:
+            clear_leftovers(out)
+            with pipeline_opened(opened, options, console) as pipe:
+                pixels = _draw(pipe, call, request, console, options["progress_format"])
+            write_image(out, pixels, text, image)
     if as_json:
         print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})
     else:
@@ -135,116 +148,15 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
 
 
 def _draw(
-    bundle: Path,
-    out: Path,
-    request: ImageRequest,
-    size: tuple[int, int],
-    inputs: dict[str, Any],
-    options: dict[str, Any],
-    console: Console,
-) -> dict[str, str]:
-    """Draw the image and write the PNG file; returns its text chunks."""
-    from l2p_runtime import Pipeline
-    from l2p_runtime.png import write_png
+    pipe: Pipeline, call: Mapping[str, Any], request: ImageRequest, console: Console, form: str | None
+) -> NDArray[Any]:
+    height, width = request.size_px
+    steps = request.sampling.steps + (call["coarse"].steps if call["coarse"] else 0)
+    tell_farm = farm_progress(form)
+    with console.task(f"drawing {width}x{height}", steps, "steps") as advance:
 
-    height, width = size
-    budget, plan = options["memory_budget"], options["plan"]
-    places = {"backend": options["backend"], "store": options["store"]}
-    with Pipeline.open(bundle, plan=plan, memory_budget=budget, **places) as pipe:
-        if not pipe.bundle.manifest.checkpoint.trained:
-            console.note("the bundle's weights are untrained: its pictures are noise, whatever the prompt")
-        text = _text(pipe.bundle, options, request.sampling, pipe.plan)
-        coarse = read_coarse(options)
-        steps = request.sampling.steps + (coarse.steps if coarse else 0)
-        with console.task(f"drawing {width}x{height}", steps, "steps") as advance:
-            pixels = pipe.generate(
-                options["prompt"],
-                height=height,
-                width=width,
-                seed=options["seed"],
-                truncate_prompt=options["truncate_prompt"],
-                positions=options["positions"],
-                base_grid=parse_grid(options["base_grid"]),
-                coarse=coarse,
-                progress=lambda done, total: advance(1),
-                **inputs,
-            )
-    write_png(out, pixels, text)
-    return text
+        def progress(done: int, total: int) -> None:
+            advance(1)
+            tell_farm(done / total)
 
-
-def _text(bundle: Bundle, options: dict[str, Any], sampling: Sampling, plan: str) -> dict[str, str]:
-    """Text chunks of the PNG file."""
-    coarse = read_coarse(options)
-    parameters = {
-        "seed": options["seed"],
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "shift": sampling.shift,
-        "rng": options["rng"],
-        "positions": options["positions"] or bundle.manifest.profiles[0].positions,
-        "plan": plan,
-        "bundle": bundle.digest,
-        "base_grid": list(bundle.manifest.model_on(parse_grid(options["base_grid"])).rotary.base_grid),
-        **({} if coarse is None else {"coarse": asdict(coarse)}),
-        "trained": bundle.manifest.checkpoint.trained,
-    }
-    return {
-        "Software": f"l2p-export {__version__}",
-        "prompt": options["prompt"] or "",
-        "negative_prompt": options["negative"] or "",
-        "seed": str(options["seed"]),
-        "bundle": bundle.digest,
-        "parameters": json.dumps(parameters),
-    }
-
-
-def _size(text: str | None, bundle: Bundle) -> tuple[int, int]:
-    """Height and width in pixels."""
-    if text is None:
-        profile = bundle.manifest.profiles[0]
-        return profile.height_px.opt, profile.width_px.opt
-    return parse_size(text)
-
-
-def _check_machine(bundle: Bundle, request: ImageRequest, options: dict[str, Any]) -> str:
-    """The plan that would run; raises what drawing would raise before it loads anything."""
-    from l2p_runtime import Pipeline
-    from l2p_runtime.memory import parse_bytes
-    from l2p_runtime.networks import open_plan
-    from l2p_runtime.requests import check_size
-    from l2p_runtime.text import bundle_tokenizer
-
-    budget = parse_bytes(options["memory_budget"]) if options["memory_budget"] is not None else None
-    texts = [caption for caption in request.captions if isinstance(caption, str)]
-    lengths = [len(caption) for caption in request.captions if not isinstance(caption, str)]
-    if texts:
-        tokenizer = bundle_tokenizer(bundle)
-        lengths += [len(tokenizer.tokens(text, truncate=options["truncate_prompt"])) for text in texts]
-    opened = open_plan(bundle, options["backend"], 0, options["plan"])
-    try:
-        tokens = bundle.manifest.model.padded(max(lengths))
-        coarse, guidance = read_coarse(options), request.sampling.guidance
-        calls = [(request.grid, guidance)]
-        if coarse is not None:
-            coarse_grid = check_size(bundle.manifest.model, coarse.height, coarse.width)
-            calls = [(coarse_grid, guidance), (request.grid, coarse.guidance)]
-        for grid, scale in calls:
-            prompts = prompts_of(scale)
-            Pipeline.check_call(opened, grid, tokens, budget, encodes=bool(texts), prompts=prompts)
-    finally:
-        opened.backend.device.close()
-    return opened.plan
-
-
-def _embeddings(options: dict[str, Any]) -> dict[str, Path | None]:
-    return {"--embeddings": options["embeddings"], "--negative-embeddings": options["negative_embeddings"]}
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out is `{out}`, expected a name ending in .png")
-    if out.is_dir():
-        raise UsageError(f"--out `{out}` is a folder, expected a file name")
-    if not out.parent.is_dir():
-        raise UsageError(f"the folder `{out.parent}` does not exist", hint=f"mkdir -p {out.parent}")
+        return pipe.generate(**call, progress=progress)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from l2p_export.cli.console import Console, parse_size, print_json
-from l2p_export.cli.outputs import clear_leftovers, require_writable
+from l2p_export.cli.outputs import clear_leftovers, require_file_name, require_writable
 from l2p_runtime import UsageError
 from l2p_runtime.guidance import own_guidance
 
@@ -25,11 +25,23 @@ _SERVERS_OWN: Mapping[str, object] = {
     "plan": None,
     "backend": "auto",
     "memory_budget": None,
-    "bits": "8",
     "store": None,
     "truncate_prompt": False,
 }
 """Options that the server's model repository decides, with their defaults."""
+
+_LOCAL: Mapping[str, object] = {
+    "bits": None,
+    "compression": None,
+    "color": None,
+    "frames": None,
+    "frame_dialect": None,
+    "prompts": None,
+    "seed_per_frame": False,
+    "skip_existing": False,
+    "retries": 0,
+}
+"""Options of what only a BUNDLE draws, with their defaults: a server sends one image of 8 bits."""
 
 _COARSE = ("coarse", "renoise", "fine_steps", "fine_guidance")
 
@@ -46,7 +58,7 @@ def draw_remote(
     from l2p_export.cli.embeddings import read_embeddings
     from l2p_runtime.client import Client
     from l2p_runtime.client.transport import parse_address
-    from l2p_runtime.png import write_png
+    from l2p_runtime.images.png import write_png
     from l2p_runtime.serving import picture_text
 
     if bundle is not None:
@@ -59,6 +71,13 @@ def draw_remote(
             f"{', '.join(own)} cannot be set with --server: the model repository decides it",
             hint="leave it out with --server",
         )
+    local = [f"--{name.replace('_', '-')}" for name, default in _LOCAL.items() if options[name] != default]
+    if local:
+        raise UsageError(
+            f"{', '.join(local)} cannot be set with --server, which draws one image of 8 bits",
+            hint="draw with a BUNDLE here",
+        )
+    _check_out(out)
     parse_address(options["server"])
     height, width = parse_size(options["size"]) if options["size"] is not None else (None, None)
     guidance = own_guidance(options["guidance"], options["guidance_convention"])
@@ -99,3 +118,9 @@ def draw_remote(
         print_json({"out": str(out), **sizes, **json.loads(text["parameters"]), "seconds": reply.report["seconds"]})
     else:
         click.echo(out)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out is `{out}`, expected a name ending in .png: a server's image is written as PNG")
+    require_file_name(out)

@@ -47,6 +47,18 @@ def require_apart(
                     )
 
 
+def require_file_name(out: Path) -> None:
+    """Refuse an `--out` that is a folder, or is in one that is not there.
+
+    Raises:
+        UsageError: it is.
+    """
+    if out.is_dir():
+        raise UsageError(f"--out `{out}` is a folder, expected a file name")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder `{out.parent}` does not exist", hint=f"mkdir -p {out.parent}")
+
+
 def require_writable(outputs: Mapping[str, Path | None]) -> None:
     """Refuse outputs where nothing can be written; nothing stays there.
 

@@ -25,8 +25,8 @@ from l2p_export.training.corpus.corpus import PROMPTS_BYTES_MAX
 from l2p_export.training.loop.settings import locked_folder, require_settings
 from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.files import write_text
+from l2p_runtime.images.png import write_png
 from l2p_runtime.noise import checked_seed
-from l2p_runtime.png import write_png
 from l2p_runtime.textfile import read_lines, read_text
 
 if TYPE_CHECKING:

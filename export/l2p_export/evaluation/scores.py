@@ -34,8 +34,8 @@ from l2p_export.world.render import render
 from l2p_export.world.scenes import Description, draw_description, place
 from l2p_runtime.errors import ArtifactError, HostError, UsageError
 from l2p_runtime.files import write_text
+from l2p_runtime.images.png import write_png
 from l2p_runtime.noise import checked_seed
-from l2p_runtime.png import write_png
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,6 +20,7 @@ CHECKS: dict[str, Any] = {
     "flag": lambda value: arguments.flag("it", value),
     "text": lambda value: arguments.text("it", value),
     "one of": lambda value: arguments.one_of("it", value, ("a", "b")),
+    "size": lambda value: arguments.size("it", value),
     "path": lambda value: arguments.path("it", value),
     "function": lambda value: arguments.function("it", value),
 }

@@ -10,7 +10,7 @@ import pytest
 
 from l2p_runtime import ArtifactError, CancelledError, HostError, InternalError, UsageError
 from l2p_runtime.client.transport import Address, parse_address, to_l2p_error
-from l2p_runtime.png import encode_png
+from l2p_runtime.images.png import encode_png
 from l2p_runtime.serving import Service, picture_text, png_base64, small_preview
 
 
