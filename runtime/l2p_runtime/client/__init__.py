@@ -228,7 +228,10 @@ class Client:
     def _told(self, error: Exception, model: str, inputs: Mapping[str, Any]) -> L2PError:
         """What a failed call means; a model written by an older version is said to lack inputs."""
         told = to_l2p_error(error)
-        if not isinstance(told, UsageError) or told is error:
+        # A stream's errors have no status, so its refusals are told by their words.
+        if told is error or not (
+            isinstance(told, UsageError) or "number of inputs" in str(told) or "inference input" in str(told)
+        ):
             return told
         with suppress(Exception):
             known = self._transport.input_names(model)

@@ -56,19 +56,22 @@ def test_what_cannot_be_sent(argument: str, value: Any, words: str) -> None:
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: str) -> None:
-        self._status = status
+    def __init__(self, status: str | None, words: str) -> None:
+        self._status, self._words = status, words
 
-    def status(self) -> str:
+    def status(self) -> str | None:
         return self._status
 
     def message(self) -> str:
-        return "the server's own words"
+        return self._words
 
 
-def _client(status: str, input_names: Callable[[str], set[str]]) -> Client:
+WORDS = "the server's own words"
+
+
+def _client(status: str | None, input_names: Callable[[str], set[str]], words: str = WORDS) -> Client:
     def infer(*_: Any) -> None:
-        raise _RefusedError(status)
+        raise _RefusedError(status, words)
 
     transport: Any = SimpleNamespace(infer=infer, input_names=input_names)
     return Client(Address("http", "h", 1), transport, None, 1.0)
@@ -79,15 +82,24 @@ def test_a_server_without_an_input_is_said_to_lack_it() -> None:
     with pytest.raises(UsageError, match="model `l2p` has no input `positions`, `base_grid`") as caught:
         client.generate("a", positions="linear", base_grid=(4, 4))
     assert "l2p-export triton" in (caught.value.hint or "")
-    with pytest.raises(UsageError, match="the server's own words"):
+    with pytest.raises(UsageError, match=WORDS):
         client.generate("a")
+
+
+@pytest.mark.parametrize(
+    "words", ["expected number of inputs between 0 and 9 but got 11 inputs", "unexpected inference input 'positions'"]
+)
+def test_a_refusal_without_a_status_is_told_by_its_words(words: str) -> None:
+    client = _client(None, lambda model: {"prompt", "seed"}, words)
+    with pytest.raises(UsageError, match="has no input `positions`"):
+        client.generate("a", positions="linear")
 
 
 def test_a_failure_that_is_no_refusal_keeps_its_words() -> None:
     def unreachable(model: str) -> set[str]:
         raise OSError("gone")
 
-    with pytest.raises(UsageError, match="the server's own words"):
+    with pytest.raises(UsageError, match=WORDS):
         _client("400", unreachable).generate("a", positions="linear")
-    with pytest.raises(HostError, match="the server's own words"):
+    with pytest.raises(HostError, match=WORDS):
         _client("503", lambda model: {"prompt"}).generate("a", positions="linear")
