@@ -192,7 +192,24 @@ def test_the_command_draws_coarse_to_fine(bundles: Bundles, tmp_path: Path) -> N
         assert said in refused.stderr
 
 
-def test_a_server_does_not_draw_coarse_to_fine(tmp_path: Path) -> None:
-    refused = run_cli("generate", "--server", "grpc://127.0.0.1:9", "--coarse", "32x32", "--out", tmp_path / "x.png")
-    assert refused.returncode == 2
-    assert "a server does not draw coarse to fine" in refused.stderr
+def test_a_coarse_image_is_checked_before_a_server_is_asked(tmp_path: Path) -> None:
+    base = (
+        "generate",
+        "--server",
+        "grpc://127.0.0.1:9",
+        "--prompt",
+        "a",
+        "--size",
+        "64x64",
+        "--out",
+        tmp_path / "x.png",
+    )
+    for wrong, said in (
+        (("--coarse", "64x64"), "smaller than 64x64"),
+        (("--coarse", "32x32", "--renoise", "1"), "renoise is 1.0"),
+        (("--fine-steps", "2"), "belong to --coarse"),
+        (("--base-grid", "4x"), "--base-grid is '4x'"),
+    ):
+        refused = run_cli(*base, *wrong)
+        assert refused.returncode == 2, wrong
+        assert said in refused.stderr

@@ -354,7 +354,7 @@ def _fuzz(examples: int, server: Server, repository: Path) -> Counter[str]:
             if value is not None:
                 inputs[name] = np.array([value], dtype)
         if data.draw(st.integers(0, 4), label="odd") == 4:
-            name = data.draw(st.sampled_from([*FIELDS, "picture"]))
+            name = data.draw(st.sampled_from([*FIELDS, "positions", "base_grid", "coarse_width", "renoise", "picture"]))
             shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
             inputs[name] = np.zeros(shape, data.draw(st.sampled_from(OTHER_DTYPES)))
         sent = []

@@ -21,6 +21,7 @@ import pytest
 from conftest import run_cli
 from contract.variations import MACHINE, REFUSES, SERVES, UNASKED, VARIATIONS, WRONG, Verdict
 from l2p_export.serving.lint import Finding, lint_repository
+from l2p_runtime import Coarse
 from l2p_runtime.client import Client
 from l2p_runtime.client.health import check_health
 from tools.triton_server import Server, serve
@@ -174,7 +175,11 @@ def _verdict(server: Server, model: str, folder: Path) -> tuple[Verdict, str]:
 def _complaints(server: Server, model: str) -> list[str]:
     """What a loaded model does not do as it states, or as docs/serving.md says."""
     found = []
-    checks = (_health, _client, _stream_outputs) if model == "l2p_stream" else (_health, _client, _outputs, _leftovers)
+    checks = (
+        (_health, _client, _settings, _stream_outputs)
+        if model == "l2p_stream"
+        else (_health, _client, _settings, _outputs, _leftovers)
+    )
     for check in checks:
         try:
             check(server, model)
@@ -201,6 +206,20 @@ def _client(server: Server, model: str) -> None:
                 embeds = np.ones((1, 40), np.float32)
                 reply = client.generate(prompt_embeds=embeds, negative_embeds=embeds, guidance=2.0, **SMALL)
             assert reply.pixels.shape == (16, 16, 3)
+
+
+def _settings(server: Server, model: str) -> None:
+    """Every optional setting at once."""
+    asked: dict[str, Any] = {"height": 32, "width": 32, "seed": 1, "steps": 1, "guidance": 1.0}
+    asked |= {"coarse": Coarse(16, 16, steps=1), "positions": "native", "base_grid": (2, 2)}
+    with Client.open(server.grpc, timeout_s=ANSWER_SECONDS) as client:
+        if model == "l2p_stream":
+            reply = client.stream("x", shown=lambda *_: None, **asked)
+        elif model == "l2p":
+            reply = client.generate("x", **asked)
+        else:
+            reply = client.generate(prompt_embeds=np.ones((1, 40), np.float32), **asked)
+        assert reply.pixels.shape == (32, 32, 3)
 
 
 def _outputs(server: Server, model: str) -> None:

@@ -288,6 +288,14 @@ TENSORS: dict[str, Variation] = {
     ),
     "no prompt": Variation(all_of(NO_WARM_UP, tensor("prompt", "")), WRONG, "input prompt: is missing"),
     "no seed": Variation(tensor("seed", ""), WRONG, "input seed: is missing"),
+    "no coarse height": Variation(tensor("coarse_height", ""), WRONG, "input coarse_height: is missing"),
+    "no positions": Variation(tensor("positions", ""), WRONG, "input positions: is missing", EMBEDS),
+    "renoise in single precision": Variation(
+        tensor("renoise", "data_type: TYPE_FP32 dims: 1 optional: true"), WRONG, "the bundle's is TYPE_FP64 [1]"
+    ),
+    "one side of the grid": Variation(
+        tensor("base_grid", "data_type: TYPE_INT32 dims: 1 optional: true"), WRONG, "the bundle's is TYPE_INT32 [2]"
+    ),
     "no negative prompt": Variation(tensor("negative_prompt", ""), WRONG, "input negative_prompt: is missing"),
     "required seed": Variation(tensor("seed", "data_type: TYPE_UINT64 dims: 1"), WRONG, "is not optional"),
     "optional prompt": Variation(tensor("prompt", "data_type: TYPE_STRING dims: 1 optional: true"), SERVES),

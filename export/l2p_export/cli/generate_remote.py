@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from l2p_export.cli.console import Console, parse_size, print_json
+from l2p_export.cli.console import Console, parse_grid, parse_size, print_json
+from l2p_export.cli.grid_options import read_coarse
 from l2p_export.cli.outputs import clear_leftovers, require_file_name, require_writable
 from l2p_runtime import UsageError
 from l2p_runtime.guidance import own_guidance
@@ -20,8 +21,6 @@ _LIVE_SECONDS = 30.0
 _SERVERS_OWN: Mapping[str, object] = {
     "shift": None,
     "rng": "philox",
-    "positions": None,
-    "base_grid": None,
     "plan": None,
     "backend": "auto",
     "memory_budget": None,
@@ -43,8 +42,6 @@ _LOCAL: Mapping[str, object] = {
 }
 """Options of what only a BUNDLE draws, with their defaults: a server sends one image of 8 bits."""
 
-_COARSE = ("coarse", "renoise", "fine_steps", "fine_guidance")
-
 
 def draw_remote(
     bundle: Path | None, out: Path, options: Mapping[str, Any], console: Console, *, as_json: bool, dry_run: bool
@@ -58,13 +55,12 @@ def draw_remote(
     from l2p_export.cli.embeddings import read_embeddings
     from l2p_runtime.client import Client
     from l2p_runtime.client.transport import parse_address
+    from l2p_runtime.coarse import check_coarse
     from l2p_runtime.images.png import write_png
     from l2p_runtime.serving import picture_text
 
     if bundle is not None:
         raise UsageError(f"there is a bundle `{bundle}` and a --server; give one of them")
-    if any(options[name] is not None for name in _COARSE):
-        raise UsageError("a server does not draw coarse to fine", hint="leave --coarse out, or draw with a BUNDLE here")
     own = [f"--{name.replace('_', '-')}" for name, default in _SERVERS_OWN.items() if options[name] != default]
     if own:
         raise UsageError(
@@ -80,6 +76,9 @@ def draw_remote(
     _check_out(out)
     parse_address(options["server"])
     height, width = parse_size(options["size"]) if options["size"] is not None else (None, None)
+    grid, coarse = parse_grid(options["base_grid"]), read_coarse(dict(options))
+    if coarse is not None and height is not None and width is not None:
+        check_coarse(coarse, height, width)
     guidance = own_guidance(options["guidance"], options["guidance_convention"])
     embeds = read_embeddings(options["embeddings"])
     negative_embeds = read_embeddings(options["negative_embeddings"])
@@ -103,6 +102,9 @@ def draw_remote(
             negative_prompt=options["negative"],
             prompt_embeds=embeds,
             negative_embeds=negative_embeds,
+            positions=options["positions"],
+            base_grid=grid,
+            coarse=coarse,
         )
     if str(reply.pixels.dtype) != "uint8":
         raise UsageError(

@@ -32,6 +32,24 @@ TENSOR_TYPES: Mapping[DType, str] = {
     "bool": "TYPE_BOOL",
 }
 
+_SETTINGS: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "height": ("TYPE_INT32", (1,)),
+    "width": ("TYPE_INT32", (1,)),
+    "seed": ("TYPE_UINT64", (1,)),
+    "steps": ("TYPE_INT32", (1,)),
+    "guidance": ("TYPE_FP32", (1,)),
+    # UTF-8 bytes: a text would end the process of a Python backend that cannot read texts.
+    "positions": ("TYPE_UINT8", (-1,)),
+    "base_grid": ("TYPE_INT32", (2,)),
+    "coarse_height": ("TYPE_INT32", (1,)),
+    "coarse_width": ("TYPE_INT32", (1,)),
+    # Sigmas are computed from it in float64.
+    "renoise": ("TYPE_FP64", (1,)),
+    "fine_steps": ("TYPE_INT32", (1,)),
+    "fine_guidance": ("TYPE_FP32", (1,)),
+}
+"""Optional inputs of every model that draws images, with type and dims."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -214,8 +232,6 @@ def _inputs(name: str, manifest: Manifest) -> list[_Input]:
         ("prompt_embeds", "TYPE_FP32", (-1, width), False),
         ("negative_embeds", "TYPE_FP32", (-1, width), True),
     ]
-    numbers = {"height": "TYPE_INT32", "width": "TYPE_INT32", "seed": "TYPE_UINT64", "steps": "TYPE_INT32"}
-    numbers["guidance"] = "TYPE_FP32"
     if name == "l2p":
         first = text
     elif name == "l2p_embeddings":
@@ -223,7 +239,7 @@ def _inputs(name: str, manifest: Manifest) -> list[_Input]:
     else:
         either = (*text, *embeds) if manifest.text is not None else embeds
         first = [(tensor, kind, dims, True) for tensor, kind, dims, _ in either]
-    return [*first, *((tensor, kind, (1,), True) for tensor, kind in numbers.items())]
+    return [*first, *((tensor, kind, dims, True) for tensor, (kind, dims) in _SETTINGS.items())]
 
 
 def _place(config: Any, placement: Placement) -> None:

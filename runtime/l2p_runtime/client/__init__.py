@@ -11,23 +11,26 @@ Needs the extra `[triton]`; `l2p_runtime.client.health` needs nothing.
 from __future__ import annotations
 
 import json
-import math
 import queue
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from l2p_runtime.arguments import flag, real_number, text, whole_number
+from l2p_runtime.arguments import flag, text
+from l2p_runtime.client.inputs import finite, request_inputs
 from l2p_runtime.client.regions import Regions
 from l2p_runtime.client.transport import Address, HttpTransport, connect, parse_address, stream_infer, to_l2p_error
 from l2p_runtime.errors import CancelledError, HostError, L2PError, UsageError
-from l2p_runtime.requests import float_array
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from l2p_runtime.coarse import Coarse
+    from l2p_runtime.contract import Grid
 
 PreviewCallback: TypeAlias = "Callable[[int, int, NDArray[np.uint8]], None]"
 """Receives (step, total steps, preview [h,w,3])."""
@@ -77,7 +80,7 @@ class Client:
         address = parse_address(text("url", url))
         if shared_memory is not None:
             shared_memory = flag("shared_memory", shared_memory)
-        timeout_s = _finite("timeout_s", timeout_s)
+        timeout_s = finite("timeout_s", timeout_s)
         if timeout_s <= 0:
             raise UsageError(f"timeout_s is {timeout_s}, expected more than 0")
         local = address.host in _LOCAL
@@ -113,14 +116,27 @@ class Client:
         negative_prompt: str | None = None,
         prompt_embeds: NDArray[np.float32] | None = None,
         negative_embeds: NDArray[np.float32] | None = None,
+        positions: str | None = None,
+        base_grid: Grid | None = None,
+        coarse: Coarse | None = None,
     ) -> Reply:
         """Draw one image; the arguments are those of `Pipeline.generate`, what is None has the server's default.
 
+        `positions` is a name; a function cannot be sent.
+
         Raises:
-            UsageError: an argument of another type, or the server refuses the request; says why.
+            UsageError: an argument of another type, or the server refuses the request or lacks an input; says why.
             HostError: no answer in time, a full queue, or a server that cannot draw.
         """
-        inputs = _inputs(prompt, negative_prompt, prompt_embeds, negative_embeds, seed, height, width, steps, guidance)
+        inputs = request_inputs(
+            {"prompt": prompt, "negative_prompt": negative_prompt},
+            {"prompt_embeds": prompt_embeds, "negative_embeds": negative_embeds},
+            {"seed": seed, "height": height, "width": width, "steps": steps},
+            guidance,
+            positions,
+            base_grid,
+            coarse,
+        )
         model = "l2p" if prompt_embeds is None else "l2p_embeddings"
         try:
             size_bytes = 0 if height is None or width is None else height * width * _PIXEL_BYTES_MAX
@@ -129,7 +145,7 @@ class Client:
             result = self._transport.infer(model, inputs, {"image": None, "report": None}, self._timeout_s)
             return Reply(result.as_numpy("image"), _report(result))
         except Exception as error:
-            raise to_l2p_error(error) from error
+            raise self._told(error, model, inputs) from error
 
     def stream(
         self,
@@ -145,6 +161,9 @@ class Client:
         negative_prompt: str | None = None,
         prompt_embeds: NDArray[np.float32] | None = None,
         negative_embeds: NDArray[np.float32] | None = None,
+        positions: str | None = None,
+        base_grid: Grid | None = None,
+        coarse: Coarse | None = None,
     ) -> Reply:
         """Draw one image and show a preview of every step; only over gRPC.
 
@@ -158,7 +177,15 @@ class Client:
         """
         if self._address.scheme != "grpc":
             raise UsageError("previews need gRPC, the URL is http://", hint="use grpc://host:8001")
-        inputs = _inputs(prompt, negative_prompt, prompt_embeds, negative_embeds, seed, height, width, steps, guidance)
+        inputs = request_inputs(
+            {"prompt": prompt, "negative_prompt": negative_prompt},
+            {"prompt_embeds": prompt_embeds, "negative_embeds": negative_embeds},
+            {"seed": seed, "height": height, "width": width, "steps": steps},
+            guidance,
+            positions,
+            base_grid,
+            coarse,
+        )
         answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         end = time.monotonic() + self._timeout_s
         with stream_infer(self._address, "l2p_stream", inputs, answers) as stop:
@@ -174,7 +201,7 @@ class Client:
                 except queue.Empty:
                     continue
                 if error is not None:
-                    raise to_l2p_error(error) from error
+                    raise self._told(error, "l2p_stream", inputs) from error
                 image = result.as_numpy("image")
                 if image is not None:
                     return Reply(image, _report(result))
@@ -198,51 +225,28 @@ class Client:
     ) -> None:
         self.close()
 
+    def _told(self, error: Exception, model: str, inputs: Mapping[str, Any]) -> L2PError:
+        """What a failed call means; a model written by an older version is said to lack inputs."""
+        told = to_l2p_error(error)
+        # A stream's errors have no status, so its refusals are told by their words.
+        if told is error or not (
+            isinstance(told, UsageError) or "number of inputs" in str(told) or "inference input" in str(told)
+        ):
+            return told
+        with suppress(Exception):
+            known = self._transport.input_names(model)
+            lacking = [name for name in inputs if name not in known]
+            if known and lacking:
+                return UsageError(
+                    f"the server's model `{model}` has no input {', '.join(f'`{name}`' for name in lacking)}",
+                    hint="write its repository again with this version of `l2p-export triton`, or do without",
+                )
+        return told
+
     def _through_memory(self, regions: Regions, model: str, inputs: Mapping[str, Any], size_bytes: int) -> Reply:
         with regions.take(size_bytes) as region:
             result = self._transport.infer(model, inputs, {"image": region, "report": None}, self._timeout_s)
             return Reply(regions.read(region, *self._transport.described(result, "image")), _report(result))
-
-
-def _inputs(
-    prompt: str | None,
-    negative_prompt: str | None,
-    prompt_embeds: Any,
-    negative_embeds: Any,
-    seed: int,
-    height: int | None,
-    width: int | None,
-    steps: int | None,
-    guidance: float | None,
-) -> dict[str, Any]:
-    """Input name to array; what the wire cannot hold is refused here."""
-    import numpy as np
-
-    if (prompt is None) == (prompt_embeds is None):
-        raise UsageError("give a prompt or prompt_embeds, one of them")
-    found: dict[str, Any] = {}
-    for name, words in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if words is not None:
-            found[name] = np.array([text(name, words).encode()], np.object_)
-    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_embeds", negative_embeds)):
-        if embeds is not None:
-            found[name] = np.ascontiguousarray(float_array(name, embeds))
-    sizes = {"height": height, "width": width, "steps": steps}
-    whole = [("seed", seed, "uint64"), *((name, value, "int32") for name, value in sizes.items())]
-    for name, number, dtype in whole:
-        if number is not None:
-            low, high = (0, 2**64 - 1) if dtype == "uint64" else (-(2**31), 2**31 - 1)
-            found[name] = np.array([whole_number(name, number, low, high)], dtype)
-    if guidance is not None:
-        found["guidance"] = np.array([_finite("guidance", guidance)], np.float32)
-    return found
-
-
-def _finite(name: str, value: object) -> float:
-    number = real_number(name, value)
-    if not math.isfinite(number):
-        raise UsageError(f"{name} is {number}, expected a finite number")
-    return number
 
 
 def _report(result: Any) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class GrpcTransport:
         sent, wanted = tensors(self._library, inputs, outputs)
         return self._client.infer(model, sent, outputs=wanted, client_timeout=timeout_s)
 
+    def input_names(self, model: str) -> set[str]:
+        """Inputs that a model takes."""
+        return {str(tensor.name) for tensor in self._client.get_model_metadata(model, client_timeout=10).inputs}
+
     def described(self, result: Any, output: str) -> tuple[str, tuple[int, ...]]:
         """Triton's data type and the shape of an output that was written to a region."""
         found = result.get_output(output)
@@ -122,6 +126,11 @@ class HttpTransport:
         sent, wanted = tensors(self._library, inputs, outputs)
         with self._client() as client:
             return client.infer(model, sent, outputs=wanted)
+
+    def input_names(self, model: str) -> set[str]:
+        """Inputs that a model takes."""
+        with self._client() as client:
+            return {str(tensor["name"]) for tensor in client.get_model_metadata(model)["inputs"]}
 
     def close(self) -> None:
         """Nothing stays open between calls."""

@@ -9,11 +9,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from l2p_runtime import HostError, L2PError
-from l2p_runtime.serving import Service, ServiceSpec, png_base64
+from l2p_runtime.serving import INPUTS, Service, ServiceSpec, png_base64
 
-INPUTS = (
-    "prompt", "negative_prompt", "prompt_embeds", "negative_embeds", "height", "width", "seed", "steps", "guidance"
-)  # fmt: skip
+ARRAYS = ("prompt_embeds", "negative_embeds", "positions", "base_grid")
 PROBE = "health"
 PNG = "png"
 
@@ -97,13 +95,13 @@ class Counters:
 
 
 def values(request) -> dict:
-    """The inputs that a request has, numbers as numbers."""
+    """The inputs that a request has; those of one element as that element."""
     found = {}
     for name in INPUTS:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is not None:
             array = np.from_dlpack(tensor).copy() if reads_wrong() else tensor.as_numpy()
-            found[name] = array if name.endswith("embeds") else array.reshape(-1)[0]
+            found[name] = array if name in ARRAYS else array.reshape(-1)[0]
     return found
 
 
