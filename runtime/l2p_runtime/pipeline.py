@@ -186,6 +186,11 @@ class Pipeline:
         return self._opened_plan.bundle
 
     @property
+    def opened_plan(self) -> OpenedPlan:
+        """The bundle's plan on its backend."""
+        return self._opened_plan
+
+    @property
     def plan(self) -> str:
         """Name of the precision plan that runs."""
         return self._opened_plan.plan
@@ -382,6 +387,31 @@ class Pipeline:
         truncate = flag("truncate_prompt", truncate_prompt)
         checked = [self._checked_texts(group, truncate) for group in groups]
         return self._run_encoder(checked, truncate) if any(checked) else [[] for _ in checked]
+
+    @contextmanager
+    def reserving(self, bytes_: int) -> Iterator[Self]:
+        """Keep a part of the memory budget for the caller, such as for a finished image, while the block lasts."""
+        whole = self._opened_plan
+        backend = replace(whole.backend, library_bytes=whole.backend.library_bytes + bytes_)
+        self._opened_plan = replace(whole, backend=backend)
+        try:
+            yield self
+        finally:
+            self._opened_plan = whole
+
+    def require_room(self, grid: tuple[int, int], caption_tokens: int) -> None:
+        """Refuse an image that does not fit beside, or in turns with, the networks of this pipeline.
+
+        Args:
+            grid: token rows and columns.
+            caption_tokens: of the longest caption, padded.
+
+        Raises:
+            HostError: it exceeds the budget or the free memory.
+            UsageError: engines were not built for this size, or the pipeline is closed.
+        """
+        self._opened()
+        self._plan_call(1, grid, caption_tokens)
 
     @property
     def keeps_networks(self) -> bool:

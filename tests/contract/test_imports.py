@@ -75,7 +75,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert foreign == {"l2p_export", "l2p_runtime", "click"}
 
 
-@pytest.mark.parametrize("command", ["build", "doctor", "generate", "inspect", "plan", "triton", "verify"])
+@pytest.mark.parametrize(
+    "command", ["build", "doctor", "farm", "generate", "inspect", "plan", "triton", "verify", "worker"]
+)
 def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     code = f"import l2p_export.cli.{command} as c; c.command.main(['--help'], standalone_mode=False)"
     assert not _loaded_by(code) & (HEAVY | {"numpy"})
@@ -114,9 +116,9 @@ def test_importing_touches_no_file_and_no_environment() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module", ["health", "page"])
-def test_asking_for_health_or_showing_the_page_needs_the_standard_library_alone(module: str) -> None:
-    loaded = _loaded_by(f"import l2p_runtime.client.{module}")
+@pytest.mark.parametrize("module", ["client.health", "client.page", "worker"])
+def test_what_other_programs_import_needs_the_standard_library_alone(module: str) -> None:
+    loaded = _loaded_by(f"import l2p_runtime.{module}")
     foreign = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
     assert foreign == {"l2p_runtime"}
 

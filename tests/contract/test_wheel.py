@@ -87,7 +87,7 @@ def test_the_base_install_uses_its_native_library(lean: Path) -> None:
 
 
 def test_help_works_with_nothing_else_installed(lean: Path) -> None:
-    for command in ([], ["build"], ["generate"], ["verify"], ["inspect"], ["doctor"]):
+    for command in ([], ["build"], ["generate"], ["verify"], ["inspect"], ["doctor"], ["farm"], ["worker", "start"]):
         result = subprocess.run(
             [lean, "-m", "l2p_export", *command, "--help"], capture_output=True, text=True, check=True
         )

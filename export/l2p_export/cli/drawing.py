@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, parse_grid, parse_size
+from l2p_export.cli.console import Console, parse_grid, parse_size, session
 from l2p_export.cli.grid_options import read_coarse
-from l2p_export.cli.outputs import require_file_name
+from l2p_export.cli.outputs import open_bundle_apart, require_file_name
 from l2p_runtime import L2PError, __version__
 from l2p_runtime.frames.progress import failure_line, progress_lines
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from l2p_runtime.frames.shot import ShotNeeds
     from l2p_runtime.images import ImageFormat
     from l2p_runtime.networks import OpenedPlan
+    from l2p_runtime.progress import Reporter
     from l2p_runtime.requests import ImageRequest
 
 
@@ -54,7 +55,7 @@ def read_call(options: Mapping[str, Any], bundle: Bundle, image: ImageFormat) ->
 
 
 def read_format(out: Path, options: Mapping[str, Any]) -> ImageFormat:
-    """The file format of an output, in a folder that is there.
+    """The file format of an output, in a folder that is there or will be made.
 
     Raises:
         UsageError: another suffix, a setting that the format does not have, or no folder.
@@ -62,7 +63,7 @@ def read_format(out: Path, options: Mapping[str, Any]) -> ImageFormat:
     from l2p_runtime.images import image_format
 
     found = image_format(out, **{name: options[name] for name in ("bits", "compression", "color")})
-    require_file_name(out)
+    require_file_name(out, makes_folder=options["make_folder"])
     return found
 
 
@@ -101,6 +102,47 @@ def picture_text(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a command draws: in its own process, or in a worker that has the bundle loaded.
+
+    Attributes:
+        bundle: opens a bundle apart from outputs, as `open_bundle_apart`.
+        plan: opens the bundle's plan on its backend, for a block.
+        pipeline: a pipeline of that plan, for a block.
+        check: refuses what does not fit the memory.
+        console: receives progress and notes.
+        progress: receives the share that is done.
+        cancelled: true stops the drawing.
+    """
+
+    bundle: Callable[..., Bundle]
+    plan: Callable[[Bundle, Mapping[str, Any]], AbstractContextManager[OpenedPlan]]
+    pipeline: Callable[[OpenedPlan, Mapping[str, Any], Reporter], AbstractContextManager[Pipeline]]
+    check: Callable[[OpenedPlan, ShotNeeds, Mapping[str, Any]], None]
+    console: Reporter
+    progress: Callable[[float], None]
+    cancelled: Callable[[], bool]
+
+
+def own_process(console: Console, form: str | None) -> Place:
+    """This process, which loads the bundle for one command.
+
+    Args:
+        console: shows progress.
+        form: how a render farm reads it, as `--progress-format`.
+    """
+    stops = session().stops
+
+    def cancelled() -> bool:
+        stops.again()
+        return False
+
+    return Place(
+        open_bundle_apart, plan_opened, pipeline_opened, check_machine, console, farm_progress(form), cancelled
+    )
+
+
 @contextmanager
 def plan_opened(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[OpenedPlan]:
     """The bundle's plan on its backend, as options say."""
@@ -114,7 +156,7 @@ def plan_opened(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[OpenedPl
 
 
 @contextmanager
-def pipeline_opened(opened: OpenedPlan, options: Mapping[str, Any], console: Console) -> Iterator[Pipeline]:
+def pipeline_opened(opened: OpenedPlan, options: Mapping[str, Any], console: Reporter) -> Iterator[Pipeline]:
     """A pipeline within the memory budget; says so if its pictures will be noise."""
     from l2p_runtime import Pipeline
     from l2p_runtime.memory import budget_bytes

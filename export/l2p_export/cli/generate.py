@@ -20,20 +20,19 @@ from l2p_export.cli.console import (
     store_option,
 )
 from l2p_export.cli.drawing import (
-    check_machine,
+    Place,
     failures_told,
-    farm_progress,
+    own_process,
     picture_text,
-    pipeline_opened,
-    plan_opened,
     read_call,
     read_embeddings_options,
     read_format,
 )
+from l2p_export.cli.generate_frames import draw_shot, tell_shot
 from l2p_export.cli.grid_options import grid_options
 from l2p_export.cli.inputs import InputPath
 from l2p_export.cli.output_options import draws_frames, frame_options, output_options
-from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_apart, require_writable
+from l2p_export.cli.outputs import clear_leftovers, require_apart, require_writable
 from l2p_runtime import UsageError
 from l2p_runtime.guidance import CONVENTIONS
 
@@ -50,6 +49,12 @@ if TYPE_CHECKING:
 )
 @click.argument("bundle", required=False, type=InputPath("bundle"))
 @click.option("--server", metavar="URL", help="Draw on this Triton server: grpc://host:8001 or http://host:8000.")
+@click.option(
+    "--worker",
+    metavar="SOCKET",
+    type=click.Path(path_type=Path),
+    help="Draw in the worker at this socket, which has BUNDLE loaded: l2p-export worker start.",
+)
 @click.option("--prompt", help="Prompt; needs a bundle with a text encoder. With --embeddings, only a description.")
 @click.option("--negative", help="Negative prompt; needs a bundle with a text encoder.")
 @click.option("--embeddings", type=InputPath("embeddings file"), help="Prompt embeddings [L, C], .npy or .safetensors.")
@@ -88,7 +93,10 @@ if TYPE_CHECKING:
 @json_option
 @dry_run_option
 @quiet_option
-def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, /, bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, quiet: bool, **options: Any
+) -> None:
     """Draw one image with BUNDLE, or the frames of a shot, or one image on a Triton server.
 
     Files store prompt, seed, sampling settings and the bundle's digest as text.
@@ -97,28 +105,56 @@ def command(bundle: Path | None, out: Path, *, as_json: bool, dry_run: bool, qui
     if as_json and form not in (None, "none"):
         raise UsageError(f"--json and --progress-format {form} both write to stdout; give one of them")
     console = Console(quiet=quiet or form is not None)
-    is_shot = draws_frames(options)
+    draws_frames(options)
     with failures_told(form):
         if options["server"] is not None:
             from l2p_export.cli.generate_remote import draw_remote
 
             require_apart({"--out": out}, read_embeddings_options(options))
             draw_remote(bundle, out, options, console, as_json=as_json, dry_run=dry_run)
-        elif bundle is None:
+            return
+        if bundle is None:
             raise UsageError(
                 "there is neither a BUNDLE nor a --server", hint="l2p-export generate BUNDLE --out FILE.png"
             )
-        elif is_shot:
-            from l2p_export.cli.generate_frames import draw_shot
+        if options["worker"] is not None:
+            from l2p_export.cli.worker_draw import draw_by_worker
 
-            draw_shot(bundle, out, options, console, as_json=as_json, dry_run=dry_run)
+            facts = draw_by_worker(ctx, bundle, console)
         else:
-            _draw_image(bundle, out, options, console, as_json=as_json, dry_run=dry_run)
+            facts = draw(bundle, out, options, own_process(console, form), dry_run=dry_run)
+        if draws_frames(options):
+            tell_shot(facts, as_json=as_json)
+            return
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(f"would draw {facts['width']}x{facts['height']} into {out}" if dry_run else out)
 
 
-def _draw_image(
-    bundle: Path, out: Path, options: Mapping[str, Any], console: Console, *, as_json: bool, dry_run: bool
-) -> None:
+def draw(bundle: Path, out: Path, options: Mapping[str, Any], place: Place, *, dry_run: bool) -> dict[str, Any]:
+    """Draw an image, or the frames of a shot.
+
+    Args:
+        bundle: the bundle.
+        out: file name, of a shot with the frame in it.
+        options: of the command line.
+        place: where it is drawn.
+        dry_run: check everything, and draw nothing.
+
+    Returns:
+        What `--json` prints of it.
+
+    Raises:
+        UsageError: options of an image that cannot be drawn; nothing was drawn then.
+        HostError: it does not fit the machine, or the file cannot be written.
+    """
+    if draws_frames(options):
+        return draw_shot(bundle, out, options, place, dry_run=dry_run)
+    return _draw_image(bundle, out, options, place, dry_run=dry_run)
+
+
+def _draw_image(bundle: Path, out: Path, options: Mapping[str, Any], place: Place, *, dry_run: bool) -> dict[str, Any]:
     """Draw one image: a shot of one frame, whose file is named as it is."""
     from l2p_runtime.frames.names import FramePattern
     from l2p_runtime.frames.ranges import frames_of
@@ -126,37 +162,32 @@ def _draw_image(
     from l2p_runtime.images import write_image
 
     image = read_format(out, options)
-    opened_bundle = open_bundle_apart(bundle, options["store"], {"--out": out}, read_embeddings_options(options))
+    opened_bundle = place.bundle(bundle, options["store"], {"--out": out}, read_embeddings_options(options))
     call = read_call(options, opened_bundle, image)
     needs = check_shot(Shot(frames_of([0]), FramePattern(out.parent, out.name), call), opened_bundle)
     request = checked_call(opened_bundle.manifest, call)
     height, width = request.size_px
-    with plan_opened(opened_bundle, options) as opened:
-        check_machine(opened, needs, options)
+    with place.plan(opened_bundle, options) as opened:
+        place.check(opened, needs, options)
         text = picture_text(opened, call, request)
         if dry_run:
             require_writable({"--out": out})
         else:
+            out.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(out)
-            with pipeline_opened(opened, options, console) as pipe:
-                pixels = _draw(pipe, call, request, console, options["progress_format"])
+            with place.pipeline(opened, options, place.console) as pipe:
+                pixels = _draw(pipe, call, request, place)
             write_image(out, pixels, text, image)
-    if as_json:
-        print_json({"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])})
-    else:
-        click.echo(f"would draw {width}x{height} into {out}" if dry_run else out)
+    return {"out": str(out), "width": width, "height": height, **json.loads(text["parameters"])}
 
 
-def _draw(
-    pipe: Pipeline, call: Mapping[str, Any], request: ImageRequest, console: Console, form: str | None
-) -> NDArray[Any]:
+def _draw(pipe: Pipeline, call: Mapping[str, Any], request: ImageRequest, place: Place) -> NDArray[Any]:
     height, width = request.size_px
     steps = request.sampling.steps + (call["coarse"].steps if call["coarse"] else 0)
-    tell_farm = farm_progress(form)
-    with console.task(f"drawing {width}x{height}", steps, "steps") as advance:
+    with place.console.task(f"drawing {width}x{height}", steps, "steps") as advance:
 
         def progress(done: int, total: int) -> None:
             advance(1)
-            tell_farm(done / total)
+            place.progress(done / total)
 
-        return pipe.generate(**call, progress=progress)
+        return pipe.generate(**call, progress=progress, cancelled=place.cancelled)

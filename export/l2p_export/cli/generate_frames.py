@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l2p_export.cli.console import Console, print_json, session
-from l2p_export.cli.drawing import (
-    check_machine,
-    farm_progress,
-    picture_text,
-    pipeline_opened,
-    plan_opened,
-    read_call,
-    read_embeddings_options,
-    read_format,
-)
-from l2p_export.cli.outputs import clear_leftovers, open_bundle_apart, require_writable
+from l2p_export.cli.console import print_json
+from l2p_export.cli.drawing import Place, picture_text, read_call, read_embeddings_options, read_format
+from l2p_export.cli.outputs import clear_leftovers, require_writable
 from l2p_runtime import FramesError, UsageError
 from l2p_runtime.errors import counted
 from l2p_runtime.frames.names import parse_pattern
@@ -31,40 +22,66 @@ from l2p_runtime.frames.ranges import frames_of, parse_frames
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from l2p_runtime.contract import ModelSpec
     from l2p_runtime.frames.drawing import FrameEvent, FrameReport
     from l2p_runtime.frames.shot import FrameRequest, Shot, ShotNeeds
     from l2p_runtime.images import ImageFormat
     from l2p_runtime.networks import OpenedPlan
 
 
-def draw_shot(
-    bundle: Path, out: Path, options: Mapping[str, Any], console: Console, *, as_json: bool, dry_run: bool
-) -> None:
+def draw_shot(bundle: Path, out: Path, options: Mapping[str, Any], place: Place, *, dry_run: bool) -> dict[str, Any]:
     """Draw the frames that options name.
+
+    Returns:
+        What `--json` prints of it.
 
     Raises:
         UsageError: a range, a name, a prompts file or a frame that cannot be drawn; nothing was drawn then.
         HostError: a frame does not fit this machine, or the folder cannot be written; likewise.
-        FramesError: some frames failed; the others are written.
     """
     from l2p_runtime.frames.shot import check_shot
 
     image = read_format(out, options)
     inputs = {**read_embeddings_options(options), "--prompts": options["prompts"]}
-    opened_bundle = open_bundle_apart(bundle, options["store"], {"--out": out}, inputs)
+    opened_bundle = place.bundle(bundle, options["store"], {"--out": out}, inputs)
     shot = read_shot(out, options, read_call(options, opened_bundle, image))
     needs = check_shot(shot, opened_bundle)
-    with plan_opened(opened_bundle, options) as found:
+    facts = {"out": str(out), "frames": str(shot.frames), "count": len(shot)}
+    with place.plan(opened_bundle, options) as found:
         opened = _with_room(found, needs, image)
-        check_machine(opened, needs, options)
+        place.check(opened, needs, options)
         if dry_run:
             require_writable({"--out": out})
-            _tell_plan(shot, out, as_json=as_json)
-            return
+            return facts | _plan_facts(shot)
+        out.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(out)
         failures: list[FrameEvent] = []
-        report = _draw(shot, image, opened, options, console, failures)
-    _tell_report(shot, out, report, failures, as_json=as_json)
+        report = _draw(shot, image, opened, options, place, failures)
+    failed = [{"frame": event.frame, "out": str(event.path), "reason": str(event.error)} for event in failures]
+    return facts | {"written": report.written, "skipped": report.skipped, "failed": failed}
+
+
+def tell_shot(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what came of a shot.
+
+    Raises:
+        FramesError: some frames failed.
+    """
+    if as_json:
+        print_json(facts)
+    if "first" in facts:
+        if not as_json:
+            _tell_plan(facts)
+        return
+    if facts["failed"]:
+        failed = [frame["frame"] for frame in facts["failed"]]
+        raise FramesError(
+            f"{len(failed):,} of {counted(facts['count'], 'frame')} failed: {frames_of(failed)}",
+            hint="run it again with --skip-existing, which draws only these",
+        )
+    if not as_json:
+        there = f", {facts['skipped']:,} were there" if facts["skipped"] else ""
+        click.echo(f"{counted(facts['written'], 'frame')} written into {facts['out']}{there}")
 
 
 def read_shot(out: Path, options: Mapping[str, Any], call: Mapping[str, Any]) -> Shot:
@@ -96,14 +113,14 @@ def _draw(
     image: ImageFormat,
     opened: OpenedPlan,
     options: Mapping[str, Any],
-    console: Console,
+    place: Place,
     failures: list[FrameEvent],
 ) -> FrameReport:
     from l2p_runtime.frames.drawing import draw_frames
     from l2p_runtime.frames.shot import checked_call
     from l2p_runtime.images import reads, write_image
 
-    stops, is_writable = session().stops, False
+    console, is_writable = place.console, False
 
     def write(request: FrameRequest, pixels: NDArray[Any]) -> None:
         size = checked_call(opened.manifest, request.call)
@@ -120,19 +137,15 @@ def _draw(
             is_writable = True
         return False
 
-    def cancelled() -> bool:
-        stops.again()
-        return False
-
     with (
-        pipeline_opened(opened, options, console) as pipe,
+        place.pipeline(opened, options, console) as pipe,
         console.phases(f"drawing {counted(len(shot), 'frame')}") as advance,
     ):
-        tell_farm, current = farm_progress(options["progress_format"]), ""
+        current = ""
 
         def show(share: float) -> None:
             advance(share, current)
-            tell_farm(share)
+            place.progress(share)
 
         tell_share = shares(len(shot), show)
 
@@ -145,12 +158,18 @@ def _draw(
             tell_share(event)
 
         return draw_frames(
-            pipe, shot, write, is_there=is_there, retries=options["retries"], tell=tell, cancelled=cancelled
+            pipe, shot, write, is_there=is_there, retries=options["retries"], tell=tell, cancelled=place.cancelled
         )
 
 
 def _with_room(opened: OpenedPlan, needs: ShotNeeds, image: ImageFormat) -> OpenedPlan:
-    """The plan with room in its memory budget for the frame that is written while another is drawn, and for embeddings.
+    """The plan with that room in its memory budget."""
+    held_bytes = room_bytes(opened.manifest.model, needs, image)
+    return replace(opened, backend=replace(opened.backend, library_bytes=opened.backend.library_bytes + held_bytes))
+
+
+def room_bytes(model: ModelSpec, needs: ShotNeeds, image: ImageFormat) -> int:
+    """Room in a memory budget for the frame that is written while another is drawn, and for embeddings.
 
     Pixels count twice, because some formats store others than those that are drawn.
     """
@@ -158,48 +177,25 @@ def _with_room(opened: OpenedPlan, needs: ShotNeeds, image: ImageFormat) -> Open
 
     from l2p_runtime.frames.embeddings import GROUPS_MAX
 
-    model = opened.manifest.model
     pixels = max(rows * columns for (rows, columns), _ in needs.calls) * model.patch_px**2
     # A group is of two texts, and those of the last frames are kept while others are encoded.
     tokens = sum(needs.texts[: 2 * 2 * GROUPS_MAX])
-    held_bytes = 2 * 3 * np.dtype(image.dtype).itemsize * pixels + 4 * model.caption_width * tokens
-    return replace(opened, backend=replace(opened.backend, library_bytes=opened.backend.library_bytes + held_bytes))
+    return 2 * 3 * np.dtype(image.dtype).itemsize * pixels + 4 * model.caption_width * tokens
 
 
-def _tell_plan(shot: Shot, out: Path, *, as_json: bool) -> None:
-    """Print what would be drawn."""
+def _plan_facts(shot: Shot) -> dict[str, Any]:
+    """What would be drawn."""
     there, last, first = 0, None, None
-    names = {path.name for path in shot.pattern.folder.iterdir()}
+    folder = shot.pattern.folder
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     for frame in shot.frames:
         last = shot.path(frame)
         first = first or last
         there += last.name in names
-    if as_json:
-        print_json({**_facts(shot, out), "first": str(first), "last": str(last), "existing": there})
-        return
+    return {"first": str(first), "last": str(last), "existing": there}
+
+
+def _tell_plan(facts: Mapping[str, Any]) -> None:
+    first, last, there = facts["first"], facts["last"], facts["existing"]
     files = f"into {first}" if first == last else f"into {first} to {last}"
-    click.echo(f"would draw {counted(len(shot), 'frame')} {files}; {there:,} of these files exist")
-
-
-def _tell_report(shot: Shot, out: Path, report: FrameReport, failures: list[FrameEvent], *, as_json: bool) -> None:
-    """Print what came of the frames.
-
-    Raises:
-        FramesError: some failed.
-    """
-    if as_json:
-        failed = [{"frame": event.frame, "out": str(event.path), "reason": str(event.error)} for event in failures]
-        counts = {"written": report.written, "skipped": report.skipped, "failed": failed}
-        print_json({**_facts(shot, out), **counts})
-    if report.failed:
-        raise FramesError(
-            f"{len(report.failed):,} of {counted(len(shot), 'frame')} failed: {frames_of(report.failed)}",
-            hint="run it again with --skip-existing, which draws only these",
-        )
-    if not as_json:
-        there = f", {report.skipped:,} were there" if report.skipped else ""
-        click.echo(f"{counted(report.written, 'frame')} written into {out}{there}")
-
-
-def _facts(shot: Shot, out: Path) -> dict[str, Any]:
-    return {"out": str(out), "frames": str(shot.frames), "count": len(shot)}
+    click.echo(f"would draw {counted(facts['count'], 'frame')} {files}; {there:,} of these files exist")

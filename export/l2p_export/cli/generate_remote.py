@@ -30,10 +30,12 @@ _SERVERS_OWN: Mapping[str, object] = {
 """Options that the server's model repository decides, with their defaults."""
 
 _LOCAL: Mapping[str, object] = {
+    "worker": None,
     "bits": None,
     "compression": None,
     "color": None,
     "frames": None,
+    "make_folder": False,
     "frame_dialect": None,
     "prompts": None,
     "seed_per_frame": False,

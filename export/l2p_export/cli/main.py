@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": "Report what this machine can and cannot do.",
     "eval": "Score a bundle or a source, or draw images for public benchmarks.",
     "import": "Convert a checkpoint of any known tool into one canonical file.",
+    "farm": "Write a render-farm job that draws frames with a bundle.",
     "generate": "Draw an image with a bundle.",
     "inspect": "Describe a checkpoint or a bundle.",
     "judge": "Judge whether a picture shows what a caption of the small world says.",
@@ -39,6 +40,7 @@ COMMANDS = {
     "train": "Train a small source, draw a corpus, transfer a source to pixel space.",
     "triton": "Write or lint a Triton model repository, check its server, draw in a browser.",
     "verify": "Check a bundle's files and run its reference cases.",
+    "worker": "Keep a bundle loaded for the tasks of one session.",
 }
 """Command to the line that `--help` shows. Each command is in the module of its name."""
 
@@ -136,7 +138,7 @@ def _report_error(error: BaseException, session: Session) -> int:
         error.show()
         _tell_json(error.exit_code, error.format_message(), _help_hint(error), session)
         return error.exit_code
-    known = error if isinstance(error, L2PError) else _as_l2p_error(error)
+    known = as_l2p_error(error)
     code = _tell(known.exit_code, str(known), session, hint=known.hint)
     if isinstance(known, InternalError) and os.environ.get("L2P_TRACEBACK"):
         traceback.print_exception(error)
@@ -168,7 +170,10 @@ def _help_hint(error: click.ClickException) -> str:
     return f"{context.command_path} --help" if isinstance(context, click.Context) else ""
 
 
-def _as_l2p_error(error: BaseException) -> L2PError:
+def as_l2p_error(error: BaseException) -> L2PError:
+    """An error of a library or of the system, with what a user can do about it."""
+    if isinstance(error, L2PError):
+        return error
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return HostError(f"out of memory: {error}", hint="draw a smaller image, or give the process more memory")
     if isinstance(error, BrokenPipeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ _OUTPUT_OPTIONS = (
         help="File to write: .png, .tif, .tiff or .exr. With --frames, a name with the frame in it: shot.####.exr, "
         "shot.%04d.exr or shot.$F4.exr; each # or @ is one digit, as in Houdini and Nuke.",
     ),
+    click.option("--make-folder", is_flag=True, help="Make the folder of --out if it is not there."),
     click.option(
         "--bits",
         type=click.Choice(["8", "16", "half", "float"]),
@@ -73,7 +74,7 @@ def frame_options(command: Command) -> Command:
     return _with(command, _FRAME_OPTIONS)
 
 
-def draws_frames(options: dict[str, Any]) -> bool:
+def draws_frames(options: Mapping[str, Any]) -> bool:
     """Whether a shot is drawn rather than an image.
 
     Raises:

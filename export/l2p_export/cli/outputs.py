@@ -47,16 +47,18 @@ def require_apart(
                     )
 
 
-def require_file_name(out: Path) -> None:
-    """Refuse an `--out` that is a folder, or is in one that is not there.
+def require_file_name(out: Path, *, makes_folder: bool = False) -> None:
+    """Refuse an `--out` that is a folder, or is in one that is not there and will not be made.
 
     Raises:
         UsageError: it is.
     """
     if out.is_dir():
         raise UsageError(f"--out `{out}` is a folder, expected a file name")
-    if not out.parent.is_dir():
-        raise UsageError(f"the folder `{out.parent}` does not exist", hint=f"mkdir -p {out.parent}")
+    if not out.parent.is_dir() and not makes_folder:
+        raise UsageError(
+            f"the folder `{out.parent}` does not exist", hint=f"mkdir -p {out.parent}, or generate --make-folder"
+        )
 
 
 def require_writable(outputs: Mapping[str, Path | None]) -> None:

@@ -21,7 +21,7 @@ PACKED_BYTES_MAX = 256 << 20
 """Weights up to this size are packed when a network is loaded, which makes its convolutions up to twice as fast."""
 
 # Measured with version 1.31: the library and its threads take 10 MiB, a session 1 to 4 beside its weights.
-_LIBRARY_BYTES = 16 << 20
+LIBRARY_BYTES = 16 << 20
 _SESSION_BYTES = 4 << 20
 _WIDENED = 3
 """Weights in 16 or 8 bits are folded and packed in float32 too."""
@@ -46,7 +46,7 @@ def open_device(device: int) -> Backend:
         device=HostDevice(),
         load=OnnxEngine,
         runs_fused=True,
-        library_bytes=_LIBRARY_BYTES,
+        library_bytes=LIBRARY_BYTES,
         held_bytes=held_bytes,
     )
 

@@ -1,0 +1,132 @@
+"""Forecast of what drawing one frame takes of a machine, from a bundle's manifest; nothing is opened or run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2p_engines.forecast.calls import CallSize, count_tokens, engine_memory
+from l2p_engines.forecast.fitting import CARD_RESERVE_BYTES, fit_call
+from l2p_export.farm.job import Needs
+from l2p_runtime.backends.onnx import LIBRARY_BYTES, held_bytes
+from l2p_runtime.contract import ENGINE_BACKENDS, TEXT_ENCODER
+from l2p_runtime.errors import ArtifactError
+from l2p_runtime.memory import call_memory
+from l2p_runtime.requests import check_size
+
+if TYPE_CHECKING:
+    from l2p_runtime.bundle import Bundle
+    from l2p_runtime.contract import Manifest
+
+PROCESS_BYTES = 256 << 20
+"""Host memory of a process besides networks and images: interpreter, NumPy, file writers (docs/farm.md, "Needs")."""
+
+GPU_PROCESS_BYTES = 3 << 30
+"""The same on a GPU, where the driver and its libraries add theirs. An assumption, not a measurement."""
+
+_BUDGET_MARGIN = 1.05
+"""A memory budget holds within 5 %."""
+
+_PIXEL_BYTES = 3 * 4
+"""A pixel of the frame that is encoded, beside those that the memory budget has room for."""
+
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is drawn, and on what.
+
+    Attributes:
+        height_px, width_px: the image.
+        caption_tokens: of the longest prompt, padded.
+        backend: as `--backend`.
+        plan: as `--plan`; the bundle's first when None.
+        memory_budget_bytes: as `--memory-budget`.
+        room_bytes: what drawing frames holds beside what drawing one image takes.
+    """
+
+    height_px: int
+    width_px: int
+    caption_tokens: int
+    backend: str = "auto"
+    plan: str | None = None
+    memory_budget_bytes: int | None = None
+    room_bytes: int = 0
+
+
+def runs_on_gpu(manifest: Manifest, backend: str) -> bool:
+    """Whether a job asks for a GPU: `auto` does where the bundle has engines."""
+    if backend == "auto":
+        return bool(manifest.engines)
+    return backend in (*ENGINE_BACKENDS, "onnx-cuda")
+
+
+def forecast_needs(bundle: Bundle, draw: Draw, cores: int | None = None) -> Needs:
+    """Forecast memory with all networks loaded and the pixel head run whole, or as the memory budget says.
+
+    Raises:
+        UsageError: a size that the model does not take, or no such plan.
+        ArtifactError: the bundle has no files for the backend.
+    """
+    manifest = bundle.manifest
+    check_size(manifest.model, draw.height_px, draw.width_px)
+    pixels = draw.height_px * draw.width_px * _PIXEL_BYTES
+    if not runs_on_gpu(manifest, draw.backend):
+        budget = draw.memory_budget_bytes or cpu_budget_bytes(bundle, draw)
+        return Needs(int(budget * _BUDGET_MARGIN) + PROCESS_BYTES + pixels, cores=cores)
+    weights = _weights(bundle, draw)
+    plan = manifest.plan(draw.plan)
+    call = _call(draw)
+    if draw.memory_budget_bytes is not None:
+        on_card = draw.memory_budget_bytes
+    else:
+        memory = engine_memory(manifest.model, call, plan.base)
+        on_card = fit_call(manifest.model, call, memory, weights, "all", _UNLIMITED).needed_bytes
+    # A network passes through host memory on its way to the card.
+    host = GPU_PROCESS_BYTES + max(weights.values()) + pixels + draw.room_bytes
+    return Needs(host, on_card + CARD_RESERVE_BYTES, cores)
+
+
+def cpu_budget_bytes(bundle: Bundle, draw: Draw) -> int:
+    """The memory budget with which a frame is drawn with all networks loaded and the pixel head whole."""
+    model, call = bundle.manifest.model, _call(draw)
+    tokens = count_tokens(model, call)
+    memory = call_memory(model, call.batch, tokens.rows, tokens.columns, tokens.caption)
+    base = bundle.manifest.plan(draw.plan).base
+    held = {network: held_bytes(size, base == "fp32") for network, size in _weights(bundle, draw).items()}
+    fit = fit_call(model, call, memory, held, "all", _UNLIMITED)
+    # The text encoder is in memory beside the networks while it runs, or they would be loaded again after it.
+    networks = sum(size for network, size in held.items() if network != TEXT_ENCODER)
+    beside = networks + held.get(TEXT_ENCODER, 0)
+    return max(fit.needed_bytes, beside) + LIBRARY_BYTES + draw.room_bytes
+
+
+def _call(draw: Draw) -> CallSize:
+    return CallSize(draw.height_px, draw.width_px, draw.caption_tokens)
+
+
+def _weights(bundle: Bundle, draw: Draw) -> dict[str, int]:
+    """Network to the bytes of its weights, or of its engine; the largest of several targets'."""
+    manifest = bundle.manifest
+    plan = manifest.plan(draw.plan).name
+    sizes = {record.path: record.size_bytes for record in manifest.files}
+    networks = [spec.name for spec in manifest.networks]
+    if manifest.text is not None:
+        networks.append(TEXT_ENCODER)
+    engines = draw.backend in ENGINE_BACKENDS or (draw.backend == "auto" and manifest.engines)
+    if not engines:
+        if missing := [network for network in networks if not manifest.has_graph(network, plan)]:
+            raise ArtifactError(
+                f"the bundle has no ONNX graph of `{missing[0]}` in plan `{plan}`", hint="give --backend of its engines"
+            )
+        return {network: sizes[manifest.graph(network, plan).weights] for network in networks}
+    found: dict[str, int] = {}
+    for record in manifest.engines:
+        if record.plan == plan and (draw.backend == "auto" or record.target.startswith(draw.backend)):
+            found[record.network] = max(found.get(record.network, 0), sizes[record.engine])
+    if not found:
+        raise ArtifactError(
+            f"the bundle has no engine in plan `{plan}` for {draw.backend}", hint="give --plan, or --backend onnx"
+        )
+    return found
