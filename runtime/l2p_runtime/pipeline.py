@@ -399,19 +399,20 @@ class Pipeline:
         finally:
             self._opened_plan = whole
 
-    def require_room(self, grid: tuple[int, int], caption_tokens: int) -> None:
+    def require_room(self, grid: tuple[int, int], caption_tokens: int, prompts: int) -> None:
         """Refuse an image that does not fit beside, or in turns with, the networks of this pipeline.
 
         Args:
             grid: token rows and columns.
             caption_tokens: of the longest caption, padded.
+            prompts: 2 with guidance, 1 without.
 
         Raises:
             HostError: it exceeds the budget or the free memory.
             UsageError: engines were not built for this size, or the pipeline is closed.
         """
         self._opened()
-        self._plan_call(1, grid, caption_tokens)
+        self._plan_call(1, grid, caption_tokens, prompts)
 
     @property
     def keeps_networks(self) -> bool:

@@ -47,6 +47,9 @@ _OWN = frozenset(
 )
 """Parameters of `generate` that a job sets by itself, or that make no sense in one."""
 
+_COARSE_PIXEL_BYTES = 3 * 4
+"""The coarse image is held, in float32, until it is enlarged."""
+
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_.-]+")
 _CUE = ("show", "shot", "user", "service", "tags")
 
@@ -113,8 +116,11 @@ def _draw_job(
 
     target = folder / options["pattern"]
     image = image_format(target, **{name: options[name] for name in ("bits", "compression", "color")})
-    shot = read_shot(target, options, read_call(options, bundle, image))
+    call = read_call(options, bundle, image)
+    shot = read_shot(target, options, call)
     room = room_bytes(bundle.manifest.model, shot_needs := check_shot(shot, bundle), image)
+    if (coarse := call["coarse"]) is not None:
+        room += coarse.height * coarse.width * _COARSE_PIXEL_BYTES
     needs, further = _needs(bundle, shot_needs, room, options)
     return DrawJob(
         name=options["name"] or _UNUSUAL.sub("_", folder.name),
@@ -140,8 +146,8 @@ def _needs(bundle: Bundle, shot: ShotNeeds, room: int, options: dict[str, Any]) 
 
     patch_px, given = bundle.manifest.model.patch_px, budget_bytes(options["memory_budget"])
     draws = [
-        Draw(rows * patch_px, columns * patch_px, tokens, options["backend"], options["plan"], given, room)
-        for (rows, columns), tokens in shot.tokens.items()
+        Draw(rows * patch_px, columns * patch_px, tokens, prompts, options["backend"], options["plan"], given, room)
+        for ((rows, columns), prompts), tokens in shot.calls.items()
     ]
     needs = max(
         (forecast_needs(bundle, draw, options["cores"]) for draw in draws), key=lambda needs: needs.memory_bytes

@@ -65,8 +65,8 @@ def start(bundle: Path, socket: Path, *, foreground: bool, as_json: bool, **opti
         facts = worker_status(place)
     except HostError:
         facts = _start_in_background(bundle, place, options)
-    else:
-        _require_same(facts, bundle, place, options)
+    # Another process may have started one meanwhile.
+    _require_same(facts, bundle, place, options)
     if as_json:
         print_json({"socket": str(place), **facts})
     else:
@@ -92,7 +92,7 @@ def status(socket: Path, *, as_json: bool) -> None:
 @socket_option
 @click.option("--log", is_flag=True, help="Print the worker's log on stderr.")
 def stop(socket: Path, *, log: bool) -> None:
-    """Stop a worker and wait until it has ended. That there is none is no error."""
+    """Stop a worker and wait until it has ended; after 30 s it is killed. That there is none is no error."""
     from l2p_runtime.worker import log_path, stop_worker, worker_status
 
     place = socket.absolute()

@@ -145,9 +145,9 @@ def _in_worker(pipe: Pipeline, emit: Emit, cancelled: Callable[[], bool]) -> Pla
             yield pipe
 
     def check(opened: OpenedPlan, needs: ShotNeeds, options: Mapping[str, Any]) -> None:
-        for grid, tokens in needs.tokens.items():
+        for (grid, prompts), tokens in needs.calls.items():
             with pipeline(opened, options, remote) as whole:
-                whole.require_room(grid, whole.bundle.manifest.model.padded(tokens))
+                whole.require_room(grid, whole.bundle.manifest.model.padded(tokens), prompts)
 
     remote = _RemoteConsole(emit)
     return Place(opened_bundle, plan, pipeline, check, remote, lambda share: None, cancelled)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l2p_engines.forecast.calls import CallSize, count_tokens, engine_memory
+from l2p_engines.forecast.calls import CallSize
 from l2p_engines.forecast.fitting import CARD_RESERVE_BYTES, fit_call
 from l2p_export.farm.job import Needs
 from l2p_runtime.backends.onnx import LIBRARY_BYTES, held_bytes
-from l2p_runtime.contract import ENGINE_BACKENDS, TEXT_ENCODER
+from l2p_runtime.contract import ENGINE_BACKENDS, NETWORKS, TEXT_ENCODER
 from l2p_runtime.errors import ArtifactError
-from l2p_runtime.memory import call_memory
+from l2p_runtime.memory import CallMemory, call_memory, cpu_call_memory, fused_call_memory
 from l2p_runtime.requests import check_size
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Draw:
 
     Attributes:
         height_px, width_px: the image.
-        caption_tokens: of the longest prompt, padded.
+        caption_tokens: of the longest prompt; padded here.
+        prompts: 2 with guidance, 1 without.
         backend: as `--backend`.
         plan: as `--plan`; the bundle's first when None.
         memory_budget_bytes: as `--memory-budget`.
@@ -49,6 +51,7 @@ class Draw:
     height_px: int
     width_px: int
     caption_tokens: int
+    prompts: int = 2
     backend: str = "auto"
     plan: str | None = None
     memory_budget_bytes: int | None = None
@@ -76,13 +79,7 @@ def forecast_needs(bundle: Bundle, draw: Draw, cores: int | None = None) -> Need
         budget = draw.memory_budget_bytes or cpu_budget_bytes(bundle, draw)
         return Needs(int(budget * _BUDGET_MARGIN) + PROCESS_BYTES + pixels, cores=cores)
     weights = _weights(bundle, draw)
-    plan = manifest.plan(draw.plan)
-    call = _call(draw)
-    if draw.memory_budget_bytes is not None:
-        on_card = draw.memory_budget_bytes
-    else:
-        memory = engine_memory(manifest.model, call, plan.base)
-        on_card = fit_call(manifest.model, call, memory, weights, "all", _UNLIMITED).needed_bytes
+    on_card = draw.memory_budget_bytes or _whole_fit(manifest, draw, weights)
     # A network passes through host memory on its way to the card.
     host = GPU_PROCESS_BYTES + max(weights.values()) + pixels + draw.room_bytes
     return Needs(host, on_card + CARD_RESERVE_BYTES, cores)
@@ -90,20 +87,35 @@ def forecast_needs(bundle: Bundle, draw: Draw, cores: int | None = None) -> Need
 
 def cpu_budget_bytes(bundle: Bundle, draw: Draw) -> int:
     """The memory budget with which a frame is drawn with all networks loaded and the pixel head whole."""
-    model, call = bundle.manifest.model, _call(draw)
-    tokens = count_tokens(model, call)
-    memory = call_memory(model, call.batch, tokens.rows, tokens.columns, tokens.caption)
     base = bundle.manifest.plan(draw.plan).base
     held = {network: held_bytes(size, base == "fp32") for network, size in _weights(bundle, draw).items()}
-    fit = fit_call(model, call, memory, held, "all", _UNLIMITED)
     # The text encoder is in memory beside the networks while it runs, or they would be loaded again after it.
-    networks = sum(size for network, size in held.items() if network != TEXT_ENCODER)
-    beside = networks + held.get(TEXT_ENCODER, 0)
-    return max(fit.needed_bytes, beside) + LIBRARY_BYTES + draw.room_bytes
+    return max(_whole_fit(bundle.manifest, draw, held), sum(held.values())) + LIBRARY_BYTES + draw.room_bytes
 
 
-def _call(draw: Draw) -> CallSize:
-    return CallSize(draw.height_px, draw.width_px, draw.caption_tokens)
+def _whole_fit(manifest: Manifest, draw: Draw, weights: Mapping[str, int]) -> int:
+    """Bytes of a call with all networks in memory and the pixel head whole."""
+    call = CallSize(draw.height_px, draw.width_px, draw.caption_tokens)
+    return fit_call(manifest.model, call, _call_memory(manifest, draw), weights, "all", _UNLIMITED).needed_bytes
+
+
+def _call_memory(manifest: Manifest, draw: Draw) -> CallMemory:
+    """Memory of one denoising call besides the weights, as the runtime forecasts it on the backend."""
+    plan = manifest.plan(draw.plan)
+    forecast = call_memory
+    if _runs_engines(manifest, draw.backend):
+        forecast = call_memory if plan.base == "fp32" else fused_call_memory
+    elif not runs_on_gpu(manifest, draw.backend) and any(
+        manifest.graph(network, plan.name).fused is not None for network in NETWORKS
+    ):
+        forecast = cpu_call_memory
+    model = manifest.model
+    rows, columns = draw.height_px // model.patch_px, draw.width_px // model.patch_px
+    return forecast(model, 1, rows, columns, model.padded(draw.caption_tokens), draw.prompts)
+
+
+def _runs_engines(manifest: Manifest, backend: str) -> bool:
+    return backend in ENGINE_BACKENDS or (backend == "auto" and bool(manifest.engines))
 
 
 def _weights(bundle: Bundle, draw: Draw) -> dict[str, int]:
@@ -114,8 +126,7 @@ def _weights(bundle: Bundle, draw: Draw) -> dict[str, int]:
     networks = [spec.name for spec in manifest.networks]
     if manifest.text is not None:
         networks.append(TEXT_ENCODER)
-    engines = draw.backend in ENGINE_BACKENDS or (draw.backend == "auto" and manifest.engines)
-    if not engines:
+    if not _runs_engines(manifest, draw.backend):
         if missing := [network for network in networks if not manifest.has_graph(network, plan)]:
             raise ArtifactError(
                 f"the bundle has no ONNX graph of `{missing[0]}` in plan `{plan}`", hint="give --backend of its engines"

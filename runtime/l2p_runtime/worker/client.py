@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from l2p_runtime.worker.sockets import connect, peer_process
 
 _POLL_SECONDS = 0.1
 _STATUS_SECONDS = 10.0
-_STOP_SECONDS = 50.0
+_STOP_SECONDS = 30.0
 
 
 def worker_status(socket: Path) -> Message:
@@ -26,20 +27,38 @@ def worker_status(socket: Path) -> Message:
         HostError: no worker listens there.
     """
     with _request(socket, {"do": "status"}, seconds=_STATUS_SECONDS) as (messages, process):
-        return {"process": process, **_answer(messages, socket)}
+        try:
+            return {"process": process, **_answer(messages, socket)}
+        except TimeoutError as error:
+            raise HostError(
+                f"the worker at `{socket}` has not answered within {_STATUS_SECONDS:g} s",
+                hint=f"end process {process}; its log is `{log_path(socket)}`",
+            ) from error
 
 
 def stop_worker(socket: Path, seconds: float = _STOP_SECONDS) -> None:
     """Stop a worker, and wait until it has ended. What it draws is cancelled.
 
+    Args:
+        socket: of the worker.
+        seconds: how long to wait; then it is killed. Its files are whole, or not there, even so.
+
     Raises:
-        HostError: no worker listens there, or it has not ended in time.
+        HostError: no worker listens there, or it is a process that cannot be seen and has not ended.
     """
-    with _request(socket, {"do": "stop"}, seconds=seconds) as (messages, process), _ending(process) as wait:
-        _answer(messages, socket)
-        with suppress(ConnectionError):
-            messages.receive()
-        wait(seconds)
+    with _request(socket, {"do": "stop"}, seconds=seconds) as (messages, process), _handle(process) as handle:
+        try:
+            _answer(messages, socket)
+            with suppress(ConnectionError):
+                messages.receive()
+            if _has_ended(handle, seconds):
+                return
+        except TimeoutError as error:
+            if handle is None:
+                raise HostError(f"the worker at `{socket}` has not ended within {seconds:g} s") from error
+        if handle is not None:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            _has_ended(handle, seconds)
 
 
 def draw(
@@ -130,33 +149,28 @@ def _request(socket: Path, request: Message, seconds: float | None) -> Iterator[
             raise _gone(socket) from error
         connection.settimeout(seconds)
         yield messages, peer_process(connection)
-    except TimeoutError as error:
-        raise HostError(
-            f"the worker at `{socket}` has not answered within {seconds:g} s",
-            hint=f"end process {peer_process(connection)}; its log is `{log_path(socket)}`",
-        ) from error
     finally:
         # Whatever ended the block, the worker sees that nobody waits.
         messages.close()
 
 
 @contextmanager
-def _ending(process: int) -> Iterator[Callable[[float], None]]:
-    """Yields what waits for the end of a process; of this one, or one that cannot be seen, it does not wait."""
+def _handle(process: int) -> Iterator[int | None]:
+    """A handle of a process; None for this one, and for one that cannot be seen."""
     try:
         handle = None if process in (0, os.getpid()) else os.pidfd_open(process)
     except OSError:
         handle = None
-
-    def wait(seconds: float) -> None:
-        if handle is not None and not select.select([handle], [], [], seconds)[0]:
-            raise TimeoutError
-
     try:
-        yield wait
+        yield handle
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _has_ended(handle: int | None, seconds: float) -> bool:
+    """Wait for the end of a process. One without a handle counts as ended."""
+    return handle is None or bool(select.select([handle], [], [], seconds)[0])
 
 
 def _answer(

@@ -275,13 +275,37 @@ def test_errors_keep_their_kind_and_a_foreign_one_is_a_bug() -> None:
             raise_error(facts)
 
 
-def test_a_killed_worker_is_told_and_replaced(path: Path) -> None:
+def test_a_worker_that_does_not_end_is_killed(path: Path) -> None:
+    process, drawing, errors = _process(path), threading.Event(), []
+
+    def draw() -> None:
+        try:
+            request_drawing(path, {}, lambda event: drawing.set())
+        except HostError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    assert drawing.wait(DEADLINE)
+    stop_worker(path, 0.3)
+    assert process.wait(DEADLINE) == -signal.SIGKILL
+    thread.join(DEADLINE)
+    assert errors == [f"the worker at `{path}` ended before it answered"]
+
+
+def _process(path: Path) -> subprocess.Popen[bytes]:
+    """A worker in a process of its own, whose drawings take a minute and cannot be cancelled."""
     code = (
         "import sys, time; from pathlib import Path; from l2p_runtime.worker import bind, serve\n"
         "serve(bind(Path(sys.argv[1])), lambda r, emit, c: emit({'at': 1}) or time.sleep(60), {'bundle': 'b'})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
     _wait(lambda: _answers(path))
+    return process
+
+
+def test_a_killed_worker_is_told_and_replaced(path: Path) -> None:
+    process = _process(path)
     with pytest.raises(HostError, match="ended before it answered") as caught:
         request_drawing(path, {}, lambda event: os.kill(process.pid, signal.SIGKILL))
     assert "socket.log" in caught.value.hint
