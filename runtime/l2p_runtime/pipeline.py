@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -11,31 +11,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from l2p_runtime.arguments import flag, function, text, whole_number
 from l2p_runtime.arguments import path as checked_path
-from l2p_runtime.backends import Array, Engine
 from l2p_runtime.bundle import Bundle, open_bundle
-from l2p_runtime.coarse import Coarse, check_coarse, mix_enlarged
-from l2p_runtime.contract import NETWORKS, TEXT_ENCODER
-from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict, turned
-from l2p_runtime.errors import HostError, InternalError, L2PError, UsageError
-from l2p_runtime.guidance import Convention, prompts_of
-from l2p_runtime.memory import (
-    budget_bytes,
-    return_freed_memory,
-    return_large_buffers_at_once,
-)
-from l2p_runtime.networks import (
-    OpenedPlan,
-    engine_record,
-    forecast_call,
-    head_rows_max,
-    held_bytes,
-    load_network,
-    open_plan,
-    require_sizes,
-)
+from l2p_runtime.coarse import Coarse
+from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
+from l2p_runtime.drawing import draw, plan_stages
+from l2p_runtime.errors import InternalError, UsageError
+from l2p_runtime.guidance import Convention
+from l2p_runtime.loaded import LoadedNetworks
+from l2p_runtime.memory import budget_bytes, return_freed_memory, return_large_buffers_at_once
+from l2p_runtime.networks import OpenedPlan, open_plan
 from l2p_runtime.policies import TimeDependent, axis_frequencies, require_policy
 from l2p_runtime.requests import (
-    ImageRequest,
     PixelDType,
     Rng,
     check_embeds,
@@ -43,20 +29,17 @@ from l2p_runtime.requests import (
     check_size,
     check_time,
     image_request,
-    least_memory,
-    plan_call,
 )
-from l2p_runtime.sampler import Preview, Progress, Watch, preview_bytes, sample, to_pixels
-from l2p_runtime.schedule import model_time, sigmas
-from l2p_runtime.text import Tokenizer, bundle_tokenizer, encode_prompts
+from l2p_runtime.room import fit_call, require_encoder, require_largest
+from l2p_runtime.sampler import Preview, Progress, Watch, preview_bytes
+from l2p_runtime.text import Tokenizer, bundle_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from l2p_runtime.contract import Grid
-    from l2p_runtime.policies import Frequencies, Policy
-    from l2p_runtime.stripes import Stripe
+    from l2p_runtime.policies import Policy
 
 _DEVICE_MAX = 2**31 - 1
 
@@ -77,16 +60,11 @@ class Pipeline:
         *,
         owns_device: bool = False,
     ) -> None:
-        self._opened_plan = opened
-        self._denoiser = Denoiser(opened.manifest.model, opened.backend.device, self._use)
-        self._held_bytes = held_bytes(opened)
-        self._text_bytes = self._held_bytes.pop(TEXT_ENCODER, 0)
-        self._engines: dict[str, Engine] = {}
-        self._keeps_networks = False
+        self._networks = LoadedNetworks(opened, memory_budget_bytes)
+        self._denoiser = Denoiser(opened.manifest.model, opened.backend.device, self._networks.use)
         self._tokenizer: Tokenizer | None = None
         # Of only the last call: frames of one prompt load the text encoder once.
         self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
-        self._memory_budget_bytes = memory_budget_bytes
         if memory_budget_bytes is not None:
             return_large_buffers_at_once()
         self._closed = False
@@ -128,7 +106,7 @@ class Pipeline:
         opened = open_plan(open_bundle(folder, shared), backend, index, plan)
         try:
             pipeline = cls(opened, budget, owns_device=True)
-            pipeline._load_what_fits()
+            pipeline._networks.load_what_fits()
         except BaseException:
             opened.backend.device.close()
             raise
@@ -146,7 +124,7 @@ class Pipeline:
         if not isinstance(opened, OpenedPlan):
             raise UsageError(f"opened is a {type(opened).__name__}, expected what `open_plan` returned")
         pipeline = cls(opened, budget_bytes(memory_budget_bytes))
-        pipeline._load_what_fits()
+        pipeline._networks.load_what_fits()
         return pipeline
 
     @classmethod
@@ -174,26 +152,26 @@ class Pipeline:
             HostError: the call, the largest network or the text encoder exceeds the budget or the free memory.
             UsageError: engines were not built for this size.
         """
-        pipeline = cls(opened, memory_budget_bytes)
-        pipeline._require_largest()
+        room = LoadedNetworks(opened, memory_budget_bytes).room
+        require_largest(room)
         if encodes:
-            pipeline._require_encoder()
-        pipeline._plan_call(1, grid, caption_tokens, prompts)
+            require_encoder(room)
+        fit_call(room, 1, grid, caption_tokens, prompts)
 
     @property
     def bundle(self) -> Bundle:
         """The opened bundle."""
-        return self._opened_plan.bundle
+        return self._networks.opened.bundle
 
     @property
     def opened_plan(self) -> OpenedPlan:
         """The bundle's plan on its backend."""
-        return self._opened_plan
+        return self._networks.opened
 
     @property
     def plan(self) -> str:
         """Name of the precision plan that runs."""
-        return self._opened_plan.plan
+        return self._networks.opened.plan
 
     def denoise(
         self,
@@ -227,7 +205,7 @@ class Pipeline:
         times = check_time(time, batch)
         captions = check_embeds(denoiser.model, prompt_embeds, batch)
         policy = self._policy(positions)
-        stripes = self._plan_call(batch, grid, denoiser.model.padded(len(captions[0])), 1)
+        stripes = self._networks.plan_call(batch, grid, denoiser.model.padded(len(captions[0])), 1)
         device = denoiser.device
         axes = axis_frequencies(denoiser.model.rotary, grid, policy, float(times[0]))
         condition = encode_caption(denoiser, captions, *grid, axes)
@@ -323,42 +301,13 @@ class Pipeline:
         function("cancelled", cancelled)
         if preview is not None:
             function("preview", preview)
-        policy, grid, sampling = self._policy(positions), request.grid, request.sampling
+        policy = self._policy(positions)
         tokens = max(denoiser.model.padded(self._count(caption, truncate)) for caption in request.captions)
         shown_bytes = preview_bytes(*request.size_px) if preview is not None else 0
-        coarse_grid: tuple[int, int] = grid
-        coarse_stripes: tuple[Stripe, ...] = ()
-        if coarse is not None:
-            coarse_grid = check_size(denoiser.model, coarse.height, coarse.width)
-            check_coarse(coarse, *request.size_px)
-            coarse_stripes = self._plan_call(1, coarse_grid, tokens, prompts_of(sampling.guidance))
-        # The coarse image is held until it is enlarged.
-        coarse_bytes = 0 if coarse is None else 4 * 3 * coarse.height * coarse.width
-        prompts = prompts_of(sampling.guidance if coarse is None else coarse.guidance)
-        stripes = self._plan_call(1, grid, tokens, prompts, shown_bytes + coarse_bytes)
+        stages = plan_stages(self._networks, request, coarse, tokens, shown_bytes)
         captions = self._embed(request.captions, truncate)
-        steps_wanted = sampling.steps + (coarse.steps if coarse else 0)
-        watch = Watch(progress, preview, cancelled, dtype, steps_wanted)
-        schedule = sigmas(sampling.steps, sampling.shift)
-        if coarse is None:
-            image = self._noise(request, request.size_px, rng)
-            self._sample(denoiser, image, captions, grid, stripes, schedule, sampling.guidance, policy, watch)
-            return to_pixels(denoiser, image, dtype)
-        small = self._noise(request, (coarse.height, coarse.width), rng)
-        unseen = replace(watch, preview=None)
-        self._sample(
-            denoiser, small, captions, coarse_grid, coarse_stripes, schedule, sampling.guidance, policy, unseen
-        )
-        image = self._noise(request, request.size_px, rng)
-        if preview is not None:
-            shown = denoiser.device.alloc(image.shape, "float32")
-            denoiser.device.copy(shown, image)
-            mix_enlarged(denoiser.device, shown, small, 0.0)
-            preview(sampling.steps, steps_wanted, to_pixels(denoiser, shown, dtype))
-        mix_enlarged(denoiser.device, image, small, coarse.renoise)
-        rest = replace(watch, done=sampling.steps)
-        self._sample(denoiser, image, captions, grid, stripes, coarse.sigmas, coarse.guidance, policy, rest)
-        return to_pixels(denoiser, image, dtype)
+        watch = Watch(progress, preview, cancelled, dtype, sum(stage.steps for stage in stages))
+        return draw(denoiser, request, captions, stages, policy, watch)
 
     def encode(self, prompts: Sequence[str], *, truncate_prompt: bool = False) -> list[NDArray[np.float32]]:
         """Embeddings [L,C] of prompts, for `prompt_embeds` and `negative_embeds`; the text encoder is loaded once.
@@ -386,18 +335,17 @@ class Pipeline:
         self._opened()
         truncate = flag("truncate_prompt", truncate_prompt)
         checked = [self._checked_texts(group, truncate) for group in groups]
-        return self._run_encoder(checked, truncate) if any(checked) else [[] for _ in checked]
+        if not any(checked):
+            return [[] for _ in checked]
+        if self._tokenizer is None:
+            raise InternalError("texts reached the encoder without a tokenizer")
+        return self._networks.encode(self._tokenizer, checked, truncate=truncate)
 
     @contextmanager
     def reserving(self, bytes_: int) -> Iterator[Self]:
         """Keep a part of the memory budget for the caller, such as for a finished image, while the block lasts."""
-        whole = self._opened_plan
-        backend = replace(whole.backend, library_bytes=whole.backend.library_bytes + bytes_)
-        self._opened_plan = replace(whole, backend=backend)
-        try:
+        with self._networks.reserving(bytes_):
             yield self
-        finally:
-            self._opened_plan = whole
 
     def require_room(self, grid: tuple[int, int], caption_tokens: int, prompts: int) -> None:
         """Refuse an image that does not fit beside, or in turns with, the networks of this pipeline.
@@ -412,18 +360,18 @@ class Pipeline:
             UsageError: engines were not built for this size, or the pipeline is closed.
         """
         self._opened()
-        self._plan_call(1, grid, caption_tokens, prompts)
+        self._networks.plan_call(1, grid, caption_tokens, prompts)
 
     @property
     def keeps_networks(self) -> bool:
         """Whether all networks are in memory; otherwise each is loaded when its turn comes."""
-        return self._keeps_networks
+        return bool(self._networks.engines)
 
     def close(self) -> None:
         """Give all memory back to the system; further calls are refused. Images that were returned stay."""
-        self._release_networks()
+        self._networks.release()
         if self._owns_device and not self._closed:
-            self._opened_plan.backend.device.close()
+            self._networks.opened.backend.device.close()
         self._closed = True
         self._encoded, self._tokenizer = {}, None
         return_freed_memory()
@@ -454,8 +402,10 @@ class Pipeline:
         """Replace texts by their embeddings: all texts are encoded, then the encoder is released."""
         texts = list(dict.fromkeys(caption for caption in captions if isinstance(caption, str)))
         if texts and any((text, truncate) not in self._encoded for text in texts):
-            (embeds,) = self._run_encoder([texts], truncate)
-            self._encoded = dict(zip(((t, truncate) for t in texts), embeds, strict=True))
+            if self._tokenizer is None:
+                raise InternalError("texts reached the encoder without a tokenizer")
+            (embeds,) = self._networks.encode(self._tokenizer, [texts], truncate=truncate)
+            self._encoded = dict(zip(((text, truncate) for text in texts), embeds, strict=True))
         return [self._encoded[caption, truncate] if isinstance(caption, str) else caption for caption in captions]
 
     def _checked_texts(self, prompts: object, truncate: bool) -> list[str]:
@@ -468,182 +418,7 @@ class Pipeline:
             self._count(prompt, truncate)
         return texts
 
-    def _run_encoder(self, groups: Sequence[Sequence[str]], truncate: bool) -> list[list[NDArray[np.float32]]]:
-        """Load the text encoder, run it and close it; networks are released first if it does not fit beside them."""
-        text, tokenizer = self.bundle.manifest.text, self._tokenizer
-        if text is None or tokenizer is None:
-            raise InternalError("texts reached the encoder without a tokenizer")
-        self._require_encoder()
-        makes_room = self._keeps_networks and self._text_bytes > self._free_bytes()
-        if makes_room:
-            self._release_networks()
-        encoder = self._load(TEXT_ENCODER)
-        try:
-            device = self._opened_plan.backend.device
-            embeds = [encode_prompts(encoder, tokenizer, texts, device, truncate=truncate) for texts in groups]
-        finally:
-            encoder.close()
-        if makes_room:
-            self._keep_networks()
-        return embeds
-
-    def _require_encoder(self) -> None:
-        weights, limit = self._text_bytes, self._limit_bytes()
-        if weights > limit:
-            raise HostError(
-                f"the text encoder's weights take {weights:,} bytes, {max(limit, 0):,} bytes are there",
-                hint="raise the memory budget, or pass embeddings made elsewhere",
-            )
-
-    @contextmanager
-    def _use(self, network: str) -> Iterator[Engine]:
-        """A network's engine: one that is kept, or one that is loaded only for this use."""
-        kept = self._engines.get(network)
-        if kept is not None:
-            yield kept
-            return
-        engine = self._load(network)
-        try:
-            yield engine
-        finally:
-            engine.close()
-            return_freed_memory()
-
-    def _load_what_fits(self) -> None:
-        """Load all networks, or none if they must take turns.
-
-        Raises:
-            HostError: the largest of them exceeds the budget.
-        """
-        self._require_largest()
-        if sum(self._held_bytes.values()) <= self._limit_bytes():
-            self._keep_networks()
-
-    def _require_largest(self) -> None:
-        limit, sizes = self._limit_bytes(), self._held_bytes
-        largest = max(sizes, key=lambda network: sizes[network])
-        if sizes[largest] > limit:
-            library = self._opened_plan.backend.library_bytes if self._memory_budget_bytes is not None else 0
-            raise HostError(
-                f"the weights of `{largest}` in plan `{self.plan}` take {sizes[largest] + library:,} bytes with the "
-                f"library that runs them, {limit + library:,} bytes are there",
-                hint="raise the memory budget, or use a plan of lower precision",
-            )
-
-    def _keep_networks(self) -> None:
-        """Load all networks, to stay; all or none."""
-        try:
-            for network in NETWORKS:
-                self._engines[network] = self._load(network)
-        except L2PError:
-            self._release_networks()
-            raise
-        self._keeps_networks = True
-
-    def _release_networks(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
-        self._engines, self._keeps_networks = {}, False
-
-    def _load(self, network: str) -> Engine:
-        return load_network(self._opened_plan, network)
-
-    def _plan_call(
-        self, batch: int, grid: tuple[int, int], tokens: int, prompts: int, further_bytes: int = 0
-    ) -> tuple[Stripe, ...]:
-        """Cut the head for a call. If all networks and the call do not fit together, the networks take turns.
-
-        Args:
-            batch: images.
-            grid: token rows and columns.
-            tokens: of the caption, padded.
-            prompts: 2 with guidance, 1 without.
-            further_bytes: buffers beside those of a denoising call.
-
-        Raises:
-            HostError: the call does not fit even then.
-            UsageError: engines were not built for this size.
-        """
-        model, sizes = self._denoiser.model, self._held_bytes
-        opened = self._opened_plan
-        need = forecast_call(opened, batch, grid, tokens, prompts)
-        need = replace(need, buffers_bytes=need.buffers_bytes + further_bytes)
-        head_rows = None
-        if opened.runs_engines:
-            head_rows = head_rows_max(engine_record(opened, "head"), batch, grid[1])
-        stripes = None
-        if self._keeps_networks:
-            free = self._free_bytes()
-            with suppress(HostError):
-                stripes = plan_call(model, grid, need, free, free, head_rows)
-        if stripes is None:
-            limit, head = self._limit_bytes(), sizes["head"]
-            others = max(size for network, size in sizes.items() if network != "head")
-            try:
-                stripes = plan_call(model, grid, need, limit - others, limit - head, head_rows)
-            except HostError as error:
-                if self._memory_budget_bytes is not None:
-                    least = least_memory(model, grid, need, others, head) + opened.backend.library_bytes
-                    error.hint = f"raise the memory budget to {least:,} bytes or more, or draw a smaller image"
-                raise
-            self._release_networks()
-        require_sizes(opened, batch, grid, tokens, stripes)
-        return stripes
-
-    def _free_bytes(self) -> int:
-        """Bytes that are free beside the loaded networks."""
-        if self._memory_budget_bytes is None:
-            return self._opened_plan.backend.device.available_bytes()
-        return self._limit_bytes() - (sum(self._held_bytes.values()) if self._keeps_networks else 0)
-
-    def _limit_bytes(self) -> int:
-        """Bytes that would be free with no network loaded.
-
-        The budget without what the library takes, or free memory plus that of loaded networks.
-        """
-        if self._memory_budget_bytes is not None:
-            return self._memory_budget_bytes - self._opened_plan.backend.library_bytes
-        held = sum(engine.memory_bytes() for engine in self._engines.values())
-        return self._opened_plan.backend.device.available_bytes() + held
-
-    def _sample(
-        self,
-        denoiser: Denoiser,
-        image: Array,
-        captions: Sequence[NDArray[np.float32]],
-        grid: tuple[int, int],
-        stripes: Sequence[Stripe],
-        schedule: Sequence[float],
-        guidance: float,
-        policy: str | Policy | TimeDependent,
-        watch: Watch,
-    ) -> None:
-        """Run one schedule at one size, with the negative caption only where there is guidance."""
-        captions = captions[: prompts_of(guidance)]
-
-        def axes(time: float) -> tuple[Frequencies, ...]:
-            return axis_frequencies(denoiser.model.rotary, grid, policy, time)
-
-        first = axes(model_time(schedule[0]))
-        conditions = [encode_caption(denoiser, [caption], *grid, first) for caption in captions]
-        later = (
-            (lambda time: turned(denoiser, conditions, *grid, axes(time)))
-            if isinstance(policy, TimeDependent)
-            else None
-        )
-        sample(denoiser, image, conditions, stripes, schedule, guidance, watch, later)
-
     def _policy(self, positions: str | Policy | TimeDependent | None) -> str | Policy | TimeDependent:
         if positions is None:
             return self.bundle.manifest.profiles[0].positions
         return require_policy(positions)
-
-    def _noise(self, request: ImageRequest, size_px: tuple[int, int], rng: Rng) -> Array:
-        device, (height, width) = self._denoiser.device, size_px
-        if rng == "torch-cpu":
-            from l2p_runtime.noise import torch_cpu_noise
-
-            return device.upload(torch_cpu_noise(request.seed, 3 * height * width).reshape(1, 3, height, width))
-        image = device.alloc((1, 3, height, width), "float32")
-        device.launch("noise", image[0], request.seed, request.image_index)
-        return image

@@ -36,6 +36,7 @@ class ImageRequest:
         grid: token rows and columns.
         captions: the prompt's, then the negative one's: embeddings [L,C], or text for the bundle's text encoder.
         image_index: which image of the seed.
+        rng: where its noise comes from.
     """
 
     size_px: tuple[int, int]
@@ -44,6 +45,7 @@ class ImageRequest:
     sampling: Sampling
     seed: int
     image_index: int
+    rng: Rng
 
 
 def image_request(
@@ -58,7 +60,7 @@ def image_request(
     seed: int,
     sampling: Mapping[str, float | None],
     fine_guidance: float = 1.0,
-    rng: str,
+    rng: Rng,
     dtype: str,
     image_index: int = 0,
     guidance_convention: str = "l2p",
@@ -96,7 +98,7 @@ def image_request(
             )
         captions.append(_caption(manifest, "negative prompt", negative_prompt, negative_embeds))
     size_px = grid[0] * model.patch_px, grid[1] * model.patch_px
-    return ImageRequest(size_px, grid, tuple(captions), chosen, seed, image_index)
+    return ImageRequest(size_px, grid, tuple(captions), chosen, seed, image_index, rng)
 
 
 def check_size(model: ModelSpec, height: int, width: int) -> tuple[int, int]:

@@ -90,9 +90,9 @@ def test_stripes_equal_the_whole(bundles: Bundles, kind: str, size: tuple[int, i
     with Pipeline.open(bundles.path(kind)) as pipe:
         whole = pipe.denoise(image, 0.25, embeds)
         model = pipe.bundle.manifest.model
-        held = sum(pipe._held_bytes.values()) + pipe._opened_plan.backend.library_bytes
+        held = sum(pipe._networks.held_bytes.values()) + pipe._networks.opened.backend.library_bytes
         grid = (size[0] // model.patch_px, size[1] // model.patch_px)
-        need = forecast_call(pipe._opened_plan, 1, grid, 32, 1)
+        need = forecast_call(pipe._networks.opened, 1, grid, 32, 1)
     stripe_counts = []
     for rows in (9, 10):
         budget = held + need.buffers_bytes + rows * need.head_row_bytes

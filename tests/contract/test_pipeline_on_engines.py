@@ -58,7 +58,7 @@ def test_the_same_pixels_as_on_the_host(device: CudaDevice, compiled: Path, dtyp
     with Pipeline.open(compiled, backend="onnx", plan="fp32") as pipe:
         expected = pipe.generate(**call)
     with Pipeline.open(compiled) as pipe:
-        assert pipe._opened_plan.backend.name == "rtx"
+        assert pipe._networks.opened.backend.name == "rtx"
         assert pipe.plan == "fp32"
         found = pipe.generate(**call)
     assert found.dtype == expected.dtype
@@ -69,7 +69,7 @@ def test_the_same_pixels_as_on_the_host(device: CudaDevice, compiled: Path, dtyp
 
 def test_the_head_is_cut_to_what_its_engine_takes(device: CudaDevice, compiled: Path) -> None:
     with Pipeline.open(compiled) as pipe:
-        stripes = pipe._plan_call(1, (8, 4), 32, 2)
+        stripes = pipe._networks.plan_call(1, (8, 4), 32, 2)
         assert max(stripe.read_stop - stripe.read_first for stripe in stripes) == HEAD_ROWS
         noisy = np.random.default_rng(0).standard_normal((1, 3, 128, 64), dtype=np.float32)
         found = pipe.denoise(noisy, 0.5, EMBEDS)
@@ -80,13 +80,13 @@ def test_the_head_is_cut_to_what_its_engine_takes(device: CudaDevice, compiled: 
 def test_networks_take_turns_on_the_device(device: CudaDevice, compiled: Path) -> None:
     with Pipeline.open(compiled) as pipe:
         expected = pipe.generate(**CALL)
-        sizes = pipe._held_bytes
+        sizes = pipe._networks.held_bytes
     device = fake_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "open_cuda", lambda index, install: device)
         patch.setitem(sys.modules, "tensorrt_rtx", FakeLibrary(fake_driver(device)))
         with Pipeline.open(compiled, memory_budget=max(sizes.values()) + (60 << 20)) as pipe:
-            pipe._memory_budget_bytes = sum(sizes.values()) - 1 + (60 << 20)
+            pipe._networks.budget_bytes = sum(sizes.values()) - 1 + (60 << 20)
             assert np.array_equal(pipe.generate(**CALL), expected)
 
 
@@ -123,7 +123,7 @@ def test_another_gpu_is_told_what_to_build(compiled: Path, monkeypatch: pytest.M
         else:
             monkeypatch.setattr("l2p_runtime.backends.onnx_cuda.open_device", _no_gpu_build)
             with Pipeline.open(compiled, backend=name) as pipe:
-                assert pipe._opened_plan.backend.name == "onnx", "auto goes on to what runs"
+                assert pipe._networks.opened.backend.name == "onnx", "auto goes on to what runs"
         assert not fake_driver(device).held_bytes
 
 

@@ -44,7 +44,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 def held(path: Path) -> dict[str, int]:
     """What each network takes while it is loaded, and the library."""
     with Pipeline.open(path) as pipe:
-        return {**pipe._held_bytes, "library": pipe._opened_plan.backend.library_bytes}
+        return {**pipe._networks.held_bytes, "library": pipe._networks.opened.backend.library_bytes}
 
 
 def test_networks_that_do_not_fit_together_take_turns(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_networks_that_do_not_fit_together_take_turns(bundles: Bundles, monkeypa
     with Pipeline.open(path) as pipe:
         expected = pipe.generate(**call)
         prediction = pipe.denoise(np.ones((1, 3, 32, 16), np.float32), 0.5, embeds)
-        largest = max(size for name, size in network_bytes(pipe._opened_plan).items() if name != "text_encoder")
+        largest = max(size for name, size in network_bytes(pipe._networks.opened).items() if name != "text_encoder")
     with watched(monkeypatch) as seen:
         with Pipeline.open(path, memory_budget=budget) as pipe:
             assert seen["loads"] == []
@@ -76,7 +76,7 @@ def test_a_call_that_needs_the_room_makes_networks_take_turns(
     embeds = np.zeros((4, 40), np.float32)
     with Pipeline.open(path) as pipe:
         expected = pipe.generate(**CALL, prompt_embeds=embeds, guidance=1.0)
-        need = forecast_call(pipe._opened_plan, 1, (2, 1), 32, 1)
+        need = forecast_call(pipe._networks.opened, 1, (2, 1), 32, 1)
     with watched(monkeypatch) as seen, Pipeline.open(path, memory_budget=total + need.buffers_bytes) as pipe:
         assert len(seen["loads"]) == 5
         np.testing.assert_array_equal(pipe.generate(**CALL, prompt_embeds=embeds, guidance=1.0), expected)
@@ -117,7 +117,7 @@ def test_the_least_budget_that_a_refusal_states_is_enough(bundles: Bundles) -> N
         assert stated is not None
         least = int(stated[1].replace(",", ""))
         with Pipeline.open(path, memory_budget=least) as pipe:
-            assert pipe._plan_call(1, (size["height"] // 16, size["width"] // 16), 32, 1)
+            assert pipe._networks.plan_call(1, (size["height"] // 16, size["width"] // 16), 32, 1)
         with Pipeline.open(path, memory_budget=least - 1) as pipe, pytest.raises(HostError, match="needs"):
             pipe.generate(**{**call, **size})
 
@@ -130,8 +130,8 @@ def test_large_weights_stay_in_their_file(bundles: Bundles, monkeypatch: pytest.
         monkeypatch.undo()
         with Pipeline.open(path, plan=plan) as pipe:
             packed = pipe.denoise(image, 0.5, embeds)
-            assert all(engine.memory_bytes() > 0 for engine in pipe._engines.values())
+            assert all(engine.memory_bytes() > 0 for engine in pipe._networks.engines.values())
         monkeypatch.setattr(onnx, "PACKED_BYTES_MAX", 0)
         with Pipeline.open(path, plan=plan) as pipe:
             assert np.abs(pipe.denoise(image, 0.5, embeds) - packed).max() <= tolerance * np.abs(packed).max()
-            assert all(engine.memory_bytes() == 0 for engine in pipe._engines.values())
+            assert all(engine.memory_bytes() == 0 for engine in pipe._networks.engines.values())

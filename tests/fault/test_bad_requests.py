@@ -485,7 +485,7 @@ def test_open_arguments(name: str, value: object, bundle: Path) -> None:
 @pytest.mark.parametrize("budget", [10**9, np.int64(10**9), np.float64(1e9), "1GB"])
 def test_open_takes_a_budget_as_any_number(budget: object, bundle: Path) -> None:
     with Pipeline.open(str(bundle), memory_budget=budget, device=np.int64(0)) as pipe:  # type: ignore[arg-type]
-        assert pipe._memory_budget_bytes == 10**9
+        assert pipe._networks.budget_bytes == 10**9
     with pytest.raises(UsageError, match="opened is a PosixPath"):
         Pipeline.on_backend(bundle)  # type: ignore[arg-type]
 

@@ -236,7 +236,7 @@ class Watch:
 
     def __init__(self, pipe: Pipeline) -> None:
         self.events: list[str] = []
-        load = pipe._opened_plan.backend.load
+        load = pipe._networks.opened.backend.load
 
         def watched(graph: Path, weights: Path, spec: Any) -> Any:
             self.events.append(f"load {spec.name}")
@@ -246,7 +246,9 @@ class Watch:
             engine.run = lambda *args: (self.events.append(f"run {spec.name}"), run(*args))[1]
             return engine
 
-        pipe._opened_plan = replace(pipe._opened_plan, backend=replace(pipe._opened_plan.backend, load=watched))
+        pipe._networks.opened = replace(
+            pipe._networks.opened, backend=replace(pipe._networks.opened.backend, load=watched)
+        )
 
 
 def test_all_prompts_are_encoded_and_the_encoder_released_before_denoising(bundle: Path) -> None:
@@ -273,27 +275,27 @@ def test_an_encoder_that_does_not_fit_beside_the_networks_takes_turns_with_them(
         watch = Watch(pipe)
         needed = encoder_bytes(pipe)
         networks = held_bytes(pipe)
-        pipe._memory_budget_bytes = networks + needed - 1
+        pipe._networks.budget_bytes = networks + needed - 1
         made = pipe.encode(["fox"])
         assert watch.events[:3] == ["load text_encoder", "run text_encoder", "close text_encoder"]
         assert watch.events[3:] == [f"load {name}" for name in NETWORKS]
-        pipe._memory_budget_bytes = networks + needed
+        pipe._networks.budget_bytes = networks + needed
         pipe.encode(["dog"])
         assert watch.events[8:] == [
             "load text_encoder",
             "run text_encoder",
             "close text_encoder",
         ], "what fits stays"
-        pipe._memory_budget_bytes = None
+        pipe._networks.budget_bytes = None
         assert np.array_equal(pipe.generate(**arguments, prompt_embeds=made[0]), expected)
-        pipe._memory_budget_bytes = pipe._opened_plan.backend.library_bytes + needed - 1
+        pipe._networks.budget_bytes = pipe._networks.opened.backend.library_bytes + needed - 1
         with pytest.raises(HostError, match="text encoder's weights take"):
             pipe.encode(["cat"])
 
 
 def held_bytes(pipe: Pipeline) -> int:
     """What all networks take while they are loaded, with the library that runs them."""
-    return sum(pipe._held_bytes.values()) + pipe._opened_plan.backend.library_bytes
+    return sum(pipe._networks.held_bytes.values()) + pipe._networks.opened.backend.library_bytes
 
 
 def encoder_bytes(pipe: Pipeline) -> int:
@@ -301,7 +303,7 @@ def encoder_bytes(pipe: Pipeline) -> int:
     text = pipe.bundle.manifest.text
     assert text is not None
     weight_bytes = (pipe.bundle.root / text.graph(pipe.plan).weights).stat().st_size
-    return pipe._opened_plan.backend.held_bytes(weight_bytes, pipe.plan == "fp32")
+    return pipe._networks.opened.backend.held_bytes(weight_bytes, pipe.plan == "fp32")
 
 
 def test_networks_that_cannot_come_back_are_told_and_tried_again(bundle: Path) -> None:
@@ -309,21 +311,21 @@ def test_networks_that_cannot_come_back_are_told_and_tried_again(bundle: Path) -
     with Pipeline.open(bundle) as pipe:
         expected = pipe.generate("fox", **arguments)
     with Pipeline.open(bundle) as pipe:
-        opened = pipe._opened_plan
+        opened = pipe._networks.opened
 
         def load(graph: Path, weights: Path, spec: NetworkSpec) -> Engine:
             if spec.name == "trunk":
                 raise HostError("no memory")
             return opened.backend.load(graph, weights, spec)
 
-        pipe._opened_plan = replace(opened, backend=replace(opened.backend, load=load))
-        pipe._memory_budget_bytes = held_bytes(pipe) + encoder_bytes(pipe) - 1
+        pipe._networks.opened = replace(opened, backend=replace(opened.backend, load=load))
+        pipe._networks.budget_bytes = held_bytes(pipe) + encoder_bytes(pipe) - 1
         with pytest.raises(HostError, match="no memory"):
             pipe.encode(["fox"])
-        assert not pipe._engines, "what was loaded before the trunk is closed"
+        assert not pipe._networks.engines, "what was loaded before the trunk is closed"
         with pytest.raises(HostError, match="no memory"):
             pipe.generate("fox", **arguments)
-        pipe._opened_plan = opened
+        pipe._networks.opened = opened
         assert np.array_equal(pipe.generate("fox", **arguments), expected)
 
 
