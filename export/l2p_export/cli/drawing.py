@@ -62,7 +62,7 @@ def read_format(out: Path, options: Mapping[str, Any]) -> ImageFormat:
     """
     from l2p_runtime.images import image_format
 
-    found = image_format(out, **{name: options[name] for name in ("bits", "compression", "color")})
+    found = image_format(out, **{name: options[name] for name in ("bits", "compression", "color", "tiled")})
     require_file_name(out, makes_folder=options["make_folder"])
     return found
 

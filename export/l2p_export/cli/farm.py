@@ -115,7 +115,7 @@ def _draw_job(
     from l2p_runtime.images import image_format
 
     target = folder / options["pattern"]
-    image = image_format(target, **{name: options[name] for name in ("bits", "compression", "color")})
+    image = image_format(target, **{name: options[name] for name in ("bits", "compression", "color", "tiled")})
     call = read_call(options, bundle, image)
     shot = read_shot(target, options, call)
     room = room_bytes(bundle.manifest.model, shot_needs := check_shot(shot, bundle), image)

@@ -34,6 +34,7 @@ _LOCAL: Mapping[str, object] = {
     "bits": None,
     "compression": None,
     "color": None,
+    "tiled": False,
     "frames": None,
     "make_folder": False,
     "frame_dialect": None,

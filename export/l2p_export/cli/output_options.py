@@ -33,6 +33,7 @@ _OUTPUT_OPTIONS = (
         "--compression", metavar="NAME", help="Compression: zip, piz, dwaa, none and more in EXR; zlib or none in TIFF."
     ),
     click.option("--color", type=click.Choice(["sRGB", "linear"]), help="Encoding; default: linear in EXR, else sRGB."),
+    click.option("--tiled", is_flag=True, help="Tiles of 64 x 64 pixels instead of scanlines, in EXR."),
 )
 
 _FRAME_OPTIONS = (

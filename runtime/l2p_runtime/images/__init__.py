@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +107,13 @@ def image_format(
         ("linear" if kind == "exr" else "sRGB") if color is None else color,  # type: ignore[arg-type]
         tiled,
     )
-    library = _LIBRARIES.get(kind)
-    if library is not None and importlib.util.find_spec(library) is None:
-        raise HostError(f"{suffix} files need `{library}`, which is not installed", hint=_INSTALL)
+    if (library := _LIBRARIES.get(kind)) is not None:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise HostError(
+                f"{suffix} files need `{library}`, which cannot be imported: {error}", hint=_INSTALL
+            ) from error
     return found
 
 
