@@ -266,7 +266,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "parameters",
         "say that size_multiple_px is missing, the bundle says 16",
     ),
-    "dtype": (_edit("l2p", "TYPE_UINT8", "TYPE_FP32"), "output image", "the bundle's is TYPE_UINT8"),
+    "dtype": (
+        _edit("l2p", 'name: "image"\n  data_type: TYPE_UINT8', 'name: "image"\n  data_type: TYPE_FP32'),
+        "output image",
+        "the bundle's is TYPE_UINT8",
+    ),
     "embedding width": (
         _edit("l2p_embeddings", "dims: 40", "dims: 41"),
         "input prompt_embeds",
