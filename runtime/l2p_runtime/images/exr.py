@@ -127,4 +127,4 @@ def _ends_with_its_blocks(file: BinaryIO, size_px: tuple[int, int], compression:
         return False
     file.seek(int(offsets.max()) + (16 if tiled else 4))
     (size,) = struct.unpack("<i", file.read(4))
-    return file.tell() + size == end
+    return bool(file.tell() + size == end)
