@@ -31,7 +31,7 @@ _PIECE_BYTES = 1 << 20
 _CHUNK_BYTES_MAX = 1 << 28
 _ROWS = 256
 _LEVEL = 1
-"""Of zlib. Level 6 takes eleven times as long at 4096x4096, for files that are a tenth smaller."""
+"""Of zlib. Level 6 takes ten times as long, for files that are 7 % smaller (2048x2048 with noise: 1.26 and 0.13 s)."""
 _KEYWORD_MAX = 79
 
 
