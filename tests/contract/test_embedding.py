@@ -67,7 +67,7 @@ def test_nuke_draws_in_a_thread_and_makes_a_node(example: Any, bundles: Bundles,
         (Nuke(cancel_after=2), "a red circle", 0, 0),
         (Nuke(), "a circle " * 600, 0, 1),
     ):
-        out = tmp_path / f"{files}.png"
+        out = tmp_path / f"{files}{messages}.exr"
         module = example("Progress and cancel in Nuke", nuke)
         module.draw_into_read_node(bundles.path(KIND), prompt, out, **SIZE).join(60)
         assert nuke.files == [str(out)] * files
