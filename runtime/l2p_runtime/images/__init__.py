@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,8 @@ def reads(path: str | Path, form: ImageFormat, size_px: tuple[int, int]) -> bool
     A file that is absent, cut, changed or foreign is none; nothing is raised.
     """
     file_path = Path(path)
-    if not file_path.is_file():
+    # Unlike `is_file`, it takes a name that is too long for one of no file.
+    if not os.path.isfile(file_path):  # noqa: PTH113
         return False
     if form.kind == "png":
         from l2p_runtime.images.png import png_reads

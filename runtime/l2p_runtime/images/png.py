@@ -29,9 +29,9 @@ _FILTER_UP = 2
 _PERCEPTUAL = 0
 _PIECE_BYTES = 1 << 20
 _CHUNK_BYTES_MAX = 1 << 28
-_ROWS = 256
+_BAND_BYTES = 1 << 20
 _LEVEL = 1
-"""Of zlib. Level 6 takes ten times as long, for files that are 7 % smaller (2048x2048 with noise: 1.26 and 0.13 s)."""
+"""Of zlib, here packing only runs: of photos, smaller files than level 6 makes, in less than a tenth of its time."""
 _KEYWORD_MAX = 79
 
 
@@ -67,7 +67,8 @@ def encode_png(pixels: NDArray[Any], text: Mapping[str, str] | None = None, *, l
     Args:
         pixels: [H,W,3] uint8 or uint16.
         text: as `write_png` takes it.
-        level: of the compression, 1 (fast) to 9 (small).
+        level: of zlib. 1 packs runs of equal bytes, which is best for photos; 2 to 9 search repeated patterns too, ever
+            longer.
 
     Raises:
         UsageError: pixels, text or level that a PNG file cannot have.
@@ -168,9 +169,9 @@ def _write(file: BinaryIO, pixels: NDArray[Any], text: Mapping[str, str], level:
         _chunk(file, b"sRGB", bytes([_PERCEPTUAL]))
     for keyword, value in text.items():
         _chunk(file, b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode())
-    packer = zlib.compressobj(level)
+    packer = zlib.compressobj(level, strategy=zlib.Z_RLE if level == _LEVEL else zlib.Z_DEFAULT_STRATEGY)
     for rows in _filtered_rows(pixels, linear=linear):
-        if data := packer.compress(rows.tobytes()):
+        if data := packer.compress(rows.data):
             _chunk(file, b"IDAT", data)
     _chunk(file, b"IDAT", packer.flush())
     _chunk(file, b"IEND", b"")
@@ -181,17 +182,22 @@ def _filtered_rows(pixels: NDArray[Any], *, linear: bool) -> Iterator[NDArray[np
     import numpy as np
 
     above = np.zeros((1, pixels.shape[1] * 3 * pixels.dtype.itemsize), np.uint8)
-    for start in range(0, len(pixels), _ROWS):
-        part = pixels[start : start + _ROWS]
+    band_rows = max(1, _BAND_BYTES // above.size)
+    for start in range(0, len(pixels), band_rows):
+        part = pixels[start : start + band_rows]
         if linear:
             part = np.rint(linear_rows(part, "float64") * np.iinfo(pixels.dtype).max)
         rows = np.ascontiguousarray(part.astype(pixels.dtype.newbyteorder(">")))
         flat = rows.view(np.uint8).reshape(len(rows), -1)
-        out = np.full((len(rows), flat.shape[1] + 1), _FILTER_UP, np.uint8)
-        out[:, 1:] = flat - np.concatenate([above, flat[:-1]])
+        out = np.empty((len(rows), flat.shape[1] + 1), np.uint8)
+        out[:, 0] = _FILTER_UP
+        np.subtract(flat[:1], above, out=out[:1, 1:])
+        np.subtract(flat[1:], flat[:-1], out=out[1:, 1:])
         above = flat[-1:]
         yield out
 
 
 def _chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
-    file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+    file.write(struct.pack(">I4s", len(data), kind))
+    file.write(data)
+    file.write(struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))))

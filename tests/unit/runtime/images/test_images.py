@@ -192,6 +192,11 @@ def test_what_is_not_whole_does_not_read(
     assert capfd.readouterr() == ("", ""), "lines on stdout are a farm's"
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.exr"])
+def test_a_name_that_no_file_can_have_does_not_read(name: str, tmp_path: Path) -> None:
+    assert not reads(tmp_path / ("x" * 300 + name), image_format(name), (1, 1))
+
+
 def test_another_depth_does_not_read(tmp_path: Path) -> None:
     for name, few, many in (("x.png", "8", "16"), ("x.tif", "8", "16"), ("x.exr", "half", "float")):
         form = image_format(name, bits=few)
