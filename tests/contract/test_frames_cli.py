@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import l2p_runtime.pipeline
+import l2p_runtime.loaded
 from conftest import Bundles, run_cli
 
 KIND = "tiny-16-fused"
@@ -83,9 +83,9 @@ def test_each_frame_has_its_own_noise_and_keeps_it(bundle: Path, out: Path) -> N
 
 def test_prompts_by_frame(bundle: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
-    load = l2p_runtime.pipeline.load_network
+    load = l2p_runtime.loaded.load_network
     monkeypatch.setattr(
-        l2p_runtime.pipeline, "load_network", lambda opened, network: (loads.append(network), load(opened, network))[1]
+        l2p_runtime.loaded, "load_network", lambda opened, network: (loads.append(network), load(opened, network))[1]
     )
     path = jobs(
         tmp_path,
