@@ -27,7 +27,7 @@ _OUTPUT_OPTIONS = (
     click.option(
         "--bits",
         type=click.Choice(["8", "16", "half", "float"]),
-        help="Bits per channel; default: 8 in PNG, 16 in TIFF, half in EXR.",
+        help="Bits per channel; default: half in EXR, else 8.",
     ),
     click.option(
         "--compression", metavar="NAME", help="Compression: zip, piz, dwaa, none and more in EXR; zlib or none in TIFF."
