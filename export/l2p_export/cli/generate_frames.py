@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from l2p_runtime.frames.shot import FrameRequest, Shot, ShotNeeds
     from l2p_runtime.images import ImageFormat
     from l2p_runtime.networks import OpenedPlan
+
+_STORED_BYTES = {"8": 1, "16": 2, "half": 2, "float": 4}
+"""Bits per channel to the bytes of a value in a file."""
 
 
 def draw_shot(bundle: Path, out: Path, options: Mapping[str, Any], place: Place, *, dry_run: bool) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def _with_room(opened: OpenedPlan, needs: ShotNeeds, image: ImageFormat) -> Open
 def room_bytes(model: ModelSpec, needs: ShotNeeds, image: ImageFormat) -> int:
     """Room in a memory budget for the frame that is written while another is drawn, and for embeddings.
 
-    Pixels count twice, because some formats store others than those that are drawn.
+    Pixels count as they are drawn and as they are stored.
     """
     import numpy as np
 
@@ -180,19 +184,21 @@ def room_bytes(model: ModelSpec, needs: ShotNeeds, image: ImageFormat) -> int:
     pixels = max(rows * columns for (rows, columns), _ in needs.calls) * model.patch_px**2
     # A group is of two texts, and those of the last frames are kept while others are encoded.
     tokens = sum(needs.texts[: 2 * 2 * GROUPS_MAX])
-    return 2 * 3 * np.dtype(image.dtype).itemsize * pixels + 4 * model.caption_width * tokens
+    value_bytes = np.dtype(image.dtype).itemsize + _STORED_BYTES[image.bits]
+    return 3 * value_bytes * pixels + 4 * model.caption_width * tokens
 
 
 def _plan_facts(shot: Shot) -> dict[str, Any]:
     """What would be drawn."""
-    there, last, first = 0, None, None
-    folder = shot.pattern.folder
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    for frame in shot.frames:
-        last = shot.path(frame)
-        first = first or last
-        there += last.name in names
-    return {"first": str(first), "last": str(last), "existing": there}
+    pattern, first = shot.pattern, next(iter(shot.frames))
+    (last,) = deque(shot.frames, maxlen=1)
+    names = {path.name for path in pattern.folder.iterdir()} if pattern.folder.is_dir() else set()
+    # A folder holds fewer files than a range may hold frames.
+    named = {frame for name in names if (frame := pattern.frame(name)) is not None and frame in shot.frames}
+    asked = set(shot.frames) if pattern.digits is None else named
+    asked |= {frame for frame in shot.lines if frame in shot.frames}
+    there = sum(shot.path(frame).name in names for frame in asked)
+    return {"first": str(shot.path(first)), "last": str(shot.path(last)), "existing": there}
 
 
 def _tell_plan(facts: Mapping[str, Any]) -> None:
