@@ -123,7 +123,11 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "budget negative": (2, ("--memory-budget", "-1GiB"), ("'-1GiB' is no size",)),
     "budget under the weights": (3, ("--memory-budget", "1MiB"), ("in plan `fp32` take", "1,048,576 bytes")),
     "budget under the buffers": (3, ("--memory-budget", "62MB", "--size", "1024x1024"), ("bytes", "memory budget")),
-    "larger than any memory": (3, ("--size", "8192x8192"), ("8192x8192 needs", "for attention")),
+    "larger than the budget": (
+        3,
+        ("--size", "8192x8192", "--memory-budget", "1GiB"),
+        ("8192x8192 needs", "for attention", "raise the memory budget to"),
+    ),
 }
 
 
