@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import run_cli
-from l2p_runtime import Pipeline
+from l2p_runtime import Coarse, Pipeline
 from l2p_runtime.client.page import PageServer, PageSpec, open_page
 from tools.chromium import CHROMIUM, MISSING, Browser, browse
 from tools.triton_server import Server, serve
@@ -59,6 +59,14 @@ def expected(bundles: Bundles) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
+def coarse_to_fine(bundles: Bundles) -> np.ndarray:
+    coarse = Coarse(16, 32, renoise=0.6, steps=2, guidance=2.5)
+    with Pipeline.open(bundles.path("tiny-16-fused"), backend="onnx") as pipe:
+        asked: dict[str, Any] = {"height": 32, "width": 64, "steps": 2, "guidance": 1.0, "coarse": coarse}
+        return pipe.generate(PROMPT, positions="linear", base_grid=(1, 3), **asked)
+
+
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with browse() as opened:
         yield opened
@@ -69,6 +77,8 @@ def browser(chromium: Browser, page: PageServer) -> Browser:
     """The page, ready to be asked."""
     chromium.open("about:blank")
     chromium.events.clear()
+    for file in chromium.downloads.iterdir():
+        file.unlink()
     chromium.open(page.url)
     chromium.wait("document.readyState == 'complete' && document.querySelector('#page')?.dataset.state == 'idle'")
     return chromium
@@ -111,6 +121,64 @@ def test_a_prompt_is_typed_seen_and_downloaded(browser: Browser, expected: np.nd
     np.testing.assert_array_equal(pixels, expected)
     assert text["prompt"] == PROMPT
     assert browser.complaints() == []
+
+
+def test_coarse_to_fine_travels_as_json(page: PageServer, coarse_to_fine: np.ndarray, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT, "height": 32, "width": 64, "steps": 2, "guidance": 1, "png": True}
+    asked |= {"coarse_height": 16, "coarse_width": 32, "renoise": 0.6, "fine_steps": 2, "fine_guidance": 2.5}
+    *previews, last = _events(page, asked | {"positions": list(b"linear"), "base_grid": [1, 3]})
+    assert [event["step"] for event in previews] == [[2, 4], [3, 4], [4, 4]]
+    pixels, text = _picture(base64.b64decode(last["image_png"]), tmp_path)
+    np.testing.assert_array_equal(pixels, coarse_to_fine)
+    facts = json.loads(text["parameters"])
+    assert facts["coarse"] == {"height": 16, "width": 32, "renoise": 0.6, "steps": 2, "guidance": 2.5}
+
+
+@in_a_browser
+def test_a_picture_is_drawn_coarse_to_fine(browser: Browser, coarse_to_fine: np.ndarray, tmp_path: Path) -> None:
+    assert not browser.ask("document.querySelector('#beyond').hidden")
+    assert not browser.ask("document.querySelector('#beyond').open")
+    _fill(browser, {"size": "own"}, event="change")
+    _fill(browser, {"width": "64", "height": "32", "steps": "2", "guidance": "1", "prompt": PROMPT})
+    assert browser.ask("[...document.querySelector('#coarse').options].map(o => o.text)") == [
+        "Off",
+        "First at 32 \u00d7 16",
+    ]
+    _fill(browser, {"coarse": "2", "positions": "linear"}, event="change")
+    _fill(browser, {"renoise": "1", "fine-steps": "29", "fine-guidance": "", "base-grid": "1 by 3"})
+    browser.click("#draw")
+    said = {
+        "renoise": "More than 0 and less than 1.",
+        "fine-steps": "With the steps above 31, up to 30.",
+        "fine-guidance": "A number from 0 to 100.",
+        "base-grid": "Rows and columns, as 64x64.",
+    }
+    for name, words in said.items():
+        assert browser.ask(f"document.querySelector('#{name}-problem').textContent") == words
+    assert browser.ask("document.querySelector('#beyond').open")
+    assert browser.ask("document.activeElement.id") == "renoise"
+    _fill(browser, {"renoise": "0.6", "fine-steps": "2", "fine-guidance": "2.5", "base-grid": "1x3"})
+    browser.click("#draw")
+    browser.wait("document.querySelector('#page').dataset.state == 'done'")
+    assert "from 32 \u00d7 16, renoise 0.6, 2 fine steps" in browser.ask("document.querySelector('#facts').innerText")
+    browser.click("#download")
+    np.testing.assert_array_equal(_picture(browser.downloaded().read_bytes(), tmp_path)[0], coarse_to_fine)
+    # A size that has no smaller one of its shape.
+    _fill(browser, {"width": "16", "height": "16"})
+    assert browser.ask("document.querySelector('#coarse').value") == ""
+    assert browser.ask("document.querySelector('#coarse-settings').hidden")
+    assert browser.complaints() == []
+
+
+@in_a_browser
+def test_a_model_of_an_earlier_version_has_no_such_fields(browser: Browser) -> None:
+    browser.ask("at('positions').value = 'linear'; at('base-grid').value = 'wrong'; at('prompt').value = 'x'")
+    assert browser.ask("Object.keys(beyondInputs(64, 64))") == ["positions"]
+    assert not browser.ask("check(true)")
+    browser.ask("limits = { ...limits, beyond: false }; offerBeyond()")
+    assert browser.ask("at('beyond').hidden")
+    assert browser.ask("Object.keys(beyondInputs(64, 64))") == []
+    assert browser.ask("check(true)")
 
 
 @in_a_browser

@@ -258,6 +258,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "model_warmup",
         "of 1 byte, `height` takes 4",
     ),
+    "warm-up from no size": (
+        _edit(
+            "l2p",
+            '  inputs {\n    key: "height"',
+            '  inputs { key: "coarse_width" value { data_type: TYPE_INT32 dims: 1 zero_data: true } }\n'
+            '  inputs {\n    key: "height"',
+        ),
+        "model_warmup",
+        "that the model refuses: height is 0 px",
+    ),
     "instances": (_edit("l2p", "count: 1", "passive: true"), "instance_group[0]", "is passive"),
     "digest": (_edit("l2p", '"bundle_digest"', '"bundle_digets"'), "parameters", "does not say bundle_digest"),
     "limit": (_edit("l2p", '"4096"', '"many"'), "parameters", "max_pixels is 'many'"),

@@ -157,7 +157,19 @@ def test_a_server_refuses_as_the_pipeline(server: Server, pipe: Pipeline) -> Non
 
 def test_the_command_draws_the_local_picture_on_a_server(server: Server, bundles: Bundles, tmp_path: Path) -> None:
     asked = ("--prompt", PROMPT, "--size", "64x64", "--steps", "1", "--coarse", "32x32", "--fine-steps", "2")
-    asked += ("--renoise", "0.6", "--positions", "linear", "--base-grid", "2x2", "--json")
+    asked += (
+        "--guidance",
+        "2.1",
+        "--fine-guidance",
+        "1.7",
+        "--renoise",
+        "0.6",
+        "--positions",
+        "linear",
+        "--base-grid",
+        "2x2",
+        "--json",
+    )
     local = run_cli("generate", bundles.path(KIND), *asked, "--out", tmp_path / "local.png")
     remote = run_cli("generate", "--server", server.grpc, *asked, "--out", tmp_path / "remote.png")
     assert (local.returncode, remote.returncode) == (0, 0), local.stderr + remote.stderr

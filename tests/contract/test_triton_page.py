@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -18,9 +19,11 @@ from click.testing import CliRunner
 
 import l2p_runtime.client.page as package
 from l2p_export.cli.triton import command
-from l2p_runtime import HostError, UsageError
+from l2p_runtime import Coarse, HostError, UsageError
 from l2p_runtime.client.page import PageServer, PageSpec, main, open_page
-from l2p_runtime.client.page.handler import BODY_BYTES_MAX, FILES, checked_body
+from l2p_runtime.client.page.handler import BODY_BYTES_MAX, FIELDS, FILES, checked_body
+from l2p_runtime.policies import POSITIONS
+from l2p_runtime.serving import INPUTS
 
 STREAM = "/v2/models/l2p_stream/generate_stream"
 CONFIG = "/v2/models/l2p_stream/config"
@@ -31,6 +34,13 @@ ASKED = {
     "steps": 2,
     "guidance": 1.5,
     "seed": 2**64 - 1,
+    "positions": list(b"linear"),
+    "base_grid": [2, 3],
+    "coarse_width": 16,
+    "coarse_height": 16,
+    "renoise": 0.7,
+    "fine_steps": 1,
+    "fine_guidance": 1,
     "png": True,
 }
 JSON = {"Content-Type": "application/json"}
@@ -160,6 +170,19 @@ def test_the_page_names_no_other_place() -> None:
         text = (Path(package.__file__).parent / name).read_text()
         assert not [part for part in ("https://", "//cdn", "@import", "url(") if part in text]
         assert text.count("http://") == text.count("http://www.w3.org/2000/svg")
+
+
+def test_a_picture_may_be_asked_with_all_that_a_served_model_takes() -> None:
+    assert FIELDS.keys() == {*INPUTS, "png"} - {"prompt_embeds", "negative_embeds"}
+
+
+def test_the_page_offers_every_policy_and_the_defaults_of_coarse_to_fine() -> None:
+    text = (Path(package.__file__).parent / "page.html").read_text()
+    assert tuple(re.findall(r"<option>(.*)</option>", text)) == POSITIONS
+    for name, default in (("renoise", 0.7), ("fine-steps", 4), ("fine-guidance", 1)):
+        (found,) = re.findall(rf'<input id="{name}"[^>]* value="([^"]*)"', text)
+        assert float(found) == default
+    assert (Coarse(1, 1).renoise, Coarse(1, 1).steps, Coarse(1, 1).guidance) == (0.7, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +324,12 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "true as number": (b'{"seed": true}', "seed is 'True', expected a whole number"),
     "a number as text": (b'{"prompt": 1}', "prompt is '1', expected text"),
     "seed": (b'{"seed": 18446744073709551616}', "expected 0 to 18446744073709551615"),
+    "a name as text": (b'{"positions": "linear"}', "positions is 'linear', expected a list"),
+    "no byte": (b'{"positions": [256]}', "positions is 256, expected 0 to 255"),
+    "a grid of parts": (b'{"base_grid": [2, 1.5]}', "base_grid holds '1.5', expected whole numbers"),
+    "a large grid": (b'{"base_grid": [2, 2147483648]}', "base_grid is 2147483648, expected -2147483648 to"),
+    "a coarse size": (b'{"coarse_width": 16.5}', "coarse_width is '16.5', expected a whole number"),
+    "renoise": (b'{"renoise": "0.7"}', "renoise is '0.7', expected a number"),
     "width": (b'{"width": 2147483648}', "expected -2147483648 to 2147483647"),
 }
 

@@ -40,9 +40,9 @@ def test_the_wheel_holds_four_packages_and_the_native_library(wheel: Path) -> No
     assert roots == {"l2p_export", "l2p_runtime", "l2p_calib", "l2p_engines"}
     assert "l2p_runtime/lib/libl2p_native.so" in names
     assert {"l2p_runtime/data/normal_table.f64", "l2p_runtime/data/kernels.cu"} <= set(names)
-    assert {f"l2p_runtime/client/page/{name}" for name in ("page.html", "page.css", "page.js", "icon.svg")} <= set(
-        names
-    )
+    assert {
+        f"l2p_runtime/client/page/{name}" for name in ("page.html", "page.css", "page.js", "beyond.js", "icon.svg")
+    } <= set(names)
     assert {f"l2p_engines/profiles/{name}.toml" for name in ("1k", "4k", "8k", "8k-zeroshot", "10k")} <= set(names)
     assert {
         f"l2p_export/data/triton_models/{name}" for name in ("glue.py", "l2p/model.py", "l2p_stream/model.py")

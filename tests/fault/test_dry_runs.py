@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +11,11 @@ import pytest
 from conftest import Bundles, run_cli, write_profile
 from l2p_engines.store.shared import open_store
 from l2p_runtime.files import partial_path
+from tools.mounts import mounted
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
-
-
-@contextmanager
-def fixed(folder: Path) -> Iterator[Path]:
-    """A folder that cannot be written, not even by root."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture
@@ -69,7 +54,7 @@ def test_a_bench_says_what_it_would_time(bundles: Bundles) -> None:
 
 def test_outputs_that_cannot_be_written(tiny_path: Path, tmp_path: Path) -> None:
     profile = write_profile(tmp_path / "mine.toml", 16)
-    with fixed(tmp_path / "fixed") as disk:
+    with mounted(tmp_path / "fixed", "ro") as disk:
         for call in (
             ("import", tiny_path, "--out", disk / "x.safetensors"),
             ("build", tiny_path, "--profile", profile, "--out", disk / "deep" / "out"),

@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 
 from conftest import Bundles
-from fault.test_full_machines import mounted
 from l2p_engines.builders.builder import build_engine, build_memory_bytes
 from l2p_engines.builders.request import BuildProgress, EngineRequest, EngineSpec
 from l2p_engines.builders.shapes import engine_profiles
@@ -31,6 +30,7 @@ from l2p_engines.profiles import load_profile
 from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.contract import Target
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError
+from tools.mounts import mounted
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from conftest import Bundles, run_cli
+from tools.mounts import mounted
 
 STOPPED_SECONDS = 10
 """What a stop may take: the rest of one call into a library, and of one file."""
@@ -108,19 +107,6 @@ def test_a_shot_that_is_killed_is_the_same_shot(suffix: str, bundle: Path, tmp_p
 def test_a_thousand_frames_and_forty_kills(bundle: Path, tmp_path: Path) -> None:
     codes = check_kills(bundle, tmp_path, ".exr", frames=1000, kills=44)
     assert sum(code != 0 for code in codes) >= 40
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of its own; needs to be root, or in a container that lets one mount."""
-    folder.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if subprocess.run(line, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_is_full_in_the_fifth_of_ten_frames(bundle: Path, tmp_path: Path) -> None:

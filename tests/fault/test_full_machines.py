@@ -7,8 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conftest import Bundles, run_cli, write_profile
+from tools.mounts import mounted
 
 MIB = 1 << 20
 
@@ -23,19 +23,6 @@ MIB = 1 << 20
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
     return write_profile(tmp_path / "mine.toml", 16)
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of its own; needs to be root, or in a container that lets one mount."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

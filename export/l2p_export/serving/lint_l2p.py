@@ -23,6 +23,7 @@ from l2p_export.serving.lint_model import Fault, Model
 from l2p_export.serving.repository import BUNDLE, versions
 from l2p_runtime.backends import backend_names
 from l2p_runtime.bundle import Bundle, open_bundle
+from l2p_runtime.coarse import Coarse, check_coarse
 from l2p_runtime.contract import ENGINE_BACKENDS, NETWORKS, Manifest, target_from_spelling
 from l2p_runtime.errors import L2PError, UsageError
 from l2p_runtime.memory import parse_bytes
@@ -146,6 +147,9 @@ def _warm_up_faults(model: Model, request: Any, manifest: Manifest, limits: Limi
         yield "sends neither prompt nor prompt_embeds"
     profile = manifest.profiles[0]
     sizes = {"height": profile.height_px.opt, "width": profile.width_px.opt, "steps": manifest.sampling.steps}
+    is_coarse = not {"coarse_height", "coarse_width"}.isdisjoint(request.inputs)
+    if is_coarse:
+        sizes |= {"coarse_height": 0, "coarse_width": 0, "fine_steps": Coarse(1, 1).steps}
     for name in sizes:
         if name in request.inputs:
             value = _warm_up_number(model, request.inputs[name])
@@ -155,6 +159,11 @@ def _warm_up_faults(model: Model, request: Any, manifest: Manifest, limits: Limi
     height, width, steps = sizes["height"], sizes["width"], sizes["steps"]
     try:
         check_size(manifest.model, height, width)
+        if is_coarse:
+            check_size(manifest.model, sizes["coarse_height"], sizes["coarse_width"])
+            coarse = Coarse(sizes["coarse_height"], sizes["coarse_width"], steps=sizes["fine_steps"])
+            check_coarse(coarse, height, width)
+            steps += coarse.steps
     except UsageError as error:
         yield f"draws an image that the model refuses: {error}"
         return

@@ -123,6 +123,7 @@ class Service:
         report = {
             "bundle": pipe.bundle.digest,
             "plan": pipe.plan,
+            "backend": pipe.opened_plan.backend.name,
             "trained": manifest.checkpoint.trained,
             "width": call["width"],
             "height": call["height"],

@@ -39,7 +39,7 @@ def checked_call(manifest: Manifest, limits: Limits, values: Mapping[str, Any]) 
         "width": int(values.get("width", profile.width_px.opt)),
         "seed": int(values.get("seed", 0)),
         "steps": int(values["steps"]) if "steps" in values else None,
-        "guidance": float(values["guidance"]) if "guidance" in values else None,
+        "guidance": _written(values["guidance"]) if "guidance" in values else None,
         "positions": _text("position policy", values.get("positions"), limits.prompt_bytes),
         "base_grid": tuple(int(side) for side in values["base_grid"]) if "base_grid" in values else None,
         "coarse": coarse,
@@ -94,7 +94,15 @@ def _coarse(values: Mapping[str, Any]) -> Coarse | None:
         if fine:
             raise UsageError("renoise, fine_steps and fine_guidance belong to coarse_height and coarse_width")
         return None
+    for field in ("renoise", "guidance"):
+        if field in fine:
+            fine[field] = _written(fine[field])
     return Coarse(values["coarse_height"], values["coarse_width"], **fine)
+
+
+def _written(value: Any) -> float:
+    """A number as it was written: 2.1 from a float32, which is 2.0999999046325684, as metadata of a local image say."""
+    return float(str(value))
 
 
 def _text(what: str, value: Any, most_bytes: int) -> str | None:

@@ -41,12 +41,14 @@ def png_base64(pixels: NDArray[Any], text: Mapping[str, str]) -> bytes:
 
 def picture_text(report: Mapping[str, Any], prompt: str | None, negative_prompt: str | None) -> dict[str, str]:
     """Metadata for a file of an image, from its report."""
-    names = ("seed", "steps", "guidance", "shift", "positions", "plan", "bundle", "base_grid", "coarse", "trained")
+    names = ("seed", "steps", "guidance", "shift", "positions", "plan", "backend", "bundle", "base_grid", "coarse")
     return {
         "Software": f"l2p-export {__version__}",
         "prompt": prompt or "",
         "negative_prompt": negative_prompt or "",
         "seed": str(report["seed"]),
         "bundle": str(report["bundle"]),
-        "parameters": json.dumps({name: report[name] for name in names if name in report} | {"rng": "philox"}),
+        "parameters": json.dumps(
+            {name: report[name] for name in (*names, "trained") if name in report} | {"rng": "philox"}
+        ),
     }

@@ -23,6 +23,7 @@ MODEL = "/v2/models/l2p_stream"
 FILES: Mapping[str, tuple[str, str]] = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/beyond.js": ("beyond.js", "text/javascript; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -36,9 +37,19 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
     "seed": (int,),
     "steps": (int,),
     "guidance": (int, float),
+    "positions": (list,),
+    "base_grid": (list,),
+    "coarse_height": (int,),
+    "coarse_width": (int,),
+    "renoise": (int, float),
+    "fine_steps": (int,),
+    "fine_guidance": (int, float),
     "png": (bool,),
 }
 """What a picture may be asked with. Others, as the priority of a health request, are for the server's own side."""
+
+_RANGES: Mapping[str, tuple[int, int]] = {"seed": (0, 2**64 - 1), "positions": (0, 255)}
+"""Of what is no int32; `positions` are the bytes of a name."""
 
 BODY_BYTES_MAX = 1 << 20
 _ANSWER_BYTES_MAX = 4 << 20
@@ -230,12 +241,20 @@ def checked_body(data: bytes) -> bytes:
         if name not in FIELDS:
             raise UsageError(f"the request holds {name[:40]!r}, expected {', '.join(FIELDS)}")
         if type(value) not in FIELDS[name]:
-            kinds = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+            kinds = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
             raise UsageError(f"{name} is {str(value)[:40]!r}, expected {kinds[FIELDS[name][-1]]}")
-        low, high = (0, 2**64 - 1) if name == "seed" else (-(2**31), 2**31 - 1)
+        _check_numbers(name, value if isinstance(value, list) else [value])
+    return json.dumps(asked).encode()
+
+
+def _check_numbers(name: str, values: list[Any]) -> None:
+    """Refuse whole numbers that the input cannot hold, and all else in a list."""
+    low, high = _RANGES.get(name, (-(2**31), 2**31 - 1))
+    for value in values:
+        if FIELDS[name] == (list,) and type(value) is not int:
+            raise UsageError(f"{name} holds {str(value)[:40]!r}, expected whole numbers")
         if type(value) is int and not low <= value <= high:
             raise UsageError(f"{name} is {str(value)[:40]}, expected {low} to {high}")
-    return json.dumps(asked).encode()
 
 
 def _no_number(text: str) -> None:

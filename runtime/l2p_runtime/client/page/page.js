@@ -72,6 +72,7 @@ function readLimits(config) {
   }
   return {
     negative: takes.has("negative_prompt"),
+    beyond: takes.has("coarse_height"),
     multiple: number("size_multiple_px"),
     longest: number("size_max_px"),
     pixels: number("max_pixels"),
@@ -106,6 +107,7 @@ function offer() {
   at("steps").value = limits.defaultSteps;
   at("steps-hint").textContent = `1 to ${limits.steps}.`;
   at("guidance").value = limits.guidance;
+  offerBeyond();
   at("fields").disabled = at("draw").disabled = false;
   chooseSize();
   show("idle");
@@ -146,6 +148,7 @@ function check(asked) {
   const [width, height, steps] = ["width", "height", "steps"].map(whole);
   const seed = at("seed").value.trim();
   const guidance = at("guidance").value.trim();
+  offerCoarse(width, height);
   const neutral = Number(guidance) === 1;
   at("negative-hint").textContent = neutral && at("negative").value ? "Has no effect while guidance is 1." : "";
   const found = {
@@ -156,6 +159,7 @@ function check(asked) {
     guidance: guidance === "" || !(Number(guidance) >= 0 && Number(guidance) <= GUIDANCE_MAX)
       ? `A number from 0 to ${GUIDANCE_MAX}.` : "",
     seed: /^[0-9]{1,20}$/.test(seed) && BigInt(seed) <= SEED_MAX ? "" : `A whole number from 0 to ${SEED_MAX}.`,
+    ...beyondProblems(steps, whole),
   };
   let first = null;
   for (const [name, text] of Object.entries(found)) {
@@ -165,7 +169,11 @@ function check(asked) {
       if (text && first === null) first = at(id);
     }
   }
-  if (asked) first?.focus();
+  if (asked && first !== null) {
+    // What is folded away takes no focus.
+    if (first.closest("details") !== null) first.closest("details").open = true;
+    first.focus();
+  }
   return first === null;
 }
 
@@ -199,6 +207,7 @@ async function draw() {
     guidance: Number(at("guidance").value),
     png: true,
   };
+  Object.assign(asked, beyondInputs(asked.width, asked.height));
   if (limits.negative && at("negative").value.trim()) asked.negative_prompt = at("negative").value.trim();
   const seed = BigInt(at("seed").value.trim());
   // A seed has 64 bits, a number of JavaScript 53.
@@ -288,6 +297,8 @@ function finish(event, asked, seed, milliseconds) {
     Size: `${report.width} × ${report.height} px, ${count(blob.size / 1024)} KiB`,
     Seed: String(seed),
     Sampling: `${report.steps} ${report.steps === 1 ? "step" : "steps"}, guidance ${report.guidance}`,
+    ...(report.coarse === undefined ? {} : { "Coarse to fine": `from ${report.coarse.width} × ${report.coarse.height}, `
+      + `renoise ${report.coarse.renoise}, ${report.coarse.steps} fine steps` }),
     "Drawn in": `${report.seconds.draw.toFixed(2)} s on the server`,
     Bundle: `${report.bundle.slice(0, 12)}, plan ${report.plan}`,
   };

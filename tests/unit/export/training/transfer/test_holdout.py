@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fakes.sources import tiny_spec, write_tiny_corpus, write_tiny_source
+from fakes.sources import tiny_spec, write_tiny_corpus
 from l2p_engines.store.locks import locked
 from l2p_export.training.corpus import reader
 from l2p_export.training.corpus.corpus import Corpus, Row, open_corpus, read_image
@@ -40,11 +40,6 @@ from l2p_runtime.errors import HostError, UsageError
 from l2p_runtime.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return write_tiny_source(tmp_path_factory.mktemp("source") / "tiny")
 
 
 @pytest.fixture(scope="module")

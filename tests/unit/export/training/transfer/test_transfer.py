@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fakes.sources import SIZE_PX, TEXTS, tiny_spec, write_tiny_corpus, write_tiny_source
+from fakes.sources import SIZE_PX, TEXTS, tiny_spec, write_tiny_corpus
 from l2p_export.families.z_image_l2p.dimensions import expected_shapes, network_shapes, published_dimensions
 from l2p_export.families.z_image_l2p.latent_shapes import latent_shapes
 from l2p_export.families.z_image_l2p.pixel import PixelModel, Window, checkpoint_activations
@@ -48,11 +48,6 @@ from l2p_runtime.positions import rope_tables
 from l2p_runtime.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return write_tiny_source(tmp_path_factory.mktemp("source") / "tiny")
 
 
 @pytest.fixture(scope="module")
