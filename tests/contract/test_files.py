@@ -63,6 +63,7 @@ ALLOWED = {
     ("export/l2p_export/training/sheet.py", "save"): A_HELPER,
     ("export/l2p_export/training/source/folder.py", "save_pretrained"): "in a temporary folder; each file is committed",
     ("runtime/l2p_runtime/client/regions.py", "os.open"): NO_FILE,
+    ("runtime/l2p_runtime/worker/sockets.py", "os.open"): "a folder, to lock it",
 }
 """Module and call to the reason why it need not go through the helper."""
 
