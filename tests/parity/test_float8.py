@@ -89,7 +89,7 @@ def make_trunk(folder: Path, name: str, *scales: LayerScale) -> Trunk:
     plan = float8_plan(PLANS[name], [measurement]).plan
     plan = replace(plan, scales=(*plan.scales, *scales))
     engine = export(D, "trunk", tensors, folder, plan)
-    (path,) = folder.glob("*.onnx")
+    (path,) = (file for file in folder.glob("*.onnx") if not file.name.endswith(".cpu.onnx"))
     graph = onnx.load(str(path), load_external_data=False)
     (weights,) = folder.glob("trunk.*.safetensors")
     values = {name: value.numpy() for name, value in state.items()}
