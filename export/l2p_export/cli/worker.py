@@ -30,7 +30,7 @@ socket_option = click.option(
 )
 
 
-@click.group("worker")
+@click.group("worker", epilog=example("worker start demo-4k.bundle --socket /run/user/1000/l2p/socket"))
 def command() -> None:
     """Keep a bundle loaded in one process, which draws for `generate --worker SOCKET`."""
 

@@ -167,6 +167,7 @@ def test_every_error_has_its_exit_code() -> None:
         "HostError": 3,
         "ArtifactError": 4,
         "ParityError": 5,
+        "FramesError": 6,
         "InternalError": 70,
         "CancelledError": 130,
     }

@@ -14,7 +14,7 @@ from l2p_export.cli.main import main
 
 PLACES = ("nowhere", "nowhere/deep.safetensors", "a" * 300, "loop", "file/within", "")
 
-WRITTEN = {"--out", "--work", "--sensitivity", "--timing-cache", "--store"}
+WRITTEN = {"--out", "--work", "--sensitivity", "--timing-cache", "--store", "--socket", "--worker"}
 """Options of paths that need not be there."""
 
 

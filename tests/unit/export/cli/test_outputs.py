@@ -19,7 +19,8 @@ CONTENT = b"what a user would miss"
 INPUTS = {
     "import": ("CHECKPOINT", "--source", "--lora"),
     "build": ("CHECKPOINT", "--source", "--lora", "--text-encoder", "--plan", "--statistics", "--profile"),
-    "generate": ("BUNDLE", "--embeddings", "--negative-embeddings", "--store"),
+    "generate": ("BUNDLE", "--embeddings", "--negative-embeddings", "--prompts", "--store"),
+    "farm": ("BUNDLE", "--embeddings", "--negative-embeddings", "--prompts", "--store"),
     "generate --server http://127.0.0.1:9": ("--embeddings", "--negative-embeddings"),
     "calibrate": ("BUNDLE", "--prompts", "--store"),
     "pack": ("BUNDLE", "--store"),
@@ -42,7 +43,12 @@ OUTPUTS = {
 SUFFIXES = {"import": ".safetensors", "generate": ".png", "train transfer": ".safetensors"}
 """Suffix that `--out` has to have."""
 
-NEEDED = {"build": ("--profile", "4k"), "train transfer": (), "eval": ()}
+NEEDED = {
+    "build": ("--profile", "4k"),
+    "train transfer": (),
+    "eval": (),
+    "farm": ("--manager", "openjd", "--frames", "1"),
+}
 
 
 def commands(group: click.Command = main, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
@@ -68,7 +74,7 @@ def test_the_table_has_every_command_with_an_output() -> None:
 
 
 def test_the_table_has_every_input() -> None:
-    outputs = {"--out", "--work", "--sensitivity", "--timing-cache"}
+    outputs = {"--out", "--work", "--sensitivity", "--timing-cache", "--worker"}
     for name, command in commands():
         paths = {
             param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
