@@ -42,6 +42,14 @@ def launch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=550)
 
 
+def ended_in_torch(result: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a process ended in torch's C++ code: SIGSEGV, or SIGABRT without an active exception.
+
+    Each was seen a few times in dozens of runs beside the rest of the suite, never alone: such a run is tried again.
+    """
+    return any(f"exitcode: {code})" in result.stderr for code in (-6, -11))
+
+
 def train(root: Path, name: str, steps: int, **changes: Any) -> None:
     """One process."""
     options = changes.pop("options", PLAIN)
@@ -55,7 +63,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process and of two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # A process ended in gloo with a segmentation fault once, beside the rest of the suite; alone it never did.
     for _ in range(2):
         made = tmp_path_factory.mktemp("team")
         write_tiny_source(made / "source")
@@ -64,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("ddp-goes-on", "fsdp-goes-on"):
             shutil.copytree(made / "one" / "step-00000002", made / name / "step-00000002")
         result = launch(fakes.training_team.__file__, made)
-        if "exitcode: -11" not in result.stderr:
+        if not ended_in_torch(result):
             break
     torch.set_num_threads(threads)
     assert result.returncode == 0, result.stderr
@@ -127,10 +134,11 @@ def test_processes_stop_together(root: Path, sharding: str) -> None:
 
 def test_the_command_runs_under_the_launcher(root: Path) -> None:
     """It says everything once, and a wrong batch is refused once, with the command's code in the launcher's report."""
-    out = root / "cli.safetensors"
-    command = ("-m", "l2p_export", "train", "transfer", root / "source", "--corpus", root / "corpus", "--out", out,
-               "--size-px", "64", "--head-divisor", "8", "--steps", "2", "--device", "cpu")  # fmt: skip
-    made = launch(*command, "--batch", "4", "--sharding", "fsdp")
+    for name in ("cli", "again"):
+        out = root / f"{name}.safetensors"
+        made, command = run_under_the_launcher(root, out)
+        if not ended_in_torch(made):
+            break
     assert (made.returncode, made.stdout) == (0, f"{out}\n"), made.stderr
     assert made.stderr.count("trained parameters") == 1
     assert "of each of 2 processes" in made.stderr
@@ -139,6 +147,13 @@ def test_the_command_runs_under_the_launcher(root: Path) -> None:
     assert refused.returncode != 0
     assert refused.stderr.count("5 samples do not split into 1 micro batches of each of 2 processes") == 1
     assert "exitcode  : 2" in refused.stderr
+
+
+def run_under_the_launcher(root: Path, out: Path) -> tuple[subprocess.CompletedProcess[str], tuple[str | Path, ...]]:
+    """The result of a short transfer in two processes, and its command without the batch."""
+    command = ("-m", "l2p_export", "train", "transfer", root / "source", "--corpus", root / "corpus", "--out", out,
+               "--size-px", "64", "--head-divisor", "8", "--steps", "2", "--device", "cpu")  # fmt: skip
+    return launch(*command, "--batch", "4", "--sharding", "fsdp"), command
 
 
 def test_one_process_starts_nothing() -> None:
