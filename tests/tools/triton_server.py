@@ -165,15 +165,17 @@ def _stop(server: Server) -> None:
 
 
 def _wait_ready(server: Server) -> None:
+    """Wait for every side that a test asks: a server opens HTTP first, metrics last."""
+    urls = [f"{server.http}/v2/health/live", f"http://127.0.0.1:{server.metrics_port}/metrics"]
     end = time.monotonic() + READY_SECONDS
-    while time.monotonic() < end and server.process.poll() is None:
+    while urls and time.monotonic() < end and server.process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{server.http}/v2/health/live", timeout=5) as reply:
-                if reply.status == 200:
-                    return
+            with urllib.request.urlopen(urls[0], timeout=5):
+                urls.pop(0)
         except OSError:
             time.sleep(0.05)
-    raise AssertionError(server.log.read_text())
+    if urls:
+        raise AssertionError(f"no answer from {urls[0]}\n{server.log.read_text()}")
 
 
 def _cached(name: str, packages: tuple[str, ...], *options: str) -> Path:
