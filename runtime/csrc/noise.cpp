@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 constexpr int kCoefficients = 7; // per table row, constant term first
 constexpr uint64_t kValuesPerThread = 1 << 15; // less work than this does not pay for a thread
 

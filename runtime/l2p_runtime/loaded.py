@@ -91,6 +91,14 @@ class LoadedNetworks:
             return_freed_memory()
 
     @contextmanager
+    def giving_back(self) -> Iterator[None]:
+        """Give back at the block's end what the backend keeps of activations between its runs."""
+        try:
+            yield
+        finally:
+            self.opened.backend.release_memory()
+
+    @contextmanager
     def reserving(self, bytes_: int) -> Iterator[None]:
         """Take bytes out of the budget while the block lasts."""
         whole = self.opened

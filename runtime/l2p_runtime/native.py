@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 SWITCH = "L2P_NATIVE"
 SLOWER = "the NumPy kernels give the same bits, slower"
 _NAMES = ("libl2p_native.so", "libl2p_native.dylib")
@@ -32,10 +32,14 @@ class NativeLibrary:
     Attributes:
         path: the file that was loaded.
         normal_noise: `l2p_normal_noise` of `csrc/noise.cpp`; releases the GIL, returns 0 or an error code.
+        onnx_allocator_is_registered: whether ONNX Runtime's environment has the allocator of `csrc/onnx_allocator.cpp`.
+        onnx_allocator_release: unmaps what that allocator keeps.
     """
 
     path: str
     normal_noise: Callable[..., int]
+    onnx_allocator_is_registered: Callable[[], int]
+    onnx_allocator_release: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -139,4 +143,7 @@ def _load(path: Path) -> NativeLibrary | str:
         ctypes.c_int,  # threads
     ]
     normal_noise.restype = ctypes.c_int
-    return NativeLibrary(str(path), normal_noise)
+    is_registered, release = library.l2p_onnx_allocator_is_registered, library.l2p_onnx_allocator_release
+    is_registered.argtypes, is_registered.restype = [], ctypes.c_int
+    release.argtypes, release.restype = [], None
+    return NativeLibrary(str(path), normal_noise, is_registered, release)

@@ -15,12 +15,13 @@ from l2p_runtime.bundle import Bundle, open_bundle
 from l2p_runtime.coarse import Coarse
 from l2p_runtime.denoiser import Denoiser, encode_caption, make_workspace, predict
 from l2p_runtime.drawing import draw, plan_stages
-from l2p_runtime.errors import InternalError, UsageError
+from l2p_runtime.errors import UsageError
 from l2p_runtime.guidance import Convention
 from l2p_runtime.loaded import LoadedNetworks
 from l2p_runtime.memory import budget_bytes, return_freed_memory, return_large_buffers_at_once
 from l2p_runtime.networks import OpenedPlan, open_plan
 from l2p_runtime.policies import TimeDependent, axis_frequencies, require_policy
+from l2p_runtime.prompt_encoder import PromptEncoder
 from l2p_runtime.requests import (
     PixelDType,
     Rng,
@@ -32,7 +33,6 @@ from l2p_runtime.requests import (
 )
 from l2p_runtime.room import fit_call, require_encoder, require_largest
 from l2p_runtime.sampler import Preview, Progress, Watch, preview_bytes
-from l2p_runtime.text import Tokenizer, bundle_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,9 +62,7 @@ class Pipeline:
     ) -> None:
         self._networks = LoadedNetworks(opened, memory_budget_bytes)
         self._denoiser = Denoiser(opened.manifest.model, opened.backend.device, self._networks.use)
-        self._tokenizer: Tokenizer | None = None
-        # Of only the last call: frames of one prompt load the text encoder once.
-        self._encoded: dict[tuple[str, bool], NDArray[np.float32]] = {}
+        self._prompts = PromptEncoder(self._networks)
         if memory_budget_bytes is not None:
             return_large_buffers_at_once()
         self._closed = False
@@ -208,12 +206,13 @@ class Pipeline:
         stripes = self._networks.plan_call(batch, grid, denoiser.model.padded(len(captions[0])), 1)
         device = denoiser.device
         axes = axis_frequencies(denoiser.model.rotary, grid, policy, float(times[0]))
-        condition = encode_caption(denoiser, captions, *grid, axes)
-        prediction = device.alloc(pixels.shape, "float32")
-        work = make_workspace(denoiser, condition)
-        predict(denoiser, device.upload(pixels), device.upload(times), [condition], stripes, [work], [prediction])
-        device.synchronize()
-        return device.download(prediction)
+        with self._networks.giving_back():
+            condition = encode_caption(denoiser, captions, *grid, axes)
+            prediction = device.alloc(pixels.shape, "float32")
+            work = make_workspace(denoiser, condition)
+            predict(denoiser, device.upload(pixels), device.upload(times), [condition], stripes, [work], [prediction])
+            device.synchronize()
+            return device.download(prediction)
 
     def generate(
         self,
@@ -302,12 +301,14 @@ class Pipeline:
         if preview is not None:
             function("preview", preview)
         policy = self._policy(positions)
-        tokens = max(denoiser.model.padded(self._count(caption, truncate)) for caption in request.captions)
+        counts = [self._prompts.count_tokens(caption, truncate) for caption in request.captions]
+        tokens = denoiser.model.padded(max(counts))
         shown_bytes = preview_bytes(*request.size_px) if preview is not None else 0
         stages = plan_stages(self._networks, request, coarse, tokens, shown_bytes)
-        captions = self._embed(request.captions, truncate)
+        captions = self._prompts.embed(request.captions, truncate)
         watch = Watch(progress, preview, cancelled, dtype, sum(stage.steps for stage in stages))
-        return draw(denoiser, request, captions, stages, policy, watch)
+        with self._networks.giving_back():
+            return draw(denoiser, request, captions, stages, policy, watch)
 
     def encode(self, prompts: Sequence[str], *, truncate_prompt: bool = False) -> list[NDArray[np.float32]]:
         """Embeddings [L,C] of prompts, for `prompt_embeds` and `negative_embeds`; the text encoder is loaded once.
@@ -316,9 +317,8 @@ class Pipeline:
             UsageError: the bundle has no text encoder, or a prompt is too long.
             HostError: the text encoder does not fit the memory, or `tokenizers` is not installed.
         """
-        self._opened()
-        truncate = flag("truncate_prompt", truncate_prompt)
-        return self._embed(self._checked_texts(prompts, truncate), truncate)
+        (embeds,) = self.encode_each([prompts], truncate_prompt=truncate_prompt)
+        return embeds
 
     def encode_each(
         self, groups: Iterable[Sequence[str]], *, truncate_prompt: bool = False
@@ -333,13 +333,7 @@ class Pipeline:
             HostError: the text encoder does not fit the memory, or `tokenizers` is not installed.
         """
         self._opened()
-        truncate = flag("truncate_prompt", truncate_prompt)
-        checked = [self._checked_texts(group, truncate) for group in groups]
-        if not any(checked):
-            return [[] for _ in checked]
-        if self._tokenizer is None:
-            raise InternalError("texts reached the encoder without a tokenizer")
-        return self._networks.encode(self._tokenizer, checked, truncate=truncate)
+        return self._prompts.embed_each(groups, flag("truncate_prompt", truncate_prompt))
 
     @contextmanager
     def reserving(self, bytes_: int) -> Iterator[Self]:
@@ -373,7 +367,7 @@ class Pipeline:
         if self._owns_device and not self._closed:
             self._networks.opened.backend.device.close()
         self._closed = True
-        self._encoded, self._tokenizer = {}, None
+        self._prompts.close()
         return_freed_memory()
 
     def __enter__(self) -> Self:
@@ -389,34 +383,6 @@ class Pipeline:
         if self._closed:
             raise UsageError("the pipeline is closed", hint="open it again")
         return replace(self._denoiser, model=self.bundle.manifest.model_on(base_grid))
-
-    def _count(self, caption: NDArray[np.float32] | str, truncate: bool) -> int:
-        """Tokens of a caption, unpadded; refuses a text that is too long before anything is loaded for it."""
-        if not isinstance(caption, str):
-            return len(caption)
-        if self._tokenizer is None:
-            self._tokenizer = bundle_tokenizer(self.bundle)
-        return len(self._tokenizer.tokens(caption, truncate=truncate))
-
-    def _embed(self, captions: Sequence[NDArray[np.float32] | str], truncate: bool) -> list[NDArray[np.float32]]:
-        """Replace texts by their embeddings: all texts are encoded, then the encoder is released."""
-        texts = list(dict.fromkeys(caption for caption in captions if isinstance(caption, str)))
-        if texts and any((text, truncate) not in self._encoded for text in texts):
-            if self._tokenizer is None:
-                raise InternalError("texts reached the encoder without a tokenizer")
-            (embeds,) = self._networks.encode(self._tokenizer, [texts], truncate=truncate)
-            self._encoded = dict(zip(((text, truncate) for text in texts), embeds, strict=True))
-        return [self._encoded[caption, truncate] if isinstance(caption, str) else caption for caption in captions]
-
-    def _checked_texts(self, prompts: object, truncate: bool) -> list[str]:
-        """Prompts that the text encoder takes."""
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-            raise UsageError(f"prompts are a {type(prompts).__name__}, expected a sequence of texts")
-        # An iterator has its texts only once.
-        texts = [text("a prompt", prompt) for prompt in prompts]
-        for prompt in texts:
-            self._count(prompt, truncate)
-        return texts
 
     def _policy(self, positions: str | Policy | TimeDependent | None) -> str | Policy | TimeDependent:
         if positions is None:

@@ -102,6 +102,7 @@ class Backend:
         runs_fused: whether it takes graphs with contrib operators of ONNX Runtime's CPU.
         library_bytes: what the library takes by itself, beside networks.
         held_bytes: (bytes of a network's weights, whether its plan is float32) to what it takes while it is loaded.
+        release_memory: gives back what is kept of activations between the runs of a drawing.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Backend:
     runs_fused: bool = False
     library_bytes: int = 0
     held_bytes: Callable[[int, bool], int] = lambda weight_bytes, is_float32: weight_bytes
+    release_memory: Callable[[], None] = lambda: None
 
 
 def open_backend(name: str, device: int = 0) -> Backend:

@@ -40,7 +40,12 @@ def build(folder: Path, source: str) -> Path:
     return path
 
 
-GOOD = f"int l2p_abi_version(void) {{ return {native.ABI_VERSION}; }} int l2p_normal_noise(void) {{ return 0; }}"
+GOOD = f"""
+int l2p_abi_version(void) {{ return {native.ABI_VERSION}; }}
+int l2p_normal_noise(void) {{ return 0; }}
+int l2p_onnx_allocator_is_registered(void) {{ return 0; }}
+void l2p_onnx_allocator_release(void) {{}}
+"""
 
 
 def test_nothing_there(tmp_path: Path, look_in: Callable[..., None]) -> None:

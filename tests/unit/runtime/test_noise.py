@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SOURCE = Path(__file__).resolve().parents[3] / "runtime/csrc/noise.cpp"
+SOURCES = sorted((Path(__file__).resolve().parents[3] / "runtime/csrc").glob("*.cpp"))
 SEEDS = [0, 1, 7, 2**32 - 1, 2**32, 2**63 + 7, 2**64 - 1]
 # One image of which the windows below are parts; its sides are no multiples of 4.
 WHOLE = (37, 53)
@@ -61,7 +61,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> native.NativeLibrary:
         pytest.skip("no native kernel installed and no C++ compiler to build one")
     path = tmp_path_factory.mktemp("native") / "libl2p_native.so"
     flags = "-std=c++17 -O3 -DNDEBUG -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -ffp-contract=off -pthread"
-    subprocess.run([compiler, *flags.split(), SOURCE, "-o", path], check=True)
+    subprocess.run([compiler, *flags.split(), *SOURCES, "-o", path], check=True)
     library = native._load(path)
     assert isinstance(library, native.NativeLibrary)
     return library
@@ -348,7 +348,7 @@ def test_kernel_refuses_a_window_past_the_end(kernel: native.NativeLibrary) -> N
 
 
 def test_kernel_failure_is_an_error() -> None:
-    broken = native.NativeLibrary("broken.so", lambda *_: 2)
+    broken = native.NativeLibrary("broken.so", lambda *_: 2, lambda: 0, lambda: None)
     with pytest.raises(InternalError, match="returned 2"):
         with_kernel(broken, 7, rows=(0, 4), cols=(0, 4))
 
