@@ -66,19 +66,31 @@ def call_memory(
 
 
 def cpu_call_memory(
-    model: ModelSpec, batch: int, rows: int, columns: int, caption_tokens: int, prompts: int = 2
+    model: ModelSpec,
+    batch: int,
+    rows: int,
+    columns: int,
+    caption_tokens: int,
+    prompts: int = 2,
+    *,
+    fused_head: bool = True,
 ) -> CallMemory:
-    """Forecast one denoising call of fused graphs in ONNX Runtime on the CPU; arguments are those of `call_memory`.
+    """Forecast one denoising call of fused graphs in ONNX Runtime on the CPU.
+
+    Arguments are those of `call_memory`, and whether the head too has a fused graph.
 
     Scores are never held. Measured at 16,416 tokens of width 144: 106 MiB in float32, where this says 108, and 81 in
-    float16 and FP8, whose activations are partly widened.
+    float16 and FP8, whose activations are partly widened; the demo's head at 2048 px: 768 MiB, as this says.
     """
     plain = call_memory(model, batch, rows, columns, caption_tokens, prompts)
     image = rows * columns
     inner = (model.padded(image) + caption_tokens) * (3 * model.ffn_width + 4 * model.width)
     # The stem holds the image as patches, beside the tokens that it makes of them.
     patches = 3 * image * model.patch_px**2 + image * model.width
-    return replace(plain, tokens_bytes=_FLOAT_BYTES * batch * max(inner, patches))
+    head_row_bytes = plain.head_row_bytes
+    if fused_head and model.head.fused_peak_values_per_px is not None:
+        head_row_bytes = int(head_row_bytes * model.head.fused_peak_values_per_px / model.head.peak_values_per_px)
+    return replace(plain, tokens_bytes=_FLOAT_BYTES * batch * max(inner, patches), head_row_bytes=head_row_bytes)
 
 
 def fused_call_memory(

@@ -172,12 +172,12 @@ def forecast_call(
         caption_tokens: of the longest caption, padded.
         prompts: 2 with guidance, 1 without.
     """
-    forecast = call_memory
+    call = (opened.manifest.model, batch, *grid, caption_tokens, prompts)
     if opened.runs_engines:
-        forecast = call_memory if opened.base == "fp32" else fused_call_memory
-    elif fused_networks(opened):
-        forecast = cpu_call_memory
-    return forecast(opened.manifest.model, batch, *grid, caption_tokens, prompts)
+        return call_memory(*call) if opened.base == "fp32" else fused_call_memory(*call)
+    if fused := fused_networks(opened):
+        return cpu_call_memory(*call, fused_head="head" in fused)
+    return call_memory(*call)
 
 
 def head_rows_max(record: EngineRecord, batch: int, columns: int) -> int:

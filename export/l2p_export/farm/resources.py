@@ -101,17 +101,16 @@ def _whole_fit(manifest: Manifest, draw: Draw, weights: Mapping[str, int]) -> in
 
 def _call_memory(manifest: Manifest, draw: Draw) -> CallMemory:
     """Memory of one denoising call besides the weights, as the runtime forecasts it on the backend."""
-    plan = manifest.plan(draw.plan)
-    forecast = call_memory
-    if _runs_engines(manifest, draw.backend):
-        forecast = call_memory if plan.base == "fp32" else fused_call_memory
-    elif not runs_on_gpu(manifest, draw.backend) and any(
-        manifest.graph(network, plan.name).fused is not None for network in NETWORKS
-    ):
-        forecast = cpu_call_memory
-    model = manifest.model
+    plan, model = manifest.plan(draw.plan), manifest.model
     rows, columns = draw.height_px // model.patch_px, draw.width_px // model.patch_px
-    return forecast(model, 1, rows, columns, model.padded(draw.caption_tokens), draw.prompts)
+    call = (model, 1, rows, columns, model.padded(draw.caption_tokens), draw.prompts)
+    if _runs_engines(manifest, draw.backend):
+        return call_memory(*call) if plan.base == "fp32" else fused_call_memory(*call)
+    if not runs_on_gpu(manifest, draw.backend):
+        fused = [network for network in NETWORKS if manifest.graph(network, plan.name).fused is not None]
+        if fused:
+            return cpu_call_memory(*call, fused_head="head" in fused)
+    return call_memory(*call)
 
 
 def _runs_engines(manifest: Manifest, backend: str) -> bool:

@@ -1,12 +1,14 @@
-"""Fuses an ONNX graph for ONNX Runtime on the CPU: attention, rotation and norms, by its contrib operators.
+"""Fuses an ONNX graph for ONNX Runtime on the CPU: attention, rotation and norms, by its contrib operators, and skips.
 
     Softmax(q kᵀ) v   or   Attention(q, k, v)   becomes   MultiHeadAttention(q, k, v)      of com.microsoft
     a cos - b sin, a sin + b cos on pairs       becomes   RotaryEmbedding(x, cos, sin)     of com.microsoft
     x * Reciprocal(Sqrt(mean(x²) + ε)) * w      becomes   x / Sqrt(mean(x²) + ε) * w       which it fuses itself
+    Conv(Concat(a, b), w)                       becomes   Conv(a, w₁) + Conv(b, w₂)        the sum fuses into the second
 
 On the CPU, `Attention` holds scores [B,N,S,S] whole, as does attention that is written out; `MultiHeadAttention` does
-not: 16,416 tokens in 3 heads of 48 take 170 MB in place of 3,263, in half the time. The fused graph refers to the
-weights file of the graph. Only ONNX Runtime reads it.
+not: 16,416 tokens in 3 heads of 48 take 170 MB in place of 3,263, in half the time. A skip of the pixel head that is
+not copied beside the upsampled image saves a fifth of the head's time at 2048 px. The fused graph refers to the weights
+file of the graph. Only ONNX Runtime reads it.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ def fuse(model: ir.Model) -> bool:
         model: a graph whose weights are external.
 
     Returns:
-        Whether it has attention that was fused. If it has none, the graph may be changed, and has no use.
+        Whether it has attention or skips that were fused. If it has none, the graph may be changed, and has no use.
     """
     from onnx_ir.passes import Sequential, common
     from onnxscript.rewriter import RewriteRuleSet
     from onnxscript.rewriter.rules.common import no_op_transpose_rule, transpose_transpose_rule
 
-    if not RewriteRuleSet([_written_out(), _attention()]).apply_to_model(model):
+    if not RewriteRuleSet([_written_out(), _attention(), _skip()]).apply_to_model(model):
         return False
     RewriteRuleSet([_rotation(), _norm()]).apply_to_model(model)
     # Else the shape of the transposed keys is still read, and their transpose stays.
@@ -154,6 +156,29 @@ def _norm() -> RewriteRule:
         return bool(weight.is_initializer())
 
     return RewriteRule(written, divided, fits)
+
+
+def _skip() -> RewriteRule:
+    """A convolution of two tensors that are joined along their channels, in float32."""
+    import onnx_ir as ir
+    from onnxscript.rewriter import RewriteRule
+
+    def joined(op: Any, a: Any, b: Any, weight: Any, bias: Any) -> Any:
+        both = op.Concat(a, b, axis=1)
+        return op.Conv(both, weight, bias, _allow_other_attributes=True, _outputs=["out"])
+
+    def apart(op: Any, a: Any, b: Any, weight: Any, bias: Any, out: Any) -> Any:
+        attributes = out.producer().attributes
+        sizes = op.Constant(value_ints=[int(a.shape[1]), int(b.shape[1])])
+        first, second = op.Split(weight, sizes, axis=1, _outputs=2)
+        return op.Add(op.Conv(a, first, bias, **attributes), op.Conv(b, second, **attributes))
+
+    def fits(_context: Any, a: Any, b: Any, weight: Any, out: Any, **_others: Any) -> bool:
+        group = out.producer().attributes.get("group")
+        is_float32 = weight.is_initializer() and weight.dtype == ir.DataType.FLOAT
+        return is_float32 and (group is None or group.as_int() == 1) and _has_sizes(a, 1) and _has_sizes(b, 1)
+
+    return RewriteRule(joined, apart, fits)
 
 
 def _has_sizes(value: Any, *axes: int) -> bool:

@@ -358,10 +358,11 @@ def _placements(
 
     def try_setting(setting: Setting) -> Fit:
         call = setting.call
-        # ONNX Runtime on the CPU computes in float32, whatever the weights are stored in.
+        # ONNX Runtime on the CPU computes in float32, whatever the weights are stored in, and fuses a head in float32.
         tokens = count_tokens(model, call)
+        sizes = (call.batch, tokens.rows, tokens.columns, tokens.caption)
         memory = (
-            cpu_call_memory(model, call.batch, tokens.rows, tokens.columns, tokens.caption)
+            cpu_call_memory(model, *sizes, fused_head=setting.precision == "fp32")
             if on_cpu
             else engine_memory(model, call, setting.precision)
         )

@@ -62,18 +62,19 @@ class HeadSpec:
         row_multiple: token rows (and columns) come in multiples of this; 2 for the 160 px head, else 1.
         halo_rows: token rows of context that make a stripe exact; None when the head must run whole.
         peak_values_per_px: activation values alive at once, per pixel of the stripe.
+        fused_peak_values_per_px: the same of the fused graph; None in bundles without one of the head.
     """
 
     row_multiple: int
     halo_rows: int | None
     peak_values_per_px: float
+    fused_peak_values_per_px: float | None = None
 
     def __post_init__(self) -> None:
         _require_sizes(row_multiple=self.row_multiple)
-        if (self.halo_rows is not None and self.halo_rows < 0) or self.peak_values_per_px <= 0:
-            raise ArtifactError(
-                f"halo_rows {self.halo_rows} and peak_values_per_px {self.peak_values_per_px}: expected no less than 0"
-            )
+        peaks = [peak for peak in (self.peak_values_per_px, self.fused_peak_values_per_px) if peak is not None]
+        if (self.halo_rows is not None and self.halo_rows < 0) or min(peaks) <= 0:
+            raise ArtifactError(f"halo_rows {self.halo_rows} and peak_values_per_px {peaks}: expected no less than 0")
 
 
 @dataclass(frozen=True, slots=True)

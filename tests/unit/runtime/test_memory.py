@@ -48,3 +48,12 @@ def test_fused_graphs_hold_no_scores() -> None:
     assert cpu_call_memory(model, 1, 128, 128, 32).tokens_bytes == 4 * tokens * (3 * 10240 + 4 * 3840)
     narrow = cpu_call_memory(replace(model, width=128, heads=1, ffn_width=340), 1, 128, 128, 32)
     assert narrow.tokens_bytes == 4 * (3 * 8192**2 + 16384 * 128)
+
+
+def test_a_fused_head_copies_no_skip() -> None:
+    """At 4096 px, the skip, the upsampled image and what is made of both, of 16 channels: 1 GiB each."""
+    model = model_spec(published_dimensions("4k"))
+    fused, whole = (cpu_call_memory(model, 1, 64, 64, 128, fused_head=fused_head) for fused_head in (True, False))
+    assert 64 * fused.head_row_bytes == 3 << 30
+    assert whole.tokens_bytes == fused.tokens_bytes
+    assert 64 * whole.head_row_bytes == 6 << 30

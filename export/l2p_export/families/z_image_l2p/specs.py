@@ -39,7 +39,8 @@ def model_spec(d: Dimensions) -> ModelSpec:
             row_multiple=2 if whole else 1,
             # The reach of the 160 px head is not a whole number of tokens; it runs whole until its own halo is proven.
             halo_rows=None if whole else HALO_ROWS,
-            peak_values_per_px=_head_peak_values_per_px(d),
+            peak_values_per_px=_head_peak_values_per_px(d, joins_skips=True),
+            fused_peak_values_per_px=_head_peak_values_per_px(d, joins_skips=False),
         ),
     )
 
@@ -97,8 +98,13 @@ def _rope(length: str, pairs: int) -> tuple[TensorSpec, TensorSpec]:
     return TensorSpec("rope_cos", "float32", (length, pairs)), TensorSpec("rope_sin", "float32", (length, pairs))
 
 
-def _head_peak_values_per_px(d: Dimensions) -> float:
-    """Maximum of activation values alive at once in the U-Net, per pixel: skips, and a step's input and output."""
+def _head_peak_values_per_px(d: Dimensions, *, joins_skips: bool) -> float:
+    """Maximum of activation values alive at once in the U-Net, per pixel: skips, and a step's input and output.
+
+    Args:
+        d: the head's channels.
+        joins_skips: a skip is copied beside the upsampled image; a fused graph reads both where they are.
+    """
     skips = 0.0
     peak = 0.0
     channels, area = 3, 1.0
@@ -111,10 +117,14 @@ def _head_peak_values_per_px(d: Dimensions) -> float:
     channels = d.bottleneck
     for level in reversed(d.levels):
         area *= 4
-        # Upsampled input and its convolution, then [up, skip] joined and the decoder's output.
+        # Upsampled input and its convolution.
         peak = max(peak, skips + (channels + level.up) * area)
-        joined = level.up + level.encoder
-        peak = max(peak, skips + (level.up + joined + 2 * level.decoder) * area)
+        if joins_skips:
+            # [up, skip] joined, and the decoder's output.
+            peak = max(peak, skips + (2 * level.up + level.encoder + 2 * level.decoder) * area)
+        else:
+            # The decoder's output of `up`, and then the sum of it and the skip's.
+            peak = max(peak, skips + (max(level.up, level.decoder) + level.decoder) * area)
         skips -= level.encoder * area
         channels = level.decoder
     return peak
