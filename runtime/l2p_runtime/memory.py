@@ -80,7 +80,7 @@ def cpu_call_memory(
     Arguments are those of `call_memory`, and whether the head too has a fused graph.
 
     Scores are never held. Measured at 16,416 tokens of width 144: 106 MiB in float32, where this says 108, and 81 in
-    float16 and FP8, whose activations are partly widened; the demo's head at 2048 px: 768 MiB, as this says.
+    float16 and FP8, whose activations are partly widened. Inside the demo's head at 2048 px: 768 MiB, as this says.
     """
     plain = call_memory(model, batch, rows, columns, caption_tokens, prompts)
     image = rows * columns
@@ -89,7 +89,8 @@ def cpu_call_memory(
     patches = 3 * image * model.patch_px**2 + image * model.width
     head_row_bytes = plain.head_row_bytes
     if fused_head and model.head.fused_peak_values_per_px is not None:
-        head_row_bytes = int(head_row_bytes * model.head.fused_peak_values_per_px / model.head.peak_values_per_px)
+        inside = head_row_bytes * model.head.fused_peak_values_per_px / model.head.peak_values_per_px
+        head_row_bytes = int(inside) + _row_border_bytes(model, batch, columns)
     return replace(plain, tokens_bytes=_FLOAT_BYTES * batch * max(inner, patches), head_row_bytes=head_row_bytes)
 
 
@@ -107,14 +108,17 @@ def fused_call_memory(
     inner = (padded + caption_tokens) * (3 * model.ffn_width + 4 * model.width)
     # The stem casts the image and holds it as patches, beside the tokens that it makes of them.
     patches = 2 * 3 * image * model.patch_px**2 + image * model.width
-    row_px = model.patch_px * columns * model.patch_px
-    # A stripe's copy of its pixels and tokens, and its prediction: float32, like all inputs and outputs of networks.
-    row_borders = _FLOAT_BYTES * batch * (6 * row_px + columns * model.width)
     return CallMemory(
         buffers_bytes=plain.buffers_bytes,
         tokens_bytes=_HALF_BYTES * batch * max(inner, patches),
-        head_row_bytes=plain.head_row_bytes * _HALF_BYTES // _FLOAT_BYTES + row_borders,
+        head_row_bytes=plain.head_row_bytes * _HALF_BYTES // _FLOAT_BYTES + _row_border_bytes(model, batch, columns),
     )
+
+
+def _row_border_bytes(model: ModelSpec, batch: int, columns: int) -> int:
+    """A stripe's copy of its pixels and tokens, and its prediction, per token row: float32 on every backend."""
+    row_px = model.patch_px * columns * model.patch_px
+    return _FLOAT_BYTES * batch * (6 * row_px + columns * model.width)
 
 
 def available_host_bytes() -> int:

@@ -187,7 +187,7 @@ def test_the_cpu_does_not_run_bf16(with_bf16: Manifest) -> None:
     kept = pack_manifest(with_bf16, "onnx-cpu", ())
     assert [plan.name for plan in kept.plans] == ["fp32"]
     assert not [record for record in kept.files if "bf16" in record.path]
-    assert len(kept.files) == 10 + 4 + len(kept.references), "five networks of two files, four fused graphs"
+    assert len(kept.files) == 10 + 5 + len(kept.references), "five networks of two files, five fused graphs"
     assert pack_manifest(with_bf16, "onnx-cpu", ["fp32", "bf16"]) == kept
     assert pack_manifest(with_bf16, None, ()) == with_bf16
     with pytest.raises(UsageError, match="none of bf16 runs on `onnx-cpu`"):

@@ -51,9 +51,9 @@ def test_fused_graphs_hold_no_scores() -> None:
 
 
 def test_a_fused_head_copies_no_skip() -> None:
-    """At 4096 px, the skip, the upsampled image and what is made of both, of 16 channels: 1 GiB each."""
+    """At 4096 px, the skip, the upsampled image and what is made of both, of 16 channels: 1 GiB each; and borders."""
     model = model_spec(published_dimensions("4k"))
     fused, whole = (cpu_call_memory(model, 1, 64, 64, 128, fused_head=fused_head) for fused_head in (True, False))
-    assert 64 * fused.head_row_bytes == 3 << 30
+    assert 64 * fused.head_row_bytes == (3 << 30) + 4 * (6 * 4096**2 + 64 * 64 * model.width)
     assert whole.tokens_bytes == fused.tokens_bytes
     assert 64 * whole.head_row_bytes == 6 << 30
