@@ -1,22 +1,16 @@
 // Philox-4x32-10 words as normal values: the same bits as l2p_runtime/noise.py, which states the contract.
 // Every float64 multiply and add must round on its own, so this file is built with -ffp-contract=off.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
+#include "lines.h"
 
-#define L2P_API extern "C" __attribute__((visibility("default")))
+#include <cstring>
+
+using namespace l2p;
 
 namespace {
 
 constexpr int kAbiVersion = 2;
 constexpr int kCoefficients = 7; // per table row, constant term first
-constexpr uint64_t kValuesPerThread = 1 << 15; // less work than this does not pay for a thread
-
-enum Status { kOk = 0, kBadArgument = 1, kFailed = 2 };
 
 struct Counter {
     uint32_t k, y, channel, image;
@@ -91,28 +85,9 @@ L2P_API int l2p_normal_noise(uint64_t seed, uint32_t image_index, uint32_t chann
     if (lines == 0 || cols == 0) return kOk;
     if (!table || !out) return kBadArgument;
 
-    std::atomic<uint64_t> next{0};
-    const auto work = [&]() noexcept {
-        for (uint64_t line; (line = next.fetch_add(1, std::memory_order_relaxed)) < lines;) {
-            const uint32_t c = static_cast<uint32_t>(line / rows), y = static_cast<uint32_t>(line % rows);
-            const Counter at{0, row0 + y, channel0 + c, image_index};
-            fill_line(seed, at, col0, uint64_t{col0} + cols, table, out + c * channel_stride + y * row_stride);
-        }
-    };
-    uint64_t wanted = threads > 0 ? static_cast<uint64_t>(threads) : std::max(1U, std::thread::hardware_concurrency());
-    wanted = std::min({wanted, lines, 1 + lines * cols / kValuesPerThread});
-    std::vector<std::thread> helpers;
-    try {
-        helpers.reserve(wanted - 1);
-    } catch (...) {
-        return kFailed;
-    }
-    try {
-        while (helpers.size() + 1 < wanted) helpers.emplace_back(work);
-    } catch (...) {
-        // The system has no further thread: lines are taken one by one, so those that run do all of them.
-    }
-    work();
-    for (auto& helper : helpers) helper.join();
-    return kOk;
+    return for_each_unit(lines, lines * cols, threads, [&](uint64_t line) {
+        const uint32_t c = static_cast<uint32_t>(line / rows), y = static_cast<uint32_t>(line % rows);
+        const Counter at{0, row0 + y, channel0 + c, image_index};
+        fill_line(seed, at, col0, uint64_t{col0} + cols, table, out + c * channel_stride + y * row_stride);
+    });
 }

@@ -14,7 +14,7 @@ import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,20 +24,46 @@ SWITCH = "L2P_NATIVE"
 SLOWER = "the NumPy kernels give the same bits, slower"
 _NAMES = ("libl2p_native.so", "libl2p_native.dylib")
 
+_POINTER, _COUNT, _STRIDE = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64
+_PLANES = (_POINTER, _STRIDE, _STRIDE)
+"""Address of float32 planes, and the strides of planes and rows in floats."""
+_SIGNATURES: dict[str, tuple[tuple[Any, ...], Any]] = {
+    # Seed; image index; first and count of channels, rows and columns; table; out with its strides; threads.
+    "normal_noise": ((ctypes.c_uint64, *[ctypes.c_uint32] * 7, _POINTER, *_PLANES, ctypes.c_int), ctypes.c_int),
+    # Image, prediction, negative; planes, rows and columns; guidance, step; threads.
+    "euler": ((*_PLANES * 3, *[_COUNT] * 3, ctypes.c_float, ctypes.c_float, ctypes.c_int), ctypes.c_int),
+    # Out, bits; image; rows, columns; threads.
+    "pixels": ((_POINTER, ctypes.c_int, *_PLANES, _COUNT, _COUNT, ctypes.c_int), ctypes.c_int),
+    # Image; coarse image with its rows and columns; taps and weights; planes, rows and columns; factors; threads.
+    "mix_enlarged": (
+        (*_PLANES * 2, _COUNT, _COUNT, *[_POINTER] * 4, *[_COUNT] * 3, *[ctypes.c_float] * 2, ctypes.c_int),
+        ctypes.c_int,
+    ),
+    "onnx_allocator_is_registered": ((), ctypes.c_int),
+    "onnx_allocator_release": ((), None),
+}
+"""Arguments and result of each function, without its prefix."""
+
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """The loaded library.
+    """The loaded library. Its functions release the GIL; kernels return 0 or an error code.
 
     Attributes:
         path: the file that was loaded.
-        normal_noise: `l2p_normal_noise` of `csrc/noise.cpp`; releases the GIL, returns 0 or an error code.
+        normal_noise: `l2p_normal_noise` of `csrc/noise.cpp`.
+        euler: `l2p_euler` of `csrc/pixels.cpp`.
+        pixels: `l2p_pixels` of `csrc/pixels.cpp`.
+        mix_enlarged: `l2p_mix_enlarged` of `csrc/pixels.cpp`.
         onnx_allocator_is_registered: whether ONNX Runtime's environment has the allocator of `csrc/onnx_allocator.cpp`.
         onnx_allocator_release: unmaps what that allocator keeps.
     """
 
     path: str
     normal_noise: Callable[..., int]
+    euler: Callable[..., int]
+    pixels: Callable[..., int]
+    mix_enlarged: Callable[..., int]
     onnx_allocator_is_registered: Callable[[], int]
     onnx_allocator_release: Callable[[], None]
 
@@ -133,17 +159,9 @@ def _load(path: Path) -> NativeLibrary | str:
     version = library.l2p_abi_version()
     if version != ABI_VERSION:
         return f"ABI version {version}, wanted {ABI_VERSION}: reinstall l2p-export"
-    normal_noise = library.l2p_normal_noise
-    normal_noise.argtypes = [
-        ctypes.c_uint64,  # seed
-        *[ctypes.c_uint32] * 7,  # image index; first and count of channels, rows and columns
-        ctypes.c_void_p,  # table
-        ctypes.c_void_p,  # out
-        *[ctypes.c_int64] * 2,  # strides of channel and row, in floats
-        ctypes.c_int,  # threads
-    ]
-    normal_noise.restype = ctypes.c_int
-    is_registered, release = library.l2p_onnx_allocator_is_registered, library.l2p_onnx_allocator_release
-    is_registered.argtypes, is_registered.restype = [], ctypes.c_int
-    release.argtypes, release.restype = [], None
-    return NativeLibrary(str(path), normal_noise, is_registered, release)
+    functions = {}
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(library, f"l2p_{name}")
+        function.argtypes, function.restype = arguments, result
+        functions[name] = function
+    return NativeLibrary(str(path), **functions)

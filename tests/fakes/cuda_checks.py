@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from l2p_runtime.backends.cuda import CudaDevice
 from l2p_runtime.backends.cuda_arrays import CudaArray
-from l2p_runtime.backends.host import KERNELS
+from l2p_runtime.backends.host_kernels import KERNELS
 from l2p_runtime.coarse import cubic_taps
 
 Layout = Literal["whole", "rows"]

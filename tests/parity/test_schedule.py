@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2p_runtime.backends.host import euler, pixels
+from l2p_runtime.backends.host_kernels import euler, pixels
 from l2p_runtime.schedule import model_time, sigmas
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ class Device(Protocol):
         """Copy values between equally shaped views."""
 
     def launch(self, kernel: str, *arguments: Any) -> None:
-        """Run a kernel of `l2p_runtime.backends.host.KERNELS`, or its equal on this device."""
+        """Run a kernel of `l2p_runtime.backends.host_kernels.KERNELS`, or its equal on this device."""
 
     def synchronize(self) -> None:
         """Wait for the stream."""

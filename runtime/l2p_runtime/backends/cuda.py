@@ -156,7 +156,7 @@ class CudaDevice:
             call("cuMemcpy2DAsync", plan, self.stream)
 
     def launch(self, kernel: str, *arguments: Any) -> None:
-        """Run a kernel with the arguments and the bits of `backends.host.KERNELS`.
+        """Run a kernel with the arguments and the bits of `backends.host_kernels.KERNELS`.
 
         The first launch compiles all of them, which takes a fraction of a second.
 

@@ -29,7 +29,7 @@ _Argument = tuple[Any, type]
 
 
 class CudaKernels:
-    """The kernels loaded on one GPU; called as `backends.host.KERNELS` are, and giving the same bits, NaN aside."""
+    """The kernels on one GPU; called as `backends.host_kernels.KERNELS` are, and giving the same bits, NaN aside."""
 
     def __init__(self, context: CudaContext, image: bytes, upload: Callable[[NDArray[Any]], CudaArray]) -> None:
         """Load compiled kernels and the table that noise reads.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from l2p_runtime.backends import Array, Backend, require_arrays
 from l2p_runtime.backends.host import HostDevice
+from l2p_runtime.backends.host_kernels import threads_asked
 from l2p_runtime.backends.onnx_memory import release_memory, use_native_allocator
 from l2p_runtime.errors import ArtifactError, HostError, InternalError, L2PError, UnsupportedError
 from l2p_runtime.onnx_library import ERRORS_ONLY, import_onnxruntime
@@ -128,17 +128,6 @@ def make_options(ort: Any) -> Any:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = threads_asked()
     return options
-
-
-def threads_asked() -> int:
-    """How many threads `OMP_NUM_THREADS` asks for, which ONNX Runtime itself does not read; 0 for one per core.
-
-    Threads that wait for each other keep their cores, and where other processes want those, each waits for its turn: 20
-    steps of the 1k demo at 128 px took 5 s with two threads beside a process on each of two cores, and 1.4 s with one.
-    """
-    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    asked = int(text) if text.isascii() and text.isdigit() else 0
-    return min(asked, os.cpu_count() or 1)
 
 
 class GraphSession:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_runtime.backends.host import euler
+from l2p_runtime.backends.host_kernels import euler
 from l2p_runtime.errors import UsageError
 from l2p_runtime.guidance import own_guidance
 

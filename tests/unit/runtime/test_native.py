@@ -43,6 +43,9 @@ def build(folder: Path, source: str) -> Path:
 GOOD = f"""
 int l2p_abi_version(void) {{ return {native.ABI_VERSION}; }}
 int l2p_normal_noise(void) {{ return 0; }}
+int l2p_euler(void) {{ return 0; }}
+int l2p_pixels(void) {{ return 0; }}
+int l2p_mix_enlarged(void) {{ return 0; }}
 int l2p_onnx_allocator_is_registered(void) {{ return 0; }}
 void l2p_onnx_allocator_release(void) {{}}
 """
