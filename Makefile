@@ -118,6 +118,7 @@ types: .venv/test
 bench: .venv/test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/import_memory.py
 
 # Tens of minutes and of gigabytes each; docs/full-size.md and docs/engines.md have what they printed.

@@ -246,7 +246,7 @@ def test_a_server_draws_no_frames(out: Path) -> None:
 
 def test_a_memory_budget_has_room_for_the_frame_that_is_written(bundle: Path, out: Path) -> None:
     call = ("--prompt", "a", "--frames", "1-3", "--size", "128x128")
-    refused = draw(bundle, out, *call, "--memory-budget", "60MiB", code=3)
+    refused = draw(bundle, out, *call, "--memory-budget", "70MiB", code=3)
     (wanted,) = re.findall(r"memory budget to ([0-9,]+) bytes", refused.stderr)
     assert names(out) == []
     least = int(wanted.replace(",", ""))
@@ -257,7 +257,7 @@ def test_a_memory_budget_has_room_for_the_frame_that_is_written(bundle: Path, ou
 
 
 def _least_of_one_image(bundle: Path, out: Path) -> int:
-    call = ("--prompt", "a", "--size", "128x128", "--memory-budget", "60MiB", "--dry-run")
+    call = ("--prompt", "a", "--size", "128x128", "--memory-budget", "70MiB", "--dry-run")
     refused = draw(bundle, out.parent / "one.png", *call, code=3)
     (wanted,) = re.findall(r"memory budget to ([0-9,]+) bytes", refused.stderr)
     return int(wanted.replace(",", ""))

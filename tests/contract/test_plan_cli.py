@@ -104,6 +104,7 @@ def test_it_reports_although_nothing_fits() -> None:
     assert result.exit_code == 0
     assert "nothing that was tried" in result.stdout
     assert "do not fit" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 132
 
 
 def test_a_card_without_fp8_says_so() -> None:

@@ -154,7 +154,8 @@ def _build_verdict(build: BuildForecast, what: str, *, engines: bool) -> str:
     if len(build.each) == 1:
         return f"{what.capitalize()} do not fit: they need {short}."
     instead = f"by itself, {_words(alone)} would" if alone else "nor does any single precision"
-    return f"{what.capitalize()}{of} do not fit: they need {short}; {instead}."
+    # On a line of its own: with memory and disk both short, one line would be 138 wide.
+    return f"{what.capitalize()}{of} do not fit: they need {short};\n    {instead}."
 
 
 def _device(device: DeviceForecast, title: str) -> Iterator[str]:
