@@ -13,7 +13,7 @@ export ORT_DISABLE_TELEMETRY ?= 1
 
 help:
 	@echo "make demo   install, build a 4k bundle of the demo model, draw two pictures and judge them"
-	@echo "make demo-8k  the same bundle, one picture of 8192x8192 within 6 GiB, in three to four minutes"
+	@echo "make demo-8k  the same bundle, one picture of 8192x8192 within 6 GiB, in a minute and a half"
 	@echo "make test   install, lint, type-check, run every test that needs no GPU"
 	@echo "make test-fast  the tests that build no bundle and trace no network: under a minute"
 	@echo "make test-newest  the tests of 'make test' with the newest version of every dependency"
