@@ -146,36 +146,36 @@ def predict(
                 read, written = (work.tokens, work.other) if network == "trunk" else (work.other, work.tokens)
                 check()
                 layers.run({"tokens": read, "modulation": work.modulation, **rope}, {"tokens_out": written})
-    patch_px = denoiser.model.patch_px
-    grid = image.shape[2] // patch_px, image.shape[3] // patch_px
     with denoiser.use("head") as head:
-        for _, work, prediction in prompts:
-            features = work.tokens[:, : grid[0] * grid[1]]
-            for stripe in stripes:
-                check()
-                _draw_stripe(denoiser, head, image, features, stripe, grid, prediction)
+        for stripe in stripes:
+            check()
+            _draw_stripe(denoiser, head, image, stripe, workspaces, predictions, check)
 
 
 def _draw_stripe(
     denoiser: Denoiser,
     head: Engine,
     image: Array,
-    features: Array,
     stripe: Stripe,
-    grid: tuple[int, int],
-    prediction: Array,
+    workspaces: Sequence[Workspace],
+    predictions: Sequence[Array],
+    check: Callable[[], None],
 ) -> None:
-    """Run the head on the rows a stripe reads and keep the rows that it owns."""
-    model, device, columns = denoiser.model, denoiser.device, grid[1]
+    """Run the head on the rows a stripe reads and keep the rows that it owns, for all prompts."""
+    model, device = denoiser.model, denoiser.device
     batch, patch_px = image.shape[0], model.patch_px
+    rows, columns = image.shape[2] // patch_px, image.shape[3] // patch_px
     read = slice(stripe.read_first * patch_px, stripe.read_stop * patch_px)
-    read_rows = stripe.read_stop - stripe.read_first
     window = device.contiguous(image[:, :, read])
-    tokens = device.contiguous(features[:, stripe.read_first * columns : stripe.read_stop * columns])
-    inputs = {"image": window, "tokens": tokens.reshape((batch, read_rows, columns, model.width))}
-    whole = stripe.first == 0 and stripe.stop == grid[0]
-    out = prediction if whole else device.alloc(window.shape, "float32")
-    head.run(inputs, {"prediction": out})
-    if not whole:
-        kept = slice((stripe.first - stripe.read_first) * patch_px, (stripe.stop - stripe.read_first) * patch_px)
-        device.copy(prediction[:, :, stripe.first * patch_px : stripe.stop * patch_px], out[:, :, kept])
+    whole = stripe.first == 0 and stripe.stop == rows
+    made = None if whole else device.alloc(window.shape, "float32")
+    for index, (work, prediction) in enumerate(zip(workspaces, predictions, strict=True)):
+        if index > 0:
+            check()
+        features = device.contiguous(work.tokens[:, stripe.read_first * columns : stripe.read_stop * columns])
+        tokens = features.reshape((batch, stripe.read_stop - stripe.read_first, columns, model.width))
+        out = prediction if made is None else made
+        head.run({"image": window, "tokens": tokens}, {"prediction": out})
+        if made is not None:
+            kept = slice((stripe.first - stripe.read_first) * patch_px, (stripe.stop - stripe.read_first) * patch_px)
+            device.copy(prediction[:, :, stripe.first * patch_px : stripe.stop * patch_px], made[:, :, kept])
