@@ -160,7 +160,7 @@ def test_a_store_that_moved_has_to_be_told(home: Home, tmp_path: Path, monkeypat
     }
     for name, options in commands.items():
         told = run_cli(name, home.root / "one", *options)
-        refuse(told, 4, "keeps 32 files in a shared store and the one it points to does not know it", str(home.store))
+        refuse(told, 4, "keeps 33 files in a shared store and the one it points to does not know it", str(home.store))
         refuse(told, 4, "hint: give the store with --store DIR", "l2p-export pack")
         result = run_cli(name, home.root / "one", *options, "--store", moved)
         assert result.returncode == 0, result.stderr
@@ -204,7 +204,7 @@ def test_a_pointer_that_leads_nowhere_is_refused(
     shutil.copytree(home.root / "one", tmp_path / "one")
     (tmp_path / "one" / ".store").write_bytes(POINTERS[case].replace(b"STORE", os.fsencode(home.store)))
     result = run_cli("inspect", tmp_path / "one", cwd=home.root)
-    refuse(result, 4, "keeps 32 files in a shared store", "hint: give the store with --store DIR")
+    refuse(result, 4, "keeps 33 files in a shared store", "hint: give the store with --store DIR")
     assert len(result.stderr) < 2000
     assert "\x1b" not in result.stderr
 
